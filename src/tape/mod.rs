@@ -1,1 +1,27 @@
-//! (being written)
+//! The step as a program.
+//!
+//! A model is traced once into a [`Tape`] of [`Op`]s. The tape differentiates itself into more ops ([`Tape::backward`]); the
+//! [planner](plan) turns the result into a flat, static [`Program`]: instructions over slots of memory that are known before
+//! the first step. Nothing in here knows what any op computes.
+
+mod backward;
+mod fuse;
+mod layout;
+mod listing;
+mod op;
+mod plan;
+mod program;
+mod record;
+mod shape;
+
+#[cfg(test)]
+mod tests;
+
+pub use backward::{Gradient, Of};
+pub use layout::{Param, ParamLayout, Part, Placed};
+pub use listing::{Summary, human_bytes};
+pub use op::{Cost, Op, Scratch, Signature, Spec};
+pub use plan::{Buckets, plan};
+pub use program::{Instruction, IoSlot, Kind, Lane, Program, RunError};
+pub use record::{Phase, Tape, Var};
+pub use shape::Shape;

@@ -1,0 +1,30 @@
+//! CPU cores: buffers, a thread pool, and matrix kernels.
+
+mod memory;
+pub mod pool;
+
+pub use memory::Launch;
+pub use pool::Pool;
+
+/// CPU cores of this machine with their buffers.
+pub struct Cpu {
+    pool: Pool,
+    buffers: Vec<memory::Buffer>,
+}
+
+impl Cpu {
+    /// A device with `threads` threads.
+    pub fn new(threads: usize) -> Cpu {
+        Cpu { pool: Pool::new(threads), buffers: Vec::new() }
+    }
+
+    /// The threads.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Makes room for at least `floats` numbers in the workspace of each thread.
+    pub fn reserve_scratch(&mut self, floats: usize) {
+        self.pool.reserve_scratch(floats);
+    }
+}

@@ -1,0 +1,72 @@
+//! SiLU(x) = x·σ(x), for the timestep embedding; elsewhere GroupNorm folds it in.
+
+mod cpu;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use cpu::{exp, sigmoid};
+
+use crate::device::cpu::Launch;
+use crate::tape::{Gradient, Of, Op, Shape, Signature, Spec, Tape, Var};
+
+/// y = x·σ(x); any shape.
+#[derive(Clone, Debug)]
+pub struct Silu {
+    /// Shape of both.
+    pub shape: Shape,
+}
+
+/// dx (+)= dy·SiLU′(x).
+#[derive(Clone, Debug)]
+pub struct SiluGradient {
+    shape: Shape,
+}
+
+/// Puts SiLU(x) on the tape.
+pub fn silu(tape: &mut Tape, x: Var) -> Var {
+    let shape = tape.shape(x).clone();
+    tape.push1(Silu { shape }, &[x])
+}
+
+impl Op for Silu {
+    fn name(&self) -> &'static str {
+        "silu"
+    }
+
+    fn signature(&self) -> Signature {
+        Signature { inputs: vec![Spec::f32(self.shape.clone())], outputs: vec![Spec::f32(self.shape.clone())] }
+    }
+
+    fn flops(&self) -> u64 {
+        4 * self.shape.len() as u64
+    }
+
+    fn gradient(&self, gradient: &mut Gradient<'_>) {
+        let (x, dy) = (gradient.input(0), gradient.of_output(0));
+        gradient.emit(SiluGradient { shape: self.shape.clone() }, &[x, dy], &[Of::Input(0)]);
+    }
+
+    fn cpu(&self, launch: &Launch<'_>) {
+        cpu::silu(launch);
+    }
+}
+
+impl Op for SiluGradient {
+    fn name(&self) -> &'static str {
+        "silu_gradient"
+    }
+
+    fn signature(&self) -> Signature {
+        let spec = Spec::f32(self.shape.clone());
+        Signature { inputs: vec![spec.clone(), spec.clone()], outputs: vec![spec] }
+    }
+
+    fn flops(&self) -> u64 {
+        7 * self.shape.len() as u64
+    }
+
+    fn cpu(&self, launch: &Launch<'_>) {
+        cpu::silu_gradient(launch);
+    }
+}

@@ -1,0 +1,120 @@
+//! A program as something a person can read.
+
+use super::{Instruction, Kind, Phase, Program};
+use crate::device::{DType, Slot};
+use std::fmt::Write;
+
+/// What a program needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Number of parameters.
+    pub parameters: usize,
+    /// Multiply-adds counted twice, in the forward pass.
+    pub forward_flops: u64,
+    /// The same, in the whole program.
+    pub flops: u64,
+    /// Bytes that all operands of all instructions make up.
+    pub bytes_moved: u64,
+    /// Instructions.
+    pub instructions: usize,
+    /// Bytes of one flat buffer (weights, gradients, each moment, average).
+    pub flat_bytes: usize,
+    /// Bytes of the arena.
+    pub arena_bytes: usize,
+    /// Bytes of inputs and results.
+    pub io_bytes: usize,
+}
+
+impl Program {
+    /// Adds up what the program needs.
+    pub fn summary(&self) -> Summary {
+        let mut forward_flops = 0;
+        let mut flops = 0;
+        let mut bytes_moved = 0;
+        for instruction in &self.instructions {
+            if let Kind::Launch(op) = &instruction.kind {
+                flops += op.flops();
+                bytes_moved += instruction.bytes();
+                if instruction.phase == Phase::Forward {
+                    forward_flops += op.flops();
+                }
+            }
+        }
+        Summary {
+            parameters: self.layout.parameters(),
+            forward_flops,
+            flops,
+            bytes_moved,
+            instructions: self.instructions.len(),
+            flat_bytes: self.layout.len() * DType::F32.size(),
+            arena_bytes: self.arena_bytes,
+            io_bytes: self.io_bytes,
+        }
+    }
+
+    /// One line per instruction: number, phase, op, part of the model, FLOPs, bytes, where it reads and writes.
+    pub fn listing(&self) -> String {
+        let mut text = String::new();
+        for (number, instruction) in self.instructions.iter().enumerate() {
+            let places = |slots: &[Slot]| slots.iter().map(place).collect::<Vec<_>>().join(" ");
+            let flops = match &instruction.kind {
+                Kind::Launch(op) => op.flops(),
+                _ => 0,
+            };
+            let _ = writeln!(
+                text,
+                "{number:4} {:8} {:24} {:44} {:>9} {:>9}  {} -> {}{}",
+                instruction.phase.name(),
+                instruction.name(),
+                instruction.label,
+                human(flops as f64, "F", 1000.0),
+                human(instruction.bytes() as f64, "B", 1024.0),
+                places(&instruction.inputs),
+                if instruction.updates != 0 { "+" } else { "" },
+                places(&instruction.outputs),
+            );
+        }
+        text
+    }
+}
+
+impl Instruction {
+    /// Name of the op or of the communication.
+    pub fn name(&self) -> &'static str {
+        match &self.kind {
+            Kind::Launch(op) => op.name(),
+            Kind::ReduceStart { .. } => "all_reduce_start",
+            Kind::ReduceWait { .. } => "all_reduce_wait",
+        }
+    }
+
+    /// Bytes of all operands.
+    pub fn bytes(&self) -> u64 {
+        match &self.kind {
+            Kind::Launch(_) => self.inputs.iter().chain(&self.outputs).map(|s| s.bytes() as u64).sum(),
+            Kind::ReduceStart { range, .. } | Kind::ReduceWait { range, .. } => {
+                (range.len() * DType::F32.size()) as u64
+            }
+        }
+    }
+}
+
+fn place(slot: &Slot) -> String {
+    format!("{}:{:#x}+{}{}", slot.region.name(), slot.offset, slot.len, slot.dtype.name())
+}
+
+/// `1234567` as `1.18 MiB`.
+pub fn human_bytes(bytes: u64) -> String {
+    human(bytes as f64, "B", 1024.0)
+}
+
+fn human(value: f64, unit: &str, base: f64) -> String {
+    let prefixes: &[&str] = if base == 1024.0 { &["", "Ki", "Mi", "Gi", "Ti"] } else { &["", "k", "M", "G", "T"] };
+    let mut value = value;
+    let mut step = 0;
+    while value >= base && step + 1 < prefixes.len() {
+        value /= base;
+        step += 1;
+    }
+    if step == 0 { format!("{value:.0} {unit}") } else { format!("{value:.2} {}{unit}", prefixes[step]) }
+}

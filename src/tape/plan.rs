@@ -1,0 +1,216 @@
+//! From a tape to a program: the layout of parameters, the lifetimes of temporaries, their places in the arena.
+
+use super::program::{Instruction, IoSlot, Kind, Lane, Program};
+use super::record::{Home, Node, Tape};
+use super::{ParamLayout, Phase};
+use crate::device::{ALIGNMENT, DType, Region, Slot};
+use std::ops::Range;
+
+/// How gradients are cut into buckets for the sum over ranks, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buckets {
+    /// Size of the first bucket, small so that communication starts early.
+    pub first: usize,
+    /// Size of the others.
+    pub other: usize,
+}
+
+impl Default for Buckets {
+    fn default() -> Self {
+        Buckets { first: 1 << 20, other: 25 << 20 }
+    }
+}
+
+/// Plans `tape`. Parameters are placed by `layout`, or, if there is none, in the order in which their gradients are completed.
+///
+/// # Panics
+/// If `layout` lacks a parameter of the tape.
+pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>) -> Program {
+    let completed = gradient_completion(tape);
+    let layout = layout.cloned().unwrap_or_else(|| {
+        let mut order: Vec<usize> = (0..tape.params.len()).collect();
+        order.sort_by_key(|&p| completed[p].unwrap_or(usize::MAX));
+        ParamLayout::new(order.iter().map(|&p| &tape.params[p]))
+    });
+
+    let (io, io_bytes) = place_io(tape);
+    let (temporaries, scratch, arena_bytes) = place_arena(tape);
+    let slot_of = |v: super::Var| -> Slot {
+        let value = &tape.values[v.index()];
+        let len = || value.shape.as_ref().map_or(layout.len(), |s| s.len());
+        let param = |id: usize| match layout.offset_of(&tape.params[id]) {
+            Some(offset) => offset * DType::F32.size(),
+            None => panic!("the layout lacks {}", tape.params[id].parts[0].name),
+        };
+        let (region, offset) = match &value.home {
+            Home::Arena => (Region::Arena, temporaries[v.index()]),
+            Home::Param(id) => (Region::Weights, param(*id)),
+            Home::GradientOf(id) => (Region::Gradients, param(*id)),
+            Home::Flat(region) => (*region, 0),
+            Home::Io(name) => (Region::Io, io.iter().find(|i| &i.name == name).map_or(0, |i| i.slot.offset)),
+        };
+        Slot { region, offset, len: len(), dtype: value.dtype }
+    };
+
+    let mut ends = buckets.map_or(vec![], |sizes| cut_buckets(tape, &layout, &completed, sizes));
+    ends.reverse(); // popped from the back, first completed first
+    let mut started = Vec::new();
+    let mut instructions = Vec::new();
+    let comm = |kind, label: String| Instruction {
+        kind,
+        inputs: vec![],
+        outputs: vec![],
+        updates: 0,
+        scratch: None,
+        lane: Lane::Comm,
+        phase: Phase::Backward,
+        label,
+    };
+    for (id, node) in tape.nodes.iter().enumerate() {
+        if node.phase == Phase::Update {
+            for (bucket, range) in started.drain(..) {
+                instructions.push(comm(Kind::ReduceWait { bucket, range }, String::new()));
+            }
+        }
+        instructions.push(Instruction {
+            kind: Kind::Launch(node.op.clone()),
+            inputs: node.inputs.iter().map(|&v| slot_of(v)).collect(),
+            outputs: node.outputs.iter().map(|&v| slot_of(v)).collect(),
+            updates: node.updates,
+            scratch: scratch[id],
+            lane: Lane::Compute,
+            phase: node.phase,
+            label: node.label.clone(),
+        });
+        while let Some((bucket, _)) = ends.pop_if(|(b, _)| b.complete_at <= id).map(|(b, i)| (b, i)) {
+            let number = started.len();
+            instructions.push(comm(Kind::ReduceStart { bucket: number, range: bucket.range.clone() }, String::new()));
+            started.push((number, bucket.range));
+        }
+    }
+    for (bucket, range) in started {
+        instructions.push(comm(Kind::ReduceWait { bucket, range }, String::new()));
+    }
+    let thread_scratch = tape.nodes.iter().map(|n| n.op.scratch().thread).max().unwrap_or(0);
+    Program { instructions, layout, io, io_bytes, arena_bytes, thread_scratch }
+}
+
+/// For each parameter the last node of the backward pass that writes to its gradient.
+fn gradient_completion(tape: &Tape) -> Vec<Option<usize>> {
+    let mut completed = vec![None; tape.params.len()];
+    for (id, node) in tape.nodes.iter().enumerate() {
+        for v in &node.outputs {
+            if let Home::GradientOf(param) = tape.values[v.index()].home {
+                completed[param] = Some(id);
+            }
+        }
+    }
+    completed
+}
+
+struct Bucket {
+    range: Range<usize>,
+    complete_at: usize,
+}
+
+/// Contiguous ranges of the gradient buffer, cut at parameters, with the node that completes each.
+fn cut_buckets(tape: &Tape, layout: &ParamLayout, completed: &[Option<usize>], sizes: Buckets) -> Vec<(Bucket, usize)> {
+    let mut params: Vec<(usize, usize)> =
+        (0..tape.params.len()).filter_map(|p| Some((layout.offset_of(&tape.params[p])?, completed[p]?))).collect();
+    params.sort();
+    let mut buckets: Vec<(Bucket, usize)> = Vec::new();
+    let mut start = 0;
+    let mut complete_at = 0;
+    for (i, &(_, at)) in params.iter().enumerate() {
+        let end = params.get(i + 1).map_or(layout.len(), |next| next.0);
+        complete_at = complete_at.max(at);
+        let limit = if buckets.is_empty() { sizes.first } else { sizes.other };
+        if (end - start) * DType::F32.size() >= limit || end == layout.len() {
+            // A bucket starts after the one before it, so that every rank reduces in the same order.
+            let after = buckets.last().map_or(0, |(b, _)| b.complete_at);
+            complete_at = complete_at.max(after);
+            buckets.push((Bucket { range: start..end, complete_at }, buckets.len()));
+            start = end;
+        }
+    }
+    buckets
+}
+
+fn place_io(tape: &Tape) -> (Vec<IoSlot>, usize) {
+    let mut io = Vec::new();
+    let mut offset = 0usize;
+    for value in &tape.values {
+        if let (Home::Io(name), Some(shape)) = (&value.home, &value.shape) {
+            let slot = Slot { region: Region::Io, offset, len: shape.len(), dtype: value.dtype };
+            offset = (offset + slot.bytes()).next_multiple_of(ALIGNMENT);
+            io.push(IoSlot { name: name.clone(), slot });
+        }
+    }
+    (io, offset)
+}
+
+/// Something that needs a place in the arena from its first node to its last.
+struct Tenant {
+    first: usize,
+    last: usize,
+    bytes: usize,
+}
+
+/// Byte offsets of all values that live in the arena, workspaces of all nodes, and the size of the arena.
+fn place_arena(tape: &Tape) -> (Vec<usize>, Vec<Option<Slot>>, usize) {
+    let mut tenants: Vec<Tenant> = Vec::new();
+    let mut tenant_of_value = vec![None; tape.values.len()];
+    let touch = |tenants: &mut Vec<Tenant>, of: &mut Vec<Option<usize>>, v: super::Var, at: usize| {
+        let value = &tape.values[v.index()];
+        let (Home::Arena, Some(shape)) = (&value.home, &value.shape) else { return };
+        match of[v.index()] {
+            Some(t) => tenants[t].last = at,
+            None => {
+                of[v.index()] = Some(tenants.len());
+                tenants.push(Tenant { first: at, last: at, bytes: shape.len() * value.dtype.size() });
+            }
+        }
+    };
+    let mut tenant_of_scratch = vec![None; tape.nodes.len()];
+    for (id, Node { op, inputs, outputs, .. }) in tape.nodes.iter().enumerate() {
+        inputs.iter().chain(outputs).for_each(|&v| touch(&mut tenants, &mut tenant_of_value, v, id));
+        let floats = op.scratch().arena;
+        if floats > 0 {
+            tenant_of_scratch[id] = Some((tenants.len(), floats));
+            tenants.push(Tenant { first: id, last: id, bytes: floats * DType::F32.size() });
+        }
+    }
+    let (offsets, size) = pack(&tenants);
+    let values = tenant_of_value.iter().map(|t| t.map_or(0, |t| offsets[t])).collect();
+    let scratch = tenant_of_scratch
+        .iter()
+        .map(|s| s.map(|(t, len)| Slot { region: Region::Arena, offset: offsets[t], len, dtype: DType::F32 }))
+        .collect();
+    (values, scratch, size)
+}
+
+/// Largest first, each at the lowest offset where no tenant of the same time stands.
+fn pack(tenants: &[Tenant]) -> (Vec<usize>, usize) {
+    let mut order: Vec<usize> = (0..tenants.len()).collect();
+    order.sort_by_key(|&t| (std::cmp::Reverse(tenants[t].bytes), tenants[t].first));
+    let mut offsets = vec![0; tenants.len()];
+    let mut placed: Vec<usize> = Vec::new(); // in the order of their offsets
+    let mut size = 0;
+    for t in order {
+        let mut offset = 0;
+        for &other in &placed {
+            let together = tenants[other].first <= tenants[t].last && tenants[t].first <= tenants[other].last;
+            if together {
+                if offset + tenants[t].bytes <= offsets[other] {
+                    break;
+                }
+                offset = offset.max((offsets[other] + tenants[other].bytes).next_multiple_of(ALIGNMENT));
+            }
+        }
+        offsets[t] = offset;
+        size = size.max(offset + tenants[t].bytes);
+        let at = placed.partition_point(|&other| offsets[other] <= offset);
+        placed.insert(at, t);
+    }
+    (offsets, size.next_multiple_of(ALIGNMENT))
+}
