@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::{ConfigError, Place, position};
+use super::{Choices, ConfigError, Place, position};
 
 /// How alike (Jaro–Winkler, 0 to 1) two names must be for one to be offered in place of the other.
 const ALIKE: f64 = 0.8;
@@ -27,11 +27,15 @@ pub(super) fn explain<T: Serialize + Default>(
         let nearest = nearest(&name, &known)
             .map(|found| join(section, found))
             .or_else(|| elsewhere(&toml::Table::try_from(T::default()).ok()?, &name));
-        return ConfigError::UnknownKey { place, key: join(section, &name), nearest, known };
+        return ConfigError::UnknownKey {
+            place,
+            key: join(section, &name),
+            choices: Box::new(Choices { nearest, known }),
+        };
     }
     if let Some((found, known)) = unknown(message, "unknown variant `") {
         let nearest = nearest(&found, &known).map(str::to_owned);
-        return ConfigError::UnknownValue { place, key, found, nearest, known };
+        return ConfigError::UnknownValue { place, key, found, choices: Box::new(Choices { nearest, known }) };
     }
     if let Some(name) = message.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`')) {
         return ConfigError::MissingKey { place, key: join(&key, name) };

@@ -83,6 +83,15 @@ impl OutOfRange {
     }
 }
 
+/// The names that are possible where an unknown one was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choices {
+    /// The one that was probably meant; for a key, in full.
+    pub nearest: Option<String>,
+    /// All of them.
+    pub known: Vec<String>,
+}
+
 /// Why a config cannot be used.
 #[derive(Debug, Error)]
 pub enum ConfigError {
@@ -109,16 +118,14 @@ pub enum ConfigError {
         message: String,
     },
     /// A key that no section has.
-    #[error("{place}: {}", unknown_key(key, nearest.as_deref(), known))]
+    #[error("{place}: {}", unknown_key(key, choices))]
     UnknownKey {
         /// Where the key stands.
         place: Place,
         /// The full key.
         key: String,
-        /// The full key that was probably meant.
-        nearest: Option<String>,
-        /// The names that are possible there.
-        known: Vec<String>,
+        /// The keys that exist.
+        choices: Box<Choices>,
     },
     /// A value of the wrong type.
     #[error("{place}: `{key}` must be {expected}, found {found}")]
@@ -133,7 +140,7 @@ pub enum ConfigError {
         found: String,
     },
     /// A name that is not among those the key can take.
-    #[error("{place}: `{key}` cannot be \"{found}\"{}", choices(nearest.as_deref(), known))]
+    #[error("{place}: `{key}` cannot be \"{found}\"{}", possible(choices))]
     UnknownValue {
         /// Where the value stands.
         place: Place,
@@ -141,10 +148,8 @@ pub enum ConfigError {
         key: String,
         /// The name that was found.
         found: String,
-        /// The name that was probably meant.
-        nearest: Option<String>,
-        /// All names the key can take.
-        known: Vec<String>,
+        /// The names the key can take.
+        choices: Box<Choices>,
     },
     /// A key without which its table means nothing.
     #[error("{place}: the key `{key}` is missing")]
@@ -180,7 +185,7 @@ pub enum ConfigError {
         /// Where the value comes from.
         place: Place,
         /// Key, value, range and reason.
-        refused: OutOfRange,
+        refused: Box<OutOfRange>,
     },
     /// A resolved config that TOML cannot hold.
     #[error("cannot write the config as TOML: {message}")]
@@ -190,25 +195,22 @@ pub enum ConfigError {
     },
 }
 
-fn unknown_key(key: &str, nearest: Option<&str>, known: &[String]) -> String {
+fn unknown_key(key: &str, choices: &Choices) -> String {
     let mut text = format!("unknown key `{key}`");
-    if let Some(nearest) = nearest {
+    if let Some(nearest) = &choices.nearest {
         text.push_str(&format!(": did you mean `{nearest}`?"));
     }
-    match (known.is_empty(), key.rsplit_once('.')) {
-        (true, _) => {}
-        (false, Some((section, _))) => text.push_str(&format!(" (keys of `{section}`: {})", known.join(", "))),
-        (false, None) => text.push_str(&format!(" (sections and keys at the top: {})", known.join(", "))),
+    let known = choices.known.join(", ");
+    match key.rsplit_once('.') {
+        _ if known.is_empty() => {}
+        Some((section, _)) => text.push_str(&format!(" (keys of `{section}`: {known})")),
+        None => text.push_str(&format!(" (sections and keys at the top: {known})")),
     }
     text
 }
 
-fn choices(nearest: Option<&str>, known: &[String]) -> String {
-    let mut text = String::new();
-    if let Some(nearest) = nearest {
-        text.push_str(&format!(": did you mean \"{nearest}\"?"));
-    }
-    let quoted: Vec<String> = known.iter().map(|name| format!("\"{name}\"")).collect();
-    text.push_str(&format!(" (possible: {})", quoted.join(", ")));
-    text
+fn possible(choices: &Choices) -> String {
+    let known: Vec<String> = choices.known.iter().map(|name| format!("\"{name}\"")).collect();
+    let nearest = choices.nearest.as_ref().map(|nearest| format!(": did you mean \"{nearest}\"?")).unwrap_or_default();
+    format!("{nearest} (possible: {})", known.join(", "))
 }

@@ -18,7 +18,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use error::{ConfigError, OutOfRange, Place};
+pub use error::{Choices, ConfigError, OutOfRange, Place};
 pub use position::locate;
 
 /// Reads the config file at `path`, with the overrides `sets` (each `section.key=value`) laid over it.
@@ -87,7 +87,7 @@ where
             .map(|set| Place::Set(set.to_owned()))
             .or_else(|| locate(text, &refused.key).map(|(line, column)| Place::file(origin, line, column)))
             .unwrap_or_else(|| Place::Default { file: origin.to_owned() });
-        ConfigError::OutOfRange { place, refused }
+        ConfigError::OutOfRange { place, refused: Box::new(refused) }
     })?;
     Ok(config)
 }
