@@ -4,7 +4,9 @@
 //! The function named after an op puts it on a tape; the type of that name is the op itself.
 
 pub mod add;
+pub mod conv2d;
 pub mod copy;
+pub mod linear;
 pub mod silu;
 
 #[cfg(test)]
