@@ -5,6 +5,7 @@
 
 pub mod add;
 pub mod copy;
+pub mod group_norm;
 pub mod silu;
 
 #[cfg(test)]
