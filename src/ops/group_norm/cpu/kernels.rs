@@ -3,6 +3,7 @@
 
 use crate::multiversion;
 use crate::ops::silu::sigmoid;
+use std::array::from_fn;
 
 /// Most pixels that are summed in f32 before the sum is added to a compensated one.
 pub(super) const MAX_ROWS: usize = 64;
@@ -33,12 +34,13 @@ impl<'a> Sums<'a> {
     #[inline(always)]
     fn add<const W: usize>(&mut self, channel: usize, values: &[f32; W]) {
         let (high, low) = (lanes_mut::<W>(self.high, channel), lanes_mut::<W>(self.low, channel));
-        for l in 0..W {
-            let sum = high[l] + values[l];
-            let of_value = sum - high[l];
-            low[l] += (high[l] - (sum - of_value)) + (values[l] - of_value);
-            high[l] = sum;
-        }
+        let sum: [f32; W] = from_fn(|l| high[l] + values[l]);
+        let error: [f32; W] = from_fn(|l| {
+            let of_value = sum[l] - high[l];
+            (high[l] - (sum[l] - of_value)) + (values[l] - of_value)
+        });
+        *low = from_fn(|l| low[l] + error[l]);
+        *high = sum;
     }
 }
 
@@ -84,15 +86,13 @@ multiversion! {
     /// Adds the first and second moments about `shift` [C] of the pixels `x` [rows, C], at most [`MAX_ROWS`].
     pub(super) fn moments(x: &[f32], shift: &[f32], first: &mut Sums<'_>, second: &mut Sums<'_>) {
         for_channels!(shift.len(), at, W, {
-            let shift_lanes = lanes::<W>(shift, at);
+            let shift_lanes = *lanes::<W>(shift, at);
             let (mut sum, mut squares) = ([0.0; W], [0.0; W]);
             for x in x.chunks_exact(shift.len()) {
-                let x = lanes::<W>(x, at);
-                for l in 0..W {
-                    let d = x[l] - shift_lanes[l];
-                    sum[l] += d;
-                    squares[l] += d * d;
-                }
+                let x = *lanes::<W>(x, at);
+                let d: [f32; W] = from_fn(|l| x[l] - shift_lanes[l]);
+                sum = from_fn(|l| sum[l] + d[l]);
+                squares = from_fn(|l| squares[l] + d[l] * d[l]);
             }
             first.add(at, &sum);
             second.add(at, &squares);
@@ -182,16 +182,14 @@ multiversion! {
     /// Adds the sums over the pixels `dz` and `x` [rows, C], at most [`MAX_ROWS`].
     pub(super) fn gradient_sums(dz: &[f32], x: &[f32], center: &[f32], sums: &mut GradientSums<'_>) {
         for_channels!(center.len(), at, W, {
-            let center_lanes = lanes::<W>(center, at);
+            let center_lanes = *lanes::<W>(center, at);
             let (mut sum_dz, mut sum_dz_x, mut sum_x) = ([0.0; W], [0.0; W], [0.0; W]);
             for (dz, x) in dz.chunks_exact(center.len()).zip(x.chunks_exact(center.len())) {
-                let (dz, x) = (lanes::<W>(dz, at), lanes::<W>(x, at));
-                for l in 0..W {
-                    let d = x[l] - center_lanes[l];
-                    sum_dz[l] += dz[l];
-                    sum_dz_x[l] += dz[l] * d;
-                    sum_x[l] += d;
-                }
+                let (dz, x) = (*lanes::<W>(dz, at), *lanes::<W>(x, at));
+                let d: [f32; W] = from_fn(|l| x[l] - center_lanes[l]);
+                sum_dz = from_fn(|l| sum_dz[l] + dz[l]);
+                sum_dz_x = from_fn(|l| sum_dz_x[l] + dz[l] * d[l]);
+                sum_x = from_fn(|l| sum_x[l] + d[l]);
             }
             sums.dz.add(at, &sum_dz);
             sums.dz_x.add(at, &sum_dz_x);
