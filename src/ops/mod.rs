@@ -7,6 +7,7 @@ pub mod add;
 pub mod conv2d;
 pub mod copy;
 pub mod linear;
+pub mod group_norm;
 pub mod silu;
 
 #[cfg(test)]
