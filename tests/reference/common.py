@@ -1,6 +1,5 @@
 """What every fixture script shares: seeded f32 inputs, arithmetic in f64, safetensors output."""
 
-import contextlib
 import pathlib
 import zlib
 from unittest import mock
@@ -26,17 +25,6 @@ def double_precision():
     return mock.patch.object(torch, "float32", torch.float64)
 
 
-@contextlib.contextmanager
-def single_precision():
-    """The opposite: new tensors are f32 (used to measure how far an f32 run is from the f64 one)."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def to_nchw(x):
     """[N, H, W, C] → [N, C, H, W] (also OHWI → OIHW)."""
     return x.permute(0, 3, 1, 2)
@@ -55,7 +43,7 @@ def to_our_layout(weight):
 
 
 def save(file, tensors, keep_f64=()):
-    """Writes tensors as f32, but integers as i64 and the names whose last part is in `keep_f64` as f64."""
+    """Writes tensors as f32, integers as they are, and the names whose last part is in `keep_f64` as f64."""
     stored = {}
     for name, value in tensors.items():
         value = torch.as_tensor(value).detach()
