@@ -1,7 +1,11 @@
 //! CPU cores: buffers, a thread pool, and matrix kernels.
 
+pub mod gemm;
 mod memory;
 pub mod pool;
+
+#[cfg(test)]
+mod tests;
 
 pub use memory::Launch;
 pub use pool::Pool;

@@ -1,0 +1,162 @@
+//! The CPU device's matrix products on shapes of convolutions, beside the `gemm` crate on a plain product of the same size
+//! (which a convolution could use only after unfolding its input, not counted here).
+//!
+//! `cargo bench --bench gemm -- [threads] [name]`
+
+use std::time::Instant;
+
+use ::gemm as peer;
+use ddpm_dist::device::cpu::Pool;
+use ddpm_dist::device::cpu::gemm::{self, Init, OutRows, Rows, Segment, window::Window};
+
+struct Shape {
+    name: &'static str,
+    window: Window,
+    /// Along one side.
+    size: usize,
+    cin: usize,
+    cout: usize,
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let threads = arguments.first().and_then(|a| a.parse().ok()).unwrap_or(2);
+    let wanted = arguments.get(1).cloned().unwrap_or_default();
+    let pool = Pool::new(threads);
+    println!("{threads} threads, {}", ddpm_dist::simd::level().name());
+    println!("{:<24} {:>8} {:>9} {:>9} {:>7} {:>12}", "shape", "form", "ms", "GFLOP/s", "pack ms", "gemm crate");
+    for shape in shapes().iter().filter(|s| s.name.contains(&wanted)) {
+        measure(shape, &pool, threads);
+    }
+}
+
+fn shapes() -> Vec<Shape> {
+    let same = |name, images, pixels, size, cin, cout| Shape {
+        name,
+        window: Window::same(images, pixels, pixels, size),
+        size,
+        cin,
+        cout,
+    };
+    vec![
+        same("3x3 128>128 32² ×16", 16, 32, 3, 128, 128),
+        same("3x3 32>32 28² ×32", 32, 28, 3, 32, 32),
+        same("3x3 64>64 14² ×32", 32, 14, 3, 64, 64),
+        same("3x3 128>128 7² ×32", 32, 7, 3, 128, 128),
+        same("3x3 256>256 16² ×16", 16, 16, 3, 256, 256),
+        same("3x3 512>256 16² ×16", 16, 16, 3, 512, 256),
+        same("3x3 256>256 4² ×16", 16, 4, 3, 256, 256),
+        same("3x3 512>512 4² ×16", 16, 4, 3, 512, 512),
+        same("3x3 3>128 32² ×16", 16, 32, 3, 3, 128),
+        same("3x3 128>3 32² ×16", 16, 32, 3, 128, 3),
+        same("3x3 1>32 28² ×32", 32, 28, 3, 1, 32),
+        same("3x3 32>1 28² ×32", 32, 28, 3, 32, 1),
+        same("1x1 256>256 16² ×16", 16, 16, 1, 256, 256),
+        same("1x1 128>128 32² ×16", 16, 32, 1, 128, 128),
+        same("linear 128>512 ×16", 16, 1, 1, 128, 512),
+        Shape { name: "3x3/2 128>128 32² ×16", window: Window::halving(16, 32, 32), size: 3, cin: 128, cout: 128 },
+    ]
+}
+
+/// Median time of `f` in seconds, over about a third of a second.
+fn time(mut f: impl FnMut()) -> f64 {
+    f();
+    let begin = Instant::now();
+    let mut times = Vec::new();
+    while times.len() < 5 || begin.elapsed().as_secs_f64() < 0.33 {
+        let start = Instant::now();
+        f();
+        times.push(start.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn floats(n: usize) -> Vec<f32> {
+    (0..n as u32).map(|i| (i.wrapping_mul(2654435761) >> 16) as f32 / 65536.0 - 0.5).collect()
+}
+
+fn measure(shape: &Shape, pool: &Pool, threads: usize) {
+    let Shape { name, window, size, cin, cout } = *shape;
+    let taps = size * size;
+    let (rows_in, rows_out) = (window.inputs(), window.outputs());
+    let (x, w, dy) = (floats(rows_in * cin), floats(cout * taps * cin), floats(rows_out * cout));
+    let (mut y, mut dx, mut dw, mut db) =
+        (vec![0.0; dy.len()], vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; cout]);
+    let flops = 2.0 * (rows_out * cout * taps * cin) as f64;
+    let inputs = vec![Segment { data: &x, k: cin }; taps];
+    let forward = |tap: usize, rows, out: &mut [usize]| window.input_offsets(tap / size, tap % size, rows, cin, out);
+    let a = Rows { segments: &inputs, offsets: &forward };
+    let report = |form: &str, seconds: f64, pack: Option<f64>, crate_gflops: f64| {
+        println!(
+            "{name:<24} {form:>8} {:>9.3} {:>9.0} {:>7} {crate_gflops:>12.0}",
+            seconds * 1e3,
+            flops / seconds / 1e9,
+            pack.map(|s| format!("{:.3}", s * 1e3)).unwrap_or_default(),
+        );
+    };
+
+    // Forward: the time includes packing the weights.
+    let mut packed = vec![0.0; gemm::packed_len(cout, taps * cin)];
+    let pack = time(|| gemm::pack_transposed(pool, &w, cout, taps * cin, &mut packed));
+    let linear = OutRows::Linear { start: 0, ld: cout };
+    let fprop = time(|| {
+        gemm::pack_transposed(pool, &w, cout, taps * cin, &mut packed);
+        gemm::rows_times_packed(pool, &a, rows_out, cout, &packed, &mut y, linear, Init::ZERO);
+    });
+    report("fprop", fprop, Some(pack), beside(rows_out, cout, taps * cin, threads, false));
+
+    let outputs = vec![Segment { data: &dy, k: cout }; taps];
+    let backward = |tap: usize, rows, out: &mut [usize]| window.output_offsets(tap / size, tap % size, rows, cout, out);
+    let da = Rows { segments: &outputs, offsets: &backward };
+    let mut packed = vec![0.0; gemm::packed_len(cin, taps * cout)];
+    let row = |i: usize| (i % cout * taps + i / cout) * cin;
+    let pack = time(|| gemm::pack_rows(pool, cin, taps * cout, row, &w, &mut packed));
+    let grid = OutRows::Grid { grid: window.input_grid(), start: 0, ld: cin };
+    let dgrad = time(|| {
+        gemm::pack_rows(pool, cin, taps * cout, row, &w, &mut packed);
+        gemm::rows_times_packed(pool, &da, rows_in, cin, &packed, &mut dx, grid, Init::ZERO);
+    });
+    report("dgrad", dgrad, Some(pack), beside(rows_out, cin, taps * cout, threads, false));
+
+    let wgrad =
+        time(|| gemm::transposed_times_rows(pool, &dy, cout, cout, &a, rows_out, &mut dw, false, Some(&mut db)));
+    report("wgrad", wgrad, None, beside(cout, taps * cin, rows_out, threads, true));
+    std::hint::black_box((y, dx, dw, db));
+}
+
+/// GFLOP/s of the `gemm` crate on C[m, n] = A·B with B row-major and A row-major or, if `transposed`, its transpose.
+fn beside(m: usize, n: usize, k: usize, threads: usize, transposed: bool) -> f64 {
+    let (a, b, mut c) = (floats(m * k), floats(k * n), vec![0.0f32; m * n]);
+    let (a_column, a_row) = if transposed { (m as isize, 1) } else { (1, k as isize) };
+    let parallelism = if threads == 1 { peer::Parallelism::None } else { peer::Parallelism::Rayon(threads) };
+    let (columns, one) = (n as isize, 1.0f32);
+    let seconds = time(|| {
+        // SAFETY: the matrices are as long as their sizes and strides say.
+        unsafe {
+            peer::gemm(
+                m,
+                n,
+                k,
+                c.as_mut_ptr(),
+                1,
+                columns,
+                false,
+                a.as_ptr(),
+                a_column,
+                a_row,
+                b.as_ptr(),
+                1,
+                columns,
+                0.0,
+                one,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    });
+    std::hint::black_box(c);
+    2.0 * (m * n * k) as f64 / seconds / 1e9
+}

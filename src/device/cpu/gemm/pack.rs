@@ -1,0 +1,116 @@
+//! The packed form of a right operand: panels of at most four vectors of columns, each panel's rows one after another.
+
+use super::kernel::Tiling;
+use super::{Panels, Shared, part};
+use crate::device::cpu::Pool;
+use crate::simd::{self, Level};
+
+/// Rows of a panel that one task packs.
+const ROWS_PER_TASK: usize = 256;
+
+/// Length in floats of a packed right operand of `k` rows and `n` columns: enough for every instruction set.
+pub fn packed_len(n: usize, k: usize) -> usize {
+    n.next_multiple_of(16) * k
+}
+
+/// Packs the transpose of `w`, a row-major `[n, k]`: the weights of a linear layer or a convolution (`[Cout, taps × Cin]`)
+/// for the forward pass. `packed` needs [`packed_len`] floats.
+pub fn pack_transposed(pool: &Pool, w: &[f32], n: usize, k: usize, packed: &mut [f32]) {
+    pack_transposed_at(simd::level(), pool, w, n, k, packed);
+}
+
+/// Packs rows that are contiguous in `w`: row i of the right operand is `w[row(i)..row(i) + n]`.
+///
+/// For the data gradient of a convolution, where row (tap, co) is `w[co][tap][0..Cin]`. `packed` needs [`packed_len`]
+/// floats.
+pub fn pack_rows(pool: &Pool, n: usize, k: usize, row: impl Fn(usize) -> usize + Sync, w: &[f32], packed: &mut [f32]) {
+    pack_rows_at(simd::level(), pool, n, k, row, w, packed);
+}
+
+pub(in super::super) fn pack_transposed_at(
+    level: Level,
+    pool: &Pool,
+    w: &[f32],
+    n: usize,
+    k: usize,
+    packed: &mut [f32],
+) {
+    assert!(w.len() >= n * k, "weights of {n} × {k} have {} floats", w.len());
+    pack(level, pool, n, k, packed, |columns, rows, width, out| {
+        transpose_block(&w[columns.start * k..], k, columns.len(), rows, width, 1.0, out);
+    });
+}
+
+pub(in super::super) fn pack_rows_at(
+    level: Level,
+    pool: &Pool,
+    n: usize,
+    k: usize,
+    row: impl Fn(usize) -> usize + Sync,
+    w: &[f32],
+    packed: &mut [f32],
+) {
+    pack(level, pool, n, k, packed, |columns, rows, width, out| {
+        for (i, out) in rows.zip(out.chunks_exact_mut(width)) {
+            let from = &w[row(i) + columns.start..][..columns.len()];
+            out[..columns.len()].copy_from_slice(from);
+            out[columns.len()..].fill(0.0);
+        }
+    });
+}
+
+/// Calls `fill(columns, rows, width, out)` for every part of the packed operand: `out` is `rows.len()` rows of `width`
+/// floats, of which the first `columns.len()` are columns of the operand and the rest must be zeroed.
+fn pack(
+    level: Level,
+    pool: &Pool,
+    n: usize,
+    k: usize,
+    packed: &mut [f32],
+    fill: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>, usize, &mut [f32]) + Sync,
+) {
+    let tiling = Tiling::of(level);
+    let panels = Panels::new(tiling, n);
+    let len = panels.vectors * tiling.lanes * k;
+    assert!(packed.len() >= len, "a packed operand of {k} × {n} needs {len} floats, found {}", packed.len());
+    let parts = k.div_ceil(ROWS_PER_TASK);
+    let start = Shared(packed.as_mut_ptr());
+    pool.run(panels.count * parts, &|task, _| {
+        let panel = panels.get(task / parts);
+        let rows = part(k, parts, task % parts);
+        let width = panel.vectors * tiling.lanes;
+        let from = panel.first_column * k + rows.start * width;
+        // SAFETY: panels follow each other, `k` rows of their width each; this is a run of rows of one of them, inside the
+        // length asserted above, and no other task's.
+        let out = unsafe { std::slice::from_raw_parts_mut(start.get().add(from), rows.len() * width) };
+        fill(panel.first_column..panel.first_column + panel.columns, rows, width, out);
+    });
+}
+
+/// Writes `rows` of the transpose of `w`, whose row c starts at `c * ld`, times `scale`, as rows of `width` floats.
+pub(super) fn transpose_block(
+    w: &[f32],
+    ld: usize,
+    columns: usize,
+    rows: std::ops::Range<usize>,
+    width: usize,
+    scale: f32,
+    out: &mut [f32],
+) {
+    // Blocks of one cache line of the source per column, so that each line is read once.
+    const LINE: usize = 16;
+    let mut from = rows.start;
+    for block in out.chunks_mut(LINE * width) {
+        let height = block.len() / width;
+        for c in 0..columns {
+            let source = &w[c * ld + from..][..height];
+            for (i, x) in source.iter().enumerate() {
+                block[i * width + c] = scale * x;
+            }
+        }
+        for row in block.chunks_exact_mut(width) {
+            row[columns..].fill(0.0);
+        }
+        from += height;
+    }
+}
