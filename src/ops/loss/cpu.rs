@@ -8,7 +8,7 @@ pub(super) fn mse_loss(op: &MseLoss, launch: &Launch<'_>) {
     let elements = op.batch.elements();
     let scale = (2.0 / (op.global_batch as f64 * elements as f64)) as f32;
     let (dout, loss) = (launch.output::<f32>(0), launch.output::<f32>(1));
-    launch.pool().for_chunks2(dout, elements, loss, 1, |j, dout, loss, scratch| {
+    launch.pool().for_chunks2((dout, elements), (loss, 1), |j, dout, loss, scratch| {
         let row = 2 * t[j] as usize;
         let target = [table[row], table[row + 1]];
         let image = j * elements..(j + 1) * elements;

@@ -6,7 +6,7 @@ pub(super) fn q_sample(batch: &TrainingBatch, launch: &Launch<'_>) {
     let (pixels, table, clock) = (launch.input::<u8>(0), launch.input::<f32>(1), launch.input::<u32>(2));
     let elements = batch.elements();
     let (x_t, t) = (launch.output::<f32>(0), launch.output::<u32>(1));
-    launch.pool().for_chunks2(x_t, elements, t, 1, |j, x_t, t, scratch| {
+    launch.pool().for_chunks2((x_t, elements), (t, 1), |j, x_t, t, scratch| {
         let sample = batch.sample(clock, j);
         t[0] = sample.timestep();
         let row = 2 * t[0] as usize;
