@@ -9,11 +9,12 @@ mod cpu;
 mod tests;
 
 use crate::device::cpu::Launch;
+use crate::diffusion::SamplerStep;
 use crate::tape::{Op, Scratch, Shape, Signature, Spec, Tape, Var};
 use std::sync::Arc;
 
 /// Inputs: the network's output [N, …]; the row [9] = x0_from_xt, x0_from_out, eps_from_xt, eps_from_out, c_x0, c_xt, c_eps, sigma,
-/// clip (x̂_0 is clipped to [−clip, clip]; 0 means not at all); clock u32 [4] (clock[0] the sampling step, so that each step has noise of
+/// clip (x̂_0 is clipped to [−clip, clip]; 0 or +∞ means not at all); clock u32 [4] (clock[0] the sampling step, so that each step has noise of
 /// its own; clock[1] the index of the first image); seed u32 [2] (low word, high word).
 /// Output, changed in place: x [N, …].
 ///
@@ -35,6 +36,13 @@ pub struct StepInputs {
     pub clock: Var,
     /// u32 [2].
     pub seed: Var,
+}
+
+/// The row of a step of [`SamplerTable`](crate::diffusion::SamplerTable): its coefficients and the table's `clip`, +∞ where that is off.
+pub fn row(step: &SamplerStep, clip: f64) -> [f32; 9] {
+    let mut row = [clip as f32; 9];
+    row[..8].copy_from_slice(&step.row());
+    row
 }
 
 /// Puts the step from x_t to x_{t−1} on the tape, in place.

@@ -1,4 +1,5 @@
-use super::{StepInputs, p_sample};
+use super::{StepInputs, p_sample, row};
+use crate::diffusion::{DiffusionConfig, Objective, SamplerConfig, SamplerKind, SamplerTable, Schedule, p_sample_step};
 use crate::ops::testing::{Planned, Reference, random};
 use crate::rng::{Kind, Stream};
 use crate::tape::{Shape, Spec, Tape};
@@ -123,6 +124,39 @@ fn mean_by_x_0_is_the_mean_by_epsilon() {
         let mean = (x - beta / (1.0 - alpha_bar).sqrt() * out) / (1.0 - beta).sqrt();
         let size = c_x0 * (from_xt * x.abs() - from_out * out.abs()) + c_xt * x.abs();
         assert!((f64::from(y[i]) - mean).abs() <= 3.5 * EPS * size, "[{i}] {} instead of {mean}", y[i]);
+    }
+}
+
+#[test]
+fn runs_every_step_of_every_sampler() {
+    let shape = Shape::from([2, 3, 5, 3]);
+    for objective in [Objective::Epsilon, Objective::X0, Objective::V] {
+        for (sampler, eta, clip) in
+            [(SamplerKind::Ddpm, 0.0, 1.0), (SamplerKind::Ddim, 0.0, 0.0), (SamplerKind::Ddim, 0.5, 1.0)]
+        {
+            let schedule = Schedule::new(&DiffusionConfig { objective, clip, ..Default::default() }).unwrap();
+            let config = SamplerConfig { sampler, steps: 10, eta, ..Default::default() };
+            let table = SamplerTable::new(&schedule, &config).unwrap();
+            let mut x = random(1, 90);
+            for (k, step) in table.steps.iter().enumerate() {
+                let out = random(10 + k as u64, 90);
+                let next = run(&shape, 2, &x, &out, row(step, table.clip), [k as u32, 0], SEED);
+                let z = [0, 1].map(|image| noise(SEED, k as u32, image, 45)).concat();
+                let [x64, out64, z64] = [&x, &out, &z].map(|v| v.iter().map(|v| f64::from(*v)).collect::<Vec<_>>());
+                let expected = p_sample_step(step, table.clip, &x64, &out64, &z64);
+                for i in 0..90 {
+                    let (_, size) = exact(x[i], out[i], z[i], row(step, table.clip));
+                    // As in the test against f64, and two roundings of coefficients.
+                    let error = (f64::from(next[i]) - expected[i]).abs();
+                    assert!(
+                        error <= 4.5 * EPS * size,
+                        "{objective:?} {sampler:?} step {k} [{i}]: {} {error:e}",
+                        next[i]
+                    );
+                }
+                x = next;
+            }
+        }
     }
 }
 
