@@ -4,6 +4,7 @@
 //! The function named after an op puts it on a tape; the type of that name is the op itself.
 
 pub mod add;
+pub mod attention;
 pub mod copy;
 pub mod group_norm;
 pub mod silu;
