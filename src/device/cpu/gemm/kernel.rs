@@ -1,8 +1,8 @@
 //! The two microkernels, compiled for every tile size and instruction set, and the tables they are chosen from.
 //!
 //! Both hold a tile of `MR` rows by `NV` vectors of the result in registers, and for each step of the reduction load `NV`
-//! vectors of a packed panel and multiply them by `MR` broadcast floats. They differ in where the broadcast floats come
-//! from: [`RowTile`] walks along `MR` rows of the left operand, [`OuterTile`] reads `MR` neighbours of one row.
+//! vectors and multiply them by `MR` broadcast floats. [`RowTile`] takes the vectors from a packed panel and walks along
+//! `MR` rows of the left operand; [`OuterTile`] takes the vectors and `MR` neighbouring floats from two lists of rows.
 
 use super::ZERO_ROW;
 #[cfg(target_arch = "x86_64")]
@@ -46,16 +46,19 @@ pub(super) struct RowTile<'a> {
     pub(super) residual: *const f32,
 }
 
-/// C tile = init + Σ over r of (MR floats of row r of D)ᵀ × (row r of the X panel).
+/// C tile = init + Σ over r of (MR floats of row r of D)ᵀ × (row r of X).
 pub(super) struct OuterTile {
+    /// Rows to sum over.
+    pub(super) r: usize,
     /// Row r is at `d + d_rows[r]`.
     pub(super) d: *const f32,
     pub(super) d_rows: *const usize,
-    /// `r` rows of `NV` full vectors.
+    /// Row r is at `x + x_rows[r]`.
     pub(super) x: *const f32,
-    pub(super) r: usize,
+    pub(super) x_rows: *const usize,
     pub(super) c: *mut f32,
     pub(super) ldc: usize,
+    /// Lanes in use of the last vector, of x and of the result.
     pub(super) lanes: usize,
     pub(super) accumulate: bool,
 }
@@ -141,9 +144,10 @@ unsafe fn outer_kernel<V: Vector, const MR: usize, const NV: usize>(t: &OuterTil
         }
         for r in 0..t.r {
             let d = t.d.add(*t.d_rows.add(r));
+            let row = t.x.add(*t.x_rows.add(r));
             let mut x = [V::splat(0.0); NV];
             for (j, x) in x.iter_mut().enumerate() {
-                *x = V::load(t.x.add((r * NV + j) * V::LANES));
+                *x = load::<V, NV>(row, j, t.lanes);
             }
             for i in 0..MR {
                 let a = V::splat(*d.add(i));

@@ -143,14 +143,21 @@ impl Rows<'_> {
     fn fill(&self, s: usize, rows: Range<usize>, out: &mut [usize]) {
         (self.offsets)(s, rows.clone(), out);
         let Segment { data, k } = self.segments[s];
-        // Wrapping: ZERO_ROW becomes the smallest value instead of the largest.
-        let highest = out.iter().fold(0, |highest, offset| offset.wrapping_add(1).max(highest));
+        let highest = highest(out);
         assert!(
             highest == 0 || (k <= data.len() && highest - 1 <= data.len() - k),
             "segment {s}, rows {rows:?}: a row of {k} floats starts at {} of {}",
             highest - 1,
             data.len()
         );
+    }
+}
+
+crate::multiversion! {
+    /// One more than the highest offset, 0 if all are padding.
+    fn highest(offsets: &[usize]) -> usize {
+        // Wrapping: ZERO_ROW becomes the smallest value instead of the largest.
+        offsets.iter().fold(0, |highest, offset| offset.wrapping_add(1).max(highest))
     }
 }
 

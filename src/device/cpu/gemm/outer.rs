@@ -253,75 +253,67 @@ impl Sum<'_> {
         let (sums, bias) = sums.split_at_mut(block.strips.len() * max_columns * m);
         let bias = &mut bias[..m];
         bias.fill(0.0);
-        let (offsets, scratch) = take_indices(scratch, PASS_ROWS);
+        let (x_rows, scratch) = take_indices(scratch, PASS_ROWS);
         let (dy_rows, scratch) = take_indices(scratch, PASS_ROWS);
         let panel = &mut scratch[..PASS_ROWS * max_columns];
-        let passes = rows.len().div_ceil(PASS_ROWS);
-        for pass in 0..passes.max(1) {
-            let here = part(rows.len(), passes.max(1), pass);
+        let passes = rows.len().div_ceil(PASS_ROWS).max(1);
+        for pass in 0..passes {
+            let here = part(rows.len(), passes, pass);
             let here = rows.start + here.start..rows.start + here.end;
             if block.bias && self.db.is_some() {
                 add_columns(self.dy, self.ld, here.clone(), block.m.clone(), bias);
             }
             for (strip, sums) in self.strips(block).zip(sums.chunks_exact_mut(max_columns * m)) {
-                let count = self.pack(&strip, here.clone(), offsets, dy_rows, panel);
-                self.multiply(&strip, block.m.clone(), &dy_rows[..count], panel, pass > 0, sums);
+                let (x_rows, dy_rows) = (&mut x_rows[..here.len()], &mut dy_rows[..here.len()]);
+                let (x, count) = self.list(&strip, here.clone(), x_rows, dy_rows, panel);
+                self.multiply(&strip, block.m.clone(), (x, &x_rows[..count]), &dy_rows[..count], pass > 0, sums);
             }
         }
     }
 
-    /// Copies the strip's columns of `rows` to the panel and lists where the matching rows of dY start. Returns the number
-    /// of rows: those that are padding are left out.
-    fn pack(
-        &self,
+    /// Lists where the strip's part of each of `rows` starts in the slice returned, and where the matching rows of dY
+    /// start. Also returns the number of rows: those that are padding are left out.
+    fn list<'x>(
+        &'x self,
         strip: &Strip,
         rows: Range<usize>,
-        offsets: &mut [usize],
+        x_rows: &mut [usize],
         dy_rows: &mut [usize],
-        panel: &mut [f32],
-    ) -> usize {
-        let width = self.vectors(strip.columns) * self.tiling.lanes;
-        let offsets = &mut offsets[..rows.len()];
+        panel: &'x mut [f32],
+    ) -> (&'x [f32], usize) {
         let (first, end) = strip.segments;
         if end - first > 1 {
             let mut at = 0;
             for s in first..end {
                 let segment = self.a.segments[s];
-                self.a.fill(s, rows.clone(), offsets);
-                gather(segment.data, segment.k, offsets, &mut panel[at..], width);
+                self.a.fill(s, rows.clone(), x_rows);
+                gather(segment.data, segment.k, x_rows, &mut panel[at..], strip.columns);
                 at += segment.k;
             }
-            for row in panel.chunks_exact_mut(width).take(rows.len()) {
-                row[at..].fill(0.0);
+            for (i, (r, (x_row, dy_row))) in rows.clone().zip(x_rows.iter_mut().zip(dy_rows)).enumerate() {
+                (*x_row, *dy_row) = (i * strip.columns, r * self.ld);
             }
-            for (r, dy_row) in rows.clone().zip(dy_rows.iter_mut()) {
-                *dy_row = r * self.ld;
-            }
-            return rows.len();
+            return (panel, rows.len());
         }
-        let segment = self.a.segments[first];
-        self.a.fill(first, rows.clone(), offsets);
+        self.a.fill(first, rows.clone(), x_rows);
         let mut count = 0;
-        for (&offset, r) in offsets.iter().zip(rows) {
-            if offset != ZERO_ROW {
-                let row = &mut panel[count * width..][..width];
-                let from = &segment.data[offset + strip.from..][..strip.columns];
-                row[..strip.columns].copy_from_slice(from);
-                row[strip.columns..].fill(0.0);
-                dy_rows[count] = r * self.ld;
-                count += 1;
-            }
+        for (i, r) in rows.enumerate() {
+            let offset = x_rows[i];
+            // Without a branch: what is not counted is overwritten by the next.
+            (x_rows[count], dy_rows[count]) = (offset, r * self.ld);
+            count += usize::from(offset != ZERO_ROW);
         }
-        count
+        let data = self.a.segments[first].data;
+        (&data[strip.from.min(data.len())..], count)
     }
 
-    /// `sums[i][..] (+)= Σ dy[row + i] · panel[row]`.
+    /// `sums[i][..] (+)= Σ over rows of dy[dy_row + i] · x[x_row..]`.
     fn multiply(
         &self,
         strip: &Strip,
         m: Range<usize>,
+        (x, x_rows): (&[f32], &[usize]),
         dy_rows: &[usize],
-        panel: &[f32],
         accumulate: bool,
         sums: &mut [f32],
     ) {
@@ -331,18 +323,20 @@ impl Sum<'_> {
         for tile in 0..tiles {
             let tile = part(m.len(), tiles, tile);
             let outer_tile = OuterTile {
+                r: dy_rows.len(),
                 d: self.dy[(m.start + tile.start).min(self.dy.len())..].as_ptr(),
                 d_rows: dy_rows.as_ptr(),
-                x: panel.as_ptr(),
-                r: dy_rows.len(),
+                x: x.as_ptr(),
+                x_rows: x_rows.as_ptr(),
                 c: sums[tile.start * width..tile.end * width].as_mut_ptr(),
                 ldc: width,
-                lanes: self.tiling.lanes,
+                lanes: strip.columns + self.tiling.lanes - width,
                 accumulate,
             };
             let kernel = self.tiling.outer_kernel(tile.len(), vectors);
-            // SAFETY: the level was detected. `dy` was asserted to hold m floats of every row; the panel holds a row for
-            // each of `dy_rows`; `sums` was just cut to the tile.
+            // SAFETY: the level was detected. `dy` was asserted to hold m floats of every row. The rows of x were checked
+            // by `Rows::fill` or lie in the panel, and the last vector is cut to the strip's columns. `sums` was just cut
+            // to the tile.
             unsafe { kernel(&outer_tile) };
         }
     }

@@ -296,18 +296,30 @@ impl Position {
 
 /// Copies `k` floats at each offset to rows that start `ld` apart in `out`; zeros for padding.
 pub(super) fn gather(data: &[f32], k: usize, offsets: &[usize], out: &mut [f32], ld: usize) {
-    if k == 0 {
-        return;
-    }
-    for (&offset, out) in offsets.iter().zip(out.chunks_mut(ld)) {
-        let out = &mut out[..k];
-        if offset == ZERO_ROW {
-            out.fill(0.0);
-        } else {
-            // A loop: the rows are too short for a call of memcpy to pay.
-            for (out, x) in out.iter_mut().zip(&data[offset..offset + k]) {
-                *out = *x;
+    // The rows are too short for loops or calls of memcpy to pay.
+    match k {
+        0 => {}
+        1 => gather_k::<1>(data, offsets, out, ld),
+        2 => gather_k::<2>(data, offsets, out, ld),
+        3 => gather_k::<3>(data, offsets, out, ld),
+        4 => gather_k::<4>(data, offsets, out, ld),
+        _ => {
+            for (&offset, out) in offsets.iter().zip(out.chunks_mut(ld)) {
+                if offset == ZERO_ROW {
+                    out[..k].fill(0.0);
+                } else {
+                    out[..k].copy_from_slice(&data[offset..offset + k]);
+                }
             }
+        }
+    }
+}
+
+fn gather_k<const K: usize>(data: &[f32], offsets: &[usize], out: &mut [f32], ld: usize) {
+    for (&offset, out) in offsets.iter().zip(out.chunks_mut(ld)) {
+        let from = data.get(offset..offset.wrapping_add(K)).and_then(|from| from.first_chunk::<K>());
+        if let Some(out) = out.first_chunk_mut::<K>() {
+            *out = from.copied().unwrap_or([0.0; K]);
         }
     }
 }

@@ -78,10 +78,10 @@ impl Window {
             let iy = (y * stride + kh).wrapping_sub(pad_top);
             if iy < height {
                 let line = (image * height + iy) * width;
-                for (i, out) in now.iter_mut().enumerate() {
-                    let ix = ((x + i) * stride + kw).wrapping_sub(pad_left);
-                    *out = if ix < width { (line + ix) * ld } else { ZERO_ROW };
-                }
+                // The first output pixel of the line that sees an input pixel, and the first after those.
+                let first = pad_left.saturating_sub(kw).div_ceil(stride);
+                let end = (width + pad_left).saturating_sub(kw).div_ceil(stride);
+                ramp(now, x, first..end, (line + first * stride + kw).wrapping_sub(pad_left) * ld, stride * ld);
             } else {
                 now.fill(ZERO_ROW);
             }
@@ -109,11 +109,23 @@ impl Window {
                 return now.fill(ZERO_ROW);
             }
             let line = (image * out_height + y) * out_width;
-            for (i, out) in now.iter_mut().enumerate() {
-                let x = (tx / stride + i).wrapping_sub(kw / stride);
-                *out = if x < out_width { (line + x) * ld } else { ZERO_ROW };
-            }
+            let first = kw / stride;
+            ramp(now, tx / stride, first..first + out_width, line * ld, ld);
         });
+    }
+}
+
+/// Offsets of pixels `from..` of a line: those in `seen` are `start`, `start + step`, …, the others padding.
+fn ramp(out: &mut [usize], from: usize, seen: Range<usize>, start: usize, step: usize) {
+    let first = seen.start.saturating_sub(from).min(out.len());
+    let end = seen.end.saturating_sub(from).clamp(first, out.len());
+    let (before, rest) = out.split_at_mut(first);
+    let (inside, after) = rest.split_at_mut(end - first);
+    before.fill(ZERO_ROW);
+    after.fill(ZERO_ROW);
+    let start = start + (from + first).saturating_sub(seen.start) * step;
+    for (i, out) in inside.iter_mut().enumerate() {
+        *out = start + i * step;
     }
 }
 
