@@ -5,6 +5,7 @@
 
 pub mod adam_ema;
 pub mod add;
+pub mod attention;
 pub mod conv2d;
 pub mod copy;
 pub mod grad_norm;

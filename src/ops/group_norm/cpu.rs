@@ -219,24 +219,20 @@ pub(super) fn group_norm_gradient(norm: &GroupNorm, launch: &Launch<'_>) {
     let partials = launch.scratch();
     let partial_len = partial_sums(norm);
 
-    let per_image = |i: usize, dx1: &mut [f32], dx2: &mut [f32], partial: &mut [f32], scratch: &mut [f32]| {
-        let (dy_len, statistics_len) = (norm.pixels() * norm.total_channels(), 2 * norm.groups);
-        let (dy, statistics) = (&dy[i * dy_len..][..dy_len], &statistics[i * statistics_len..][..statistics_len]);
-        let targets = [Target { dx: dx1, adds: adds[0] }, Target { dx: dx2, adds: adds[1] }];
-        backward(&inputs.image(i), dy, statistics, targets, partial, scratch);
-    };
     let [len1, len2] = norm.channels.map(|c| norm.pixels() * c);
-    let pool = launch.pool();
-    if two {
-        let (dx1, dx2) = (launch.output(0), launch.output(1));
-        pool.for_chunks3((dx1, len1), (dx2, len2), (partials, partial_len), |i, dx1, dx2, partial, scratch| {
-            per_image(i, dx1, dx2, partial, scratch);
-        });
-    } else {
-        pool.for_chunks2((launch.output(0), len1), (partials, partial_len), |i, dx, partial, scratch| {
-            per_image(i, dx, &mut [], partial, scratch);
-        });
-    }
+    let dx1 = launch.output(0);
+    let dx2 = if two { launch.output(1) } else { &mut [] };
+    launch.pool().for_chunks3(
+        (dx1, len1),
+        (dx2, len2),
+        (&mut *partials, partial_len),
+        |i, dx1, dx2, partial, scratch| {
+            let (dy_len, statistics_len) = (norm.pixels() * norm.total_channels(), 2 * norm.groups);
+            let (dy, statistics) = (&dy[i * dy_len..][..dy_len], &statistics[i * statistics_len..][..statistics_len]);
+            let targets = [Target { dx: dx1, adds: adds[0] }, Target { dx: dx2, adds: adds[1] }];
+            backward(&inputs.image(i), dy, statistics, targets, partial, scratch);
+        },
+    );
     add_up_images(norm, partials, launch);
 }
 

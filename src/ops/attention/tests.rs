@@ -1,0 +1,217 @@
+//! The reference is the formula written out in f64; its gradients are central differences.
+
+use super::attention;
+use crate::ops::add::add;
+use crate::ops::testing::{Case, Input, Outcome, assert_close, random};
+use safetensors::SafeTensors;
+
+/// Shape of a case: q, k and v are [images, height, width, channels] each.
+#[derive(Clone, Copy)]
+struct Setup {
+    images: usize,
+    height: usize,
+    width: usize,
+    channels: usize,
+    heads: usize,
+    /// Standard deviation of q, k and v.
+    size: f32,
+}
+
+impl Setup {
+    fn new(images: usize, [height, width]: [usize; 2], channels: usize, heads: usize) -> Setup {
+        Setup { images, height, width, channels, heads, size: 1.0 }
+    }
+
+    fn tokens(&self) -> usize {
+        self.height * self.width
+    }
+
+    fn elements(&self) -> usize {
+        self.images * self.tokens() * self.channels
+    }
+
+    fn qkv(&self) -> Vec<f32> {
+        random(1, 3 * self.elements()).iter().map(|x| x * self.size).collect()
+    }
+
+    fn case(&self) -> Case {
+        let shape = [self.images, self.height, self.width, 3 * self.channels];
+        Case::new(vec![Input::f32("qkv", shape, &self.qkv())])
+    }
+
+    fn run(&self, dy: &[f32]) -> Outcome {
+        self.case().run(dy, |tape, v| attention(tape, v[0], self.heads))
+    }
+
+    /// o of one image.
+    fn reference(&self, qkv: &[f64]) -> Vec<f64> {
+        let (t, c, d) = (self.tokens(), self.channels, self.channels / self.heads);
+        let at = |token: usize, part: usize, channel: usize| qkv[token * 3 * c + part * c + channel];
+        let mut o = vec![0.0; t * c];
+        for head in 0..self.heads {
+            let own = head * d..(head + 1) * d;
+            for i in 0..t {
+                let scores: Vec<f64> = (0..t)
+                    .map(|j| own.clone().map(|e| at(i, 0, e) * at(j, 1, e)).sum::<f64>() / (d as f64).sqrt())
+                    .collect();
+                let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                for e in own.clone() {
+                    let weighted = |j: usize| (scores[j] - max).exp() / sum * at(j, 2, e);
+                    o[i * c + e] = (0..t).map(weighted).sum();
+                }
+            }
+        }
+        o
+    }
+
+    /// Compares the output, and the gradient of every `stride`-th element of each image.
+    fn check(&self, ulps: f64, stride: usize) {
+        let dy = random(9, self.elements());
+        let found = self.run(&dy);
+        let gradient = found.gradient("qkv");
+        let qkv = self.qkv();
+        let (mut y, mut exact, mut sampled) = (vec![], vec![], vec![]);
+        let (qkv_len, o_len) = (qkv.len() / self.images, dy.len() / self.images);
+        for image in 0..self.images {
+            let mut own: Vec<f64> = qkv[image * qkv_len..][..qkv_len].iter().copied().map(f64::from).collect();
+            let dy = &dy[image * o_len..][..o_len];
+            y.extend(self.reference(&own));
+            for e in (image..qkv_len).step_by(stride) {
+                let (value, step) = (own[e], 1e-5);
+                let mut loss = |x: f64| -> f64 {
+                    own[e] = x;
+                    self.reference(&own).iter().zip(dy).map(|(y, dy)| y * f64::from(*dy)).sum()
+                };
+                exact.push((loss(value + step) - loss(value - step)) / (2.0 * step));
+                loss(value);
+                sampled.push(gradient[image * qkv_len + e]);
+            }
+        }
+        assert_close("o", &found.y, y, ulps);
+        assert_close("dqkv", &sampled, exact, ulps);
+    }
+}
+
+/// A score of size s is rounded to s·ε (with a few roundings more in its sum), and so is its probability. These are below 8.
+const ULPS: f64 = 32.0;
+
+#[test]
+fn one_token_is_v() {
+    let setup = Setup::new(2, [1, 1], 20, 2);
+    let qkv = setup.qkv();
+    let dy = random(9, 40);
+    let found = setup.run(&dy);
+    for image in 0..2 {
+        assert_eq!(found.y[image * 20..][..20], qkv[image * 60 + 40..][..20]);
+        let gradient = &found.gradient("qkv")[image * 60..][..60];
+        assert_eq!(gradient[40..], dy[image * 20..][..20]);
+        // p = 1, dp = do·v, which the softmax takes away but for its rounding.
+        assert!(gradient[..40].iter().all(|x| x.abs() < 1e-5), "{gradient:?}");
+    }
+}
+
+#[test]
+fn few_tokens() {
+    for heads in [1, 2, 4] {
+        Setup::new(2, [1, 5], 20, heads).check(ULPS, 1);
+    }
+    Setup::new(2, [3, 4], 30, 3).check(ULPS, 1);
+}
+
+#[test]
+fn an_odd_number_of_tokens() {
+    for heads in [1, 2] {
+        Setup::new(2, [7, 7], 32, heads).check(ULPS, 23);
+    }
+    Setup::new(1, [5, 13], 24, 3).check(ULPS, 23);
+}
+
+#[test]
+fn many_tokens() {
+    Setup::new(1, [16, 16], 32, 1).check(ULPS, 701);
+    Setup::new(1, [16, 16], 20, 2).check(ULPS, 701);
+}
+
+/// More than one block of queries, the last of them short.
+#[test]
+fn several_blocks_of_queries() {
+    Setup::new(1, [25, 43], 8, 1).check(ULPS, 1301);
+}
+
+/// Scores near ±1000: e^score is no f32, and a score's rounding is about a hundred times that of a score near 10.
+#[test]
+fn large_scores() {
+    let setup = Setup { size: 15.0, ..Setup::new(2, [3, 4], 20, 1) };
+    setup.check(1024.0, 1);
+}
+
+#[test]
+fn adds_to_a_gradient_that_is_there() {
+    // q, k and v are read twice.
+    for setup in [Setup::new(2, [7, 7], 32, 2), Setup::new(1, [25, 43], 8, 1)] {
+        let dy = random(9, setup.elements());
+        let twice = setup.case().run(&dy, |tape, v| {
+            let a = attention(tape, v[0], setup.heads);
+            let b = attention(tape, v[0], 1);
+            add(tape, a, b)
+        });
+        let [a, b] = [setup.heads, 1].map(|heads| Setup { heads, ..setup }.run(&dy).gradient("qkv"));
+        let sum = a.iter().zip(&b).map(|(a, b)| f64::from(*a) + f64::from(*b));
+        assert_close("dqkv", &twice.gradient("qkv"), sum, 8.0);
+    }
+}
+
+#[test]
+fn equal_bits_at_any_number_of_threads() {
+    let setup = Setup::new(5, [7, 9], 24, 2);
+    let dy = random(9, setup.elements());
+    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let run = |threads| {
+        let found = setup.case().threads(threads).run(&dy, |tape, v| attention(tape, v[0], setup.heads));
+        (bits(&found.y), bits(&found.gradient("qkv")))
+    };
+    let one = run(1);
+    for threads in [2, 3] {
+        assert_eq!(one, run(threads), "{threads} threads");
+    }
+}
+
+/// PyTorch in f64, rounded to f32; made by tests/reference/ops.py.
+#[test]
+fn matches_pytorch() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference");
+    let bytes = std::fs::read(format!("{folder}/ops.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let cases: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(format!("{folder}/cases.json")).unwrap()).unwrap();
+    let mut seen = 0;
+    for (name, attributes) in cases.as_object().unwrap() {
+        if attributes["op"] != "attention" {
+            continue;
+        }
+        seen += 1;
+        let tensor = |key: &str| {
+            let view = tensors.tensor(&format!("{name}/{key}")).unwrap();
+            let floats = view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+            (view.shape().to_vec(), floats.collect::<Vec<f32>>())
+        };
+        let (shape, q) = tensor("q");
+        let [n, t, c] = shape[..] else { panic!("{name}: {shape:?}") };
+        // Three tensors as one, row by row.
+        let side_by_side = |parts: [Vec<f32>; 3]| -> Vec<f32> {
+            (0..n * t).flat_map(|row| parts.each_ref().map(|x| x[row * c..][..c].to_vec()).concat()).collect()
+        };
+        let qkv = side_by_side([q, tensor("k").1, tensor("v").1]);
+        let heads = attributes["heads"].as_u64().unwrap() as usize;
+        let found = Case::new(vec![Input::f32("qkv", [n, t, 3 * c], &qkv)])
+            .run(&tensor("dy").1, |tape, v| attention(tape, v[0], heads));
+        // Scores are a hundred times larger, and so are their roundings.
+        let ulps = if name.contains("sharp") { 1024.0 } else { ULPS };
+        assert_close(&format!("{name} o"), &found.y, tensor("y").1.into_iter().map(f64::from), ulps);
+        let exact = side_by_side(["dq", "dk", "dv"].map(|key| tensor(key).1));
+        let exact = exact.into_iter().map(f64::from);
+        assert_close(&format!("{name} dqkv"), &found.gradient("qkv"), exact, ulps);
+    }
+    assert_eq!(seen, 7, "cases in the file");
+}
