@@ -35,7 +35,10 @@ impl ArrayHeader {
             _ => return Err(shape_fault(format!("{dims:?}"))),
         };
         if n == 0 {
-            return Err(Fault::Empty { found: format!("the shape {dims:?}"), help: "take the file that holds the images" });
+            return Err(Fault::Empty {
+                found: format!("the shape {dims:?}"),
+                help: "take the file that holds the images",
+            });
         }
         if h == 0 || w == 0 {
             return Err(shape_fault(format!("{dims:?} (images without pixels)")));

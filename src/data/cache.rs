@@ -72,26 +72,30 @@ pub(super) struct Request<'a> {
     pub key: Hash,
     /// Bytes that will be needed at most.
     pub bytes: u64,
-    /// `data.cache_dir`.
-    pub dir: Option<&'a Path>,
+    /// Where the cache goes; `None` keeps pixels in memory.
+    pub dir: Option<PathBuf>,
+    /// `dir` is what the user asked for: not being able to write there is an error.
+    pub required: bool,
     pub progress: &'a dyn Progress,
 }
 
+/// Decodes everything into a sink; called again if the first place for the pixels turns out to be unusable.
+pub(super) type Build<'a> = &'a dyn Fn(&mut Sink) -> Result<Built, DataError>;
+
 /// Takes pixels in order while they are decoded.
-pub(super) struct Sink {
-    output: Output,
+pub(super) struct Sink<'a> {
+    output: Output<'a>,
     hasher: BlockHasher,
-    len: u64,
 }
 
-enum Output {
-    File { file: File, path: PathBuf, bytes: u64 },
-    Memory(Vec<u8>),
+enum Output<'a> {
+    File { file: &'a File, path: &'a Path, bytes: u64 },
+    Memory(&'a mut Vec<u8>),
 }
 
-impl Sink {
-    fn new(output: Output) -> Sink {
-        Sink { output, hasher: BlockHasher::default(), len: 0 }
+impl<'a> Sink<'a> {
+    fn new(output: Output<'a>) -> Sink<'a> {
+        Sink { output, hasher: BlockHasher::default() }
     }
 
     pub fn append(&mut self, pixels: &[u8]) -> Result<(), DataError> {
@@ -102,8 +106,24 @@ impl Sink {
             Output::Memory(vec) => vec.extend_from_slice(pixels),
         }
         self.hasher.update(pixels);
-        self.len += pixels.len() as u64;
         Ok(())
+    }
+
+    fn finish(self, request: &Request, built: Built) -> Header {
+        let Built { count, shape, fingerprint, skipped, skipped_names } = built;
+        let pixels = self.hasher.finish();
+        let fingerprint = hex(&fingerprint(&pixels));
+        let source = request.source.display().to_string();
+        Header {
+            key: hex(&request.key),
+            source,
+            count,
+            shape,
+            pixels: hex(&pixels),
+            fingerprint,
+            skipped,
+            skipped_names,
+        }
     }
 }
 
@@ -122,7 +142,7 @@ fn cache_error<'a>(path: &'a Path, action: &'static str, bytes: u64) -> impl FnO
 }
 
 /// `$XDG_CACHE_HOME/ddpm-dist`, else `~/.cache/ddpm-dist`.
-fn user_cache_dir() -> Option<PathBuf> {
+pub(super) fn user_cache_dir() -> Option<PathBuf> {
     let dir = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|home| home.join(".cache"))).map(|dir| dir.join("ddpm-dist"))
 }
@@ -130,39 +150,32 @@ fn user_cache_dir() -> Option<PathBuf> {
 /// Opens the cache, or builds it with `build` if it is absent, of other content or damaged.
 ///
 /// # Errors
-/// Those of `build`; [`DataError::CacheDir`] if `data.cache_dir` is given and cannot be written (without it the pixels
-/// then stay in memory, with a notice).
-pub(super) fn open_or_build(
-    request: &Request,
-    build: &dyn Fn(&mut Sink) -> Result<Built, DataError>,
-) -> Result<Cached, DataError> {
-    let memory = |why: &dyn std::fmt::Display| {
-        let dir = "set data.cache_dir to a writable directory to decode only once";
-        request.progress.notice(&format!("no data cache ({why}): pixels are kept in memory; {dir}"));
-        let mut sink = Sink::new(Output::Memory(Vec::new()));
-        let built = build(&mut sink)?;
-        let header = header_of(request, built, &sink.len, sink.hasher)?;
-        let Output::Memory(vec) = sink.output else { return Err(DataError::Stopped) };
-        Ok(Cached { header, bytes: Bytes::Memory(vec), offset: 0 })
+/// Those of `build`; [`DataError::CacheDir`] if the required directory cannot be written (one that is not required is then
+/// done without: pixels stay in memory, with a notice).
+pub(super) fn open_or_build(request: &Request, build: Build) -> Result<Cached, DataError> {
+    let Some(dir) = &request.dir else {
+        return in_memory(request, build, "neither XDG_CACHE_HOME nor HOME is set");
     };
-    let dir = match (request.dir, user_cache_dir()) {
-        (Some(dir), _) => dir.to_path_buf(),
-        (None, Some(dir)) => dir,
-        (None, None) => return memory(&"neither XDG_CACHE_HOME nor HOME is set"),
-    };
-    match in_dir(&dir, request, build) {
-        Err(DataError::CacheDir { path, action, source, .. }) if request.dir.is_none() => {
-            memory(&format!("cannot {action} at {}: {source}", path.display()))
+    match in_dir(dir, request, build) {
+        Err(DataError::CacheDir { path, action, source, .. }) if !request.required => {
+            in_memory(request, build, &format!("cannot {action} at {}: {source}", path.display()))
         }
         result => result,
     }
 }
 
-fn in_dir(
-    dir: &Path,
-    request: &Request,
-    build: &dyn Fn(&mut Sink) -> Result<Built, DataError>,
-) -> Result<Cached, DataError> {
+fn in_memory(request: &Request, build: Build, why: &str) -> Result<Cached, DataError> {
+    request.progress.notice(&format!(
+        "no data cache ({why}): pixels are kept in memory; set data.cache_dir to a writable directory to decode only once"
+    ));
+    let mut pixels = Vec::new();
+    let mut sink = Sink::new(Output::Memory(&mut pixels));
+    let built = build(&mut sink)?;
+    let header = sink.finish(request, built);
+    Ok(Cached { header, bytes: Bytes::Memory(pixels), offset: 0 })
+}
+
+fn in_dir(dir: &Path, request: &Request, build: Build) -> Result<Cached, DataError> {
     let path = dir.join(file_name(request));
     // A valid cache is used wherever it lies, even where nothing can be written.
     if let Ok(cached) = open(&path, request) {
@@ -208,8 +221,10 @@ fn unique() -> String {
 fn file_name(request: &Request) -> String {
     use std::os::unix::ffi::OsStrExt;
     let source = fs::canonicalize(request.source).unwrap_or_else(|_| request.source.to_path_buf());
-    let hash = Sha256::new().chain_update(source.as_os_str().as_bytes()).chain_update([0]).chain_update(&request.options);
-    let stem: String = source.file_name().map(|name| name.to_string_lossy()).unwrap_or_default().chars().take(40).collect();
+    let hash =
+        Sha256::new().chain_update(source.as_os_str().as_bytes()).chain_update([0]).chain_update(&request.options);
+    let stem: String =
+        source.file_name().map(|name| name.to_string_lossy()).unwrap_or_default().chars().take(40).collect();
     let stem = stem.replace(|c: char| !c.is_ascii_alphanumeric() && c != '-' && c != '_', "_");
     format!("{stem}-{}.pixels", hex(&hash.finalize()[..8]))
 }
@@ -240,28 +255,13 @@ fn remove_abandoned(dir: &Path, path: &Path) {
     }
 }
 
-fn header_of(request: &Request, built: Built, len: &u64, hasher: BlockHasher) -> Result<Header, DataError> {
-    let Built { count, shape, fingerprint, skipped, skipped_names } = built;
-    let pixels = hasher.finish();
-    debug_assert_eq!(*len, count * shape.iter().product::<usize>() as u64);
-    let fingerprint = hex(&fingerprint(&pixels));
-    let source = request.source.display().to_string();
-    Ok(Header { key: hex(&request.key), source, count, shape, pixels: hex(&pixels), fingerprint, skipped, skipped_names })
-}
-
-fn write(
-    path: &Path,
-    request: &Request,
-    build: &dyn Fn(&mut Sink) -> Result<Built, DataError>,
-) -> Result<(), DataError> {
+fn write(path: &Path, request: &Request, build: Build) -> Result<(), DataError> {
     let error = |action| cache_error(path, action, request.bytes);
     let mut file = fs::OpenOptions::new().write(true).create_new(true).open(path).map_err(error("create the cache"))?;
     file.seek(SeekFrom::Start(PAYLOAD as u64)).map_err(error("write the cache"))?;
-    let mut sink = Sink::new(Output::File { file, path: path.to_path_buf(), bytes: request.bytes });
+    let mut sink = Sink::new(Output::File { file: &file, path, bytes: request.bytes });
     let built = build(&mut sink)?;
-    let Output::File { mut file, .. } = sink.output else { return Err(DataError::Stopped) };
-    let header = header_of(request, built, &sink.len, sink.hasher)?;
-    let start = encode(&header).map_err(error("write the header of the cache"))?;
+    let start = encode(&sink.finish(request, built)).map_err(error("write the header of the cache"))?;
     file.seek(SeekFrom::Start(0)).map_err(error("write the cache"))?;
     file.write_all(&start).map_err(error("write the cache"))?;
     file.sync_all().map_err(error("sync the cache"))
@@ -330,4 +330,84 @@ fn open(path: &Path, request: &Request) -> Result<Cached, Miss> {
         return Err(other("is damaged (digest of the pixels)"));
     }
     Ok(Cached { header, bytes: Bytes::Mapped(map), offset: PAYLOAD })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::data::Phase;
+
+    #[derive(Default)]
+    struct Notices(Mutex<Vec<String>>);
+
+    impl Progress for Notices {
+        fn update(&self, _: Phase, _: u64, _: u64) {}
+        fn notice(&self, message: &str) {
+            self.0.lock().unwrap().push(message.to_string());
+        }
+    }
+
+    /// Two images of [1, 2, 1].
+    fn build(sink: &mut Sink) -> Result<Built, DataError> {
+        sink.append(&[1, 2])?;
+        sink.append(&[3, 4])?;
+        let fingerprint = Box::new(|pixels: &Hash| *pixels);
+        Ok(Built { count: 2, shape: [1, 2, 1], fingerprint, skipped: 0, skipped_names: Vec::new() })
+    }
+
+    #[test]
+    fn without_a_writable_directory_of_its_own_choice_pixels_stay_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), b"").unwrap();
+        for cache in [None, Some(dir.path().join("file/cache"))] {
+            let notices = Notices::default();
+            let source = dir.path();
+            let key = [7; 32];
+            let request = Request {
+                source,
+                options: String::new(),
+                key,
+                bytes: 4,
+                dir: cache,
+                required: false,
+                progress: &notices,
+            };
+            let cached = open_or_build(&request, &build).unwrap();
+            assert!(matches!(cached.bytes, Bytes::Memory(_)));
+            assert_eq!((&cached.bytes[cached.offset..], cached.header.count), (&[1, 2, 3, 4][..], 2));
+            assert!(notices.0.lock().unwrap()[0].contains("kept in memory"));
+            let required = Request { required: true, ..request };
+            if required.dir.is_some() {
+                assert!(matches!(open_or_build(&required, &build), Err(DataError::CacheDir { .. })));
+            }
+        }
+    }
+
+    #[test]
+    fn a_temporary_file_is_removed_only_when_it_is_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let request = Request {
+            source: dir.path(),
+            options: String::new(),
+            key: [7; 32],
+            bytes: 4,
+            dir: Some(dir.path().join("cache")),
+            required: true,
+            progress: &(),
+        };
+        let name = file_name(&request);
+        std::fs::create_dir(dir.path().join("cache")).unwrap();
+        let [old, young, other] = [format!("{name}.1-2-3.tmp"), format!("{name}.4-5-6.tmp"), "other.1.tmp".to_string()]
+            .map(|name| dir.path().join("cache").join(name));
+        for path in [&old, &young, &other] {
+            let file = File::create(path).unwrap();
+            if path != &young {
+                file.set_modified(SystemTime::now() - 2 * ABANDONED).unwrap();
+            }
+        }
+        open_or_build(&request, &build).unwrap();
+        assert_eq!((old.exists(), young.exists(), other.exists()), (false, true, true));
+    }
 }

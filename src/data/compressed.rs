@@ -104,7 +104,8 @@ impl Container {
             return Err(DataError::malformed(path)(Fault::Empty { found, help: "write it with numpy.savez(path, x)" }));
         };
         if let (Some(progress), true) = (progress, arrays.len() > 1) {
-            let text = format!("{}: the images are taken from the array {chosen} of {}", path.display(), arrays.join(", "));
+            let text =
+                format!("{}: the images are taken from the array {chosen} of {}", path.display(), arrays.join(", "));
             progress.notice(&text);
         }
         let mut member = archive.by_name(&chosen).map_err(damaged)?;

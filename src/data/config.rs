@@ -51,7 +51,7 @@ pub struct DataConfig {
     pub channels: Option<usize>,
     /// Each image is mirrored left to right with probability ½ whenever it is used.
     pub flip: bool,
-    /// Where decoded pixels are cached; if not given, `ddpm-dist` in the user's cache folder (`$XDG_CACHE_HOME`, else
+    /// Where decoded pixels are cached (`~/` is the home folder); if not given, `ddpm-dist` in the user's cache folder (`$XDG_CACHE_HOME`, else
     /// `~/.cache`), and where that cannot be written pixels are kept in memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache_dir: Option<PathBuf>,
@@ -166,7 +166,7 @@ impl DataConfig {
 }
 
 /// `~/x` → `$HOME/x`; anything else, or no `$HOME`, as it is.
-fn expand_home(path: &Path) -> PathBuf {
+pub(super) fn expand_home(path: &Path) -> PathBuf {
     match (path.strip_prefix("~"), std::env::var_os("HOME")) {
         (Ok(rest), Some(home)) if !home.is_empty() => PathBuf::from(home).join(rest),
         _ => path.to_path_buf(),

@@ -10,6 +10,7 @@ use super::array::{ArrayHeader, MAX_HEADER, Parse};
 use super::cache::{self, Cached, Request};
 use super::cifar10;
 use super::compressed::Container;
+use super::config::expand_home;
 use super::folder::{Folder, Skipped};
 use super::picture::Target;
 use super::pixels::{Bytes, FieldHasher, Hash, digest, hex, map};
@@ -40,13 +41,17 @@ pub struct Dataset {
     store: Store,
     fingerprint: Hash,
     skipped: Skipped,
-    /// Decodes pictures when they are needed.
-    pool: ThreadPool,
+    /// Threads that decode pictures, where they are decoded when they are needed.
+    pool: Option<ThreadPool>,
 }
 
 enum Store {
     /// [N, H, W, C] from `offset` on.
-    Array { bytes: Bytes, offset: usize, storage: Storage },
+    Array {
+        bytes: Bytes,
+        offset: usize,
+        storage: Storage,
+    },
     /// Batches with the numbers of their first images.
     Cifar10(Vec<(u64, Mmap)>),
     Folder(Folder, Target),
@@ -94,6 +99,7 @@ impl Dataset {
             Source::Images(folder) => Opened::images(folder, config, progress),
         })?;
         let Opened { len, shape, store, fingerprint, skipped } = opened;
+        let pool = matches!(store, Store::Folder(..)).then_some(pool);
         Ok(Dataset { path, len, shape, store, fingerprint, skipped, pool })
     }
 
@@ -176,12 +182,12 @@ impl Dataset {
     pub fn images(&self, indices: &[u64], out: &mut [u8]) -> Result<(), DataError> {
         let image = self.image_bytes();
         assert_eq!(out.len(), indices.len() * image, "the bytes of the images");
-        if self.storage() == Storage::OnDemand {
+        if let Some(pool) = &self.pool {
             let decode = || {
                 let one = |(i, out): (&u64, &mut [u8])| self.image(*i, out).err();
                 indices.par_iter().zip(out.par_chunks_exact_mut(image)).map(one).find_first(Option::is_some).flatten()
             };
-            return self.pool.install(decode).map_or(Ok(()), Err);
+            return pool.install(decode).map_or(Ok(()), Err);
         }
         indices.iter().zip(out.chunks_exact_mut(image)).try_for_each(|(i, out)| self.image(*i, out))
     }
@@ -297,10 +303,11 @@ fn request<'a>(
     options: String,
     key: Hash,
     bytes: u64,
-    config: &'a DataConfig,
+    config: &DataConfig,
     progress: &'a dyn Progress,
 ) -> Request<'a> {
-    Request { source, options, key, bytes, dir: config.cache_dir.as_deref(), progress }
+    let dir = config.cache_dir.as_deref().map(expand_home).or_else(cache::user_cache_dir);
+    Request { source, options, key, bytes, dir, required: config.cache_dir.is_some(), progress }
 }
 
 /// Formats with a shape of their own: `data.size` and `data.channels` must agree with it if they are given.

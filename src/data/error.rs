@@ -37,7 +37,9 @@ pub enum Fault {
     )]
     Records { record: usize, found: u64 },
     /// A CIFAR-10 label above 9.
-    #[error("record {record} has label {found}, expected 0 to 9; not a CIFAR-10 binary batch (CIFAR-100 is not supported)")]
+    #[error(
+        "record {record} has label {found}, expected 0 to 9; not a CIFAR-10 binary batch (CIFAR-100 is not supported)"
+    )]
     Label { record: u64, found: u8 },
     /// No images at all.
     #[error("no images: expected at least one, found {found}; {help}")]

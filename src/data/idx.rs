@@ -8,7 +8,8 @@ const HELP: &str = "the images are in the file whose name has \"images-idx3-ubyt
 /// Reads the header from the first bytes of a file.
 pub(super) fn parse(head: &[u8]) -> Result<ArrayHeader, Fault> {
     let expected = "the bytes 00 00 08 03 (u8, three dimensions)";
-    let magic = |found: String| Fault::Magic { format: "an IDX image file", expected: expected.to_string(), found, help: HELP };
+    let magic =
+        |found: String| Fault::Magic { format: "an IDX image file", expected: expected.to_string(), found, help: HELP };
     let Some((&[zero0, zero1, dtype, rank], rest)) = head.split_first_chunk::<4>() else {
         return Err(magic(format!("{} bytes in all", head.len())));
     };

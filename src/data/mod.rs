@@ -24,6 +24,8 @@ mod picture;
 mod pixels;
 mod progress;
 mod source;
+#[cfg(test)]
+mod tests;
 mod units;
 
 pub use config::{DataConfig, Format, OnBadImage};

@@ -58,7 +58,10 @@ impl Entries {
             cursor.expect(b':')?;
             match key.as_str() {
                 "descr" if cursor.peek() == Some(b'[') => {
-                    return Err(Fault::Dtype { found: "a structured type".into(), help: "save the field that is the images" });
+                    return Err(Fault::Dtype {
+                        found: "a structured type".into(),
+                        help: "save the field that is the images",
+                    });
                 }
                 "descr" => descr = Some(cursor.string()?),
                 "fortran_order" => fortran_order = Some(cursor.boolean()?),

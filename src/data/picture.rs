@@ -38,7 +38,8 @@ pub(super) fn probe(bytes: &[u8]) -> Result<ImageSize, Fault> {
     guard(|| {
         let mut decoder = decoder(bytes)?;
         let (width, height) = decoder.dimensions();
-        let (height, width) = if swaps_sides(decoder.orientation().map_err(undecodable)?) { (width, height) } else { (height, width) };
+        let (height, width) =
+            if swaps_sides(decoder.orientation().map_err(undecodable)?) { (width, height) } else { (height, width) };
         Ok(ImageSize { height: height as usize, width: width as usize })
     })
 }

@@ -70,7 +70,8 @@ fn detect_file(path: &Path, format: Format) -> Result<Source, DataError> {
     let zip = head.starts_with(b"PK");
     let file = path.to_path_buf();
     let unrecognised = |expected, help: &str| {
-        let found = if head.is_empty() { "an empty file".into() } else { format!("a file that starts with {head:02x?}") };
+        let found =
+            if head.is_empty() { "an empty file".into() } else { format!("a file that starts with {head:02x?}") };
         Err(DataError::Unrecognised { path: path.to_path_buf(), expected, found, help: help.into() })
     };
     match format {
