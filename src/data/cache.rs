@@ -20,6 +20,8 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -258,10 +260,18 @@ fn remove_abandoned(dir: &Path, path: &Path) {
 fn write(path: &Path, request: &Request, build: Build) -> Result<(), DataError> {
     let error = |action| cache_error(path, action, request.bytes);
     let mut file = fs::OpenOptions::new().write(true).create_new(true).open(path).map_err(error("create the cache"))?;
+    // A disk that is too full is found out now and not after an hour of decoding. Not every file system can reserve.
+    let reserved = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, PAYLOAD as u64 + request.bytes);
+    if let Err(full @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) = reserved {
+        return Err(error("reserve space for the cache")(full.into()));
+    }
     file.seek(SeekFrom::Start(PAYLOAD as u64)).map_err(error("write the cache"))?;
     let mut sink = Sink::new(Output::File { file: &file, path, bytes: request.bytes });
     let built = build(&mut sink)?;
     let start = encode(&sink.finish(request, built)).map_err(error("write the header of the cache"))?;
+    // Skipped pictures leave reserved space over.
+    let end = file.stream_position().map_err(error("write the cache"))?;
+    file.set_len(end).map_err(error("write the cache"))?;
     file.seek(SeekFrom::Start(0)).map_err(error("write the cache"))?;
     file.write_all(&start).map_err(error("write the cache"))?;
     file.sync_all().map_err(error("sync the cache"))

@@ -23,6 +23,7 @@ mod order;
 mod picture;
 mod pixels;
 mod progress;
+mod resize;
 mod source;
 #[cfg(test)]
 mod tests;

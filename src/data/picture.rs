@@ -3,11 +3,10 @@
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use image::imageops::{self, FilterType};
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageBuffer, ImageDecoder, ImageFormat, ImageReader, Limits, Pixel};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-use super::{Fault, ImageSize, jpeg};
+use super::{Fault, ImageSize, jpeg, resize};
 
 /// What every picture becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,10 +62,11 @@ pub(super) fn decode(bytes: &[u8], target: Target, out: &mut [u8]) -> Result<(),
         if picture.color().has_alpha() {
             picture = over_white(picture);
         }
-        match target.channels {
-            1 => fit(picture.into_luma8(), target.size, out),
-            _ => fit(picture.into_rgb8(), target.size, out),
-        }
+        let pixels = match target.channels {
+            1 => picture.into_luma8().into_raw(),
+            _ => picture.into_rgb8().into_raw(),
+        };
+        resize::cover(&pixels, size, target.channels, target.size, out);
         Ok(())
     })
 }
@@ -110,29 +110,4 @@ fn over_white(picture: DynamicImage) -> DynamicImage {
         pixel.0[3] = 255;
     }
     DynamicImage::ImageRgba8(rgba)
-}
-
-/// Scales to cover `size`, crops at the centre, writes `[H, W, C]`.
-fn fit<P: Pixel<Subpixel = u8> + 'static>(picture: ImageBuffer<P, Vec<u8>>, size: ImageSize, out: &mut [u8]) {
-    let (width, height) = (picture.width() as u64, picture.height() as u64);
-    let (target_width, target_height) = (size.width as u64, size.height as u64);
-    // The side that is relatively shorter gets the target's length exactly, the other is rounded and not shorter.
-    let rounded = |side: u64, numerator: u64, denominator: u64| (side * numerator + denominator / 2) / denominator;
-    let (scaled_width, scaled_height) = if width * target_height >= height * target_width {
-        (rounded(width, target_height, height).max(target_width), target_height)
-    } else {
-        (target_width, rounded(height, target_width, width).max(target_height))
-    };
-    let scaled = if (scaled_width, scaled_height) == (width, height) {
-        picture
-    } else {
-        imageops::resize(&picture, scaled_width as u32, scaled_height as u32, FilterType::Lanczos3)
-    };
-    let channels = usize::from(P::CHANNEL_COUNT);
-    let left = (scaled_width - target_width) as usize / 2;
-    let top = (scaled_height - target_height) as usize / 2;
-    let rows = scaled.as_raw().chunks_exact(scaled_width as usize * channels).skip(top);
-    for (from, to) in rows.zip(out.chunks_exact_mut(size.width * channels)) {
-        to.copy_from_slice(&from[left * channels..(left + size.width) * channels]);
-    }
 }
