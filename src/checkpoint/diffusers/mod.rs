@@ -1,0 +1,1 @@
+//! diffusers directories (being written)
