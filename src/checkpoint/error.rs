@@ -57,8 +57,8 @@ pub enum CheckpointError {
         /// Hash of what is on the disk.
         found: String,
     },
-    /// A shard's safetensors header disagrees with the manifest.
-    #[error("{} does not hold what its manifest says: {reason}", path.display())]
+    /// A safetensors file is garbled, or disagrees with its manifest.
+    #[error("{} is damaged: {reason}", path.display())]
     Shard {
         /// The shard.
         path: PathBuf,
