@@ -1,5 +1,6 @@
 //! The `[checkpoint]` section of a config.
 
+use crate::config::OutOfRange;
 use serde::{Deserialize, Serialize};
 
 /// When a run saves its state and what it keeps.
@@ -22,20 +23,6 @@ impl Default for CheckpointConfig {
     }
 }
 
-/// A value of `[checkpoint]` that cannot be meant.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("checkpoint.{key} = {found} is out of range: expected {expected}, because {why}")]
-pub struct CheckpointConfigError {
-    /// The key without its section.
-    pub key: &'static str,
-    /// What the config says.
-    pub found: u64,
-    /// What it may say.
-    pub expected: String,
-    /// The reason.
-    pub why: &'static str,
-}
-
 impl CheckpointConfig {
     /// Whether the state after `step` steps is saved by interval.
     pub fn is_due(&self, step: u64) -> bool {
@@ -43,27 +30,19 @@ impl CheckpointConfig {
     }
 
     /// Refuses what would lose state or keep nothing that was asked for.
-    pub fn validate(&self) -> Result<(), CheckpointConfigError> {
-        if self.keep == 0 {
-            return Err(CheckpointConfigError {
-                key: "keep",
-                found: 0,
-                expected: "1 or more".into(),
-                why: "a run must be able to resume from its newest checkpoint",
-            });
-        }
-        if self.keep_every != 0 && (self.every == 0 || !self.keep_every.is_multiple_of(self.every)) {
-            return Err(CheckpointConfigError {
-                key: "keep_every",
-                found: self.keep_every,
-                expected: match self.every {
-                    0 => "0 while checkpoint.every is 0".into(),
-                    every => format!("0 or a multiple of checkpoint.every = {every}"),
-                },
-                why: "no checkpoint is written at the other steps",
-            });
-        }
-        Ok(())
+    ///
+    /// # Errors
+    /// The first key whose value is out of range.
+    pub fn validate(&self) -> Result<(), OutOfRange> {
+        let why = "a run must be able to resume from its newest checkpoint";
+        OutOfRange::check(self.keep > 0, "checkpoint.keep", self.keep, "keep ≥ 1", why)?;
+        let range = match self.every {
+            0 => "0 while checkpoint.every is 0".into(),
+            every => format!("0 or a multiple of checkpoint.every = {every}"),
+        };
+        let is_possible = self.keep_every == 0 || (self.every != 0 && self.keep_every.is_multiple_of(self.every));
+        let why = "no checkpoint is written at the other steps";
+        OutOfRange::check(is_possible, "checkpoint.keep_every", self.keep_every, range, why)
     }
 }
 
@@ -74,10 +53,10 @@ mod tests {
     #[test]
     fn values_that_lose_checkpoints_are_refused() {
         assert!(CheckpointConfig::default().validate().is_ok());
-        assert_eq!(CheckpointConfig { keep: 0, ..Default::default() }.validate().unwrap_err().key, "keep");
+        assert_eq!(CheckpointConfig { keep: 0, ..Default::default() }.validate().unwrap_err().key, "checkpoint.keep");
         let odd = CheckpointConfig { every: 1000, keep: 1, keep_every: 2500 };
         let message = odd.validate().unwrap_err().to_string();
-        assert!(message.contains("checkpoint.keep_every = 2500") && message.contains("multiple of"), "{message}");
+        assert!(message.contains("`checkpoint.keep_every` = 2500") && message.contains("multiple of"), "{message}");
         assert!(CheckpointConfig { every: 1000, keep: 1, keep_every: 5000 }.validate().is_ok());
         assert!(CheckpointConfig { every: 0, keep: 1, keep_every: 5000 }.validate().is_err());
     }

@@ -1,1 +1,155 @@
-//! (being written)
+//! The command line: one file per subcommand, which parses, calls and prints.
+
+mod bench;
+mod doctor;
+mod exit;
+mod export;
+mod plan;
+mod sample;
+mod source;
+mod train;
+
+use crate::config::OutOfRange;
+use crate::device::{Device, cpu::Cpu};
+use crate::report::{Console, Verbosity};
+use crate::train::Config;
+use clap::{Args, Parser, Subcommand};
+use exit::{Code, Failure, OrFail};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Trains and samples denoising diffusion models (DDPM).
+#[derive(Debug, Parser)]
+#[command(version, after_help = exit::HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a model; goes on from the newest checkpoint of the run directory
+    Train(train::Arguments),
+    /// Make images with a trained model
+    Sample(sample::Arguments),
+    /// Write a run as a directory that Python's diffusers loads
+    Export(export::Arguments),
+    /// Show parameters, FLOPs and memory of a config without running it
+    Plan(plan::Arguments),
+    /// Measure the speed of a training step
+    Bench(bench::Arguments),
+    /// Show what this machine offers and what to do about it
+    Doctor,
+}
+
+/// Options of every subcommand.
+#[derive(Debug, Args)]
+struct Common {
+    /// CPU threads [default: as many as the process may use]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Say nothing but alarms and the last message
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Say more
+    #[arg(short, long, global = true)]
+    verbose: bool,
+}
+
+impl Common {
+    fn console(&self) -> Console {
+        Console::new(Verbosity::from_flags(self.quiet, self.verbose))
+    }
+
+    /// Threads to compute with: what was asked for, or what affinity and cgroup allow.
+    fn threads(&self) -> usize {
+        self.threads.map_or_else(available_threads, usize::from)
+    }
+
+    fn device(&self) -> Device {
+        Device::Cpu(Cpu::new(self.threads()))
+    }
+}
+
+fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A config file and what is laid over it.
+#[derive(Debug, Args)]
+struct ConfigArguments {
+    /// Config file (TOML), for example configs/quickstart.toml
+    config: PathBuf,
+    /// Override a value of the config; may be given several times
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+impl ConfigArguments {
+    fn load(&self) -> Result<Config, Failure> {
+        crate::config::load_with(&self.config, &self.sets, Config::validate).or_fail(Code::Usage)
+    }
+
+    /// A value that only the data set showed to be wrong, said with its place in the file.
+    fn refused(&self, refused: OutOfRange) -> Failure {
+        let refuse = |_: &Config| Err(refused.clone());
+        match crate::config::load_with::<Config>(&self.config, &self.sets, refuse) {
+            Err(error) => Failure::new(Code::Usage, error),
+            Ok(_) => Failure::new(Code::Usage, refused),
+        }
+    }
+
+    /// The config, and the image size it names, for commands that do not open the data set.
+    fn load_with_size(&self) -> Result<(Config, [usize; 2]), Failure> {
+        let config = self.load()?;
+        let Some(size) = config.data.size else {
+            let name = self.config.display();
+            return Err(Failure::new(
+                Code::Usage,
+                format!("{name}: `data.size` is not given: add it, or --set data.size=32"),
+            ));
+        };
+        let size = [size.height, size.width];
+        config.model.validate(size[0], size[1]).or_fail(Code::Usage)?;
+        Ok((config, size))
+    }
+}
+
+/// A flag that the first SIGINT or SIGTERM sets; the second ends the process at once.
+fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // In this order: the shutdown looks at the flag before this signal sets it.
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))
+            .or_fail(Code::Failed)?;
+        signal_hook::flag::register(signal, Arc::clone(&stop)).or_fail(Code::Failed)?;
+    }
+    Ok(stop)
+}
+
+/// `path` as it will be found from anywhere.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
+/// Parses the command line, runs the command, and gives the exit code.
+pub fn main() -> ExitCode {
+    let Cli { command, common } = Cli::parse();
+    let result = match command {
+        Command::Train(arguments) => train::run(arguments, &common),
+        Command::Sample(arguments) => sample::run(arguments, &common),
+        Command::Export(arguments) => export::run(arguments),
+        Command::Plan(arguments) => plan::run(arguments),
+        Command::Bench(arguments) => bench::run(arguments, &common),
+        Command::Doctor => doctor::run(&common),
+    };
+    match result {
+        Ok(code) => code,
+        Err(failure) => failure.report(),
+    }
+}

@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::OutOfRange;
+
 use super::{ByteSize, DataError, ImageSize};
 
 /// How a data set is stored.
@@ -88,11 +90,9 @@ impl DataConfig {
     /// Checks every value that can be checked without looking at the disk.
     ///
     /// # Errors
-    /// [`DataError::Config`] naming key, value, range and reason.
-    pub fn validate(&self) -> Result<(), DataError> {
-        let config = |key, value: String, expected: &str, reason| {
-            Err(DataError::Config { key, value, expected: expected.to_string(), reason })
-        };
+    /// The first key whose value is out of range.
+    pub fn validate(&self) -> Result<(), OutOfRange> {
+        let config = |key, value: String, expected: &str, reason| Err(OutOfRange::new(key, value, expected, reason));
         if self.path.as_os_str().is_empty() {
             return config("data.path", "\"\"".into(), "a file or a folder", "there is nothing to train on otherwise");
         }

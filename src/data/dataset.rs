@@ -6,6 +6,8 @@ use memmap2::Mmap;
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
+use crate::config::OutOfRange;
+
 use super::array::{ArrayHeader, MAX_HEADER, Parse};
 use super::cache::{self, Cached, Request};
 use super::cifar10;
@@ -262,11 +264,13 @@ impl Opened {
 
     /// A folder of pictures, through the cache or decoded when needed.
     fn images(path: &Path, config: &DataConfig, progress: &dyn Progress) -> Result<Opened, DataError> {
-        let size = config.size.ok_or_else(|| DataError::Config {
-            key: "data.size",
-            value: "(not given)".into(),
-            expected: "a number of pixels such as 64, or [height, width]".into(),
-            reason: "pictures of a folder are scaled and cropped to one size",
+        let size = config.size.ok_or_else(|| {
+            OutOfRange::new(
+                "data.size",
+                "(not given)",
+                "a number of pixels such as 64, or [height, width]",
+                "pictures of a folder are scaled and cropped to one size",
+            )
         })?;
         let target = Target { size, channels: config.channels.unwrap_or(3) };
         let folder = Folder::scan(path)?;

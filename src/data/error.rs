@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::ImageSize;
+use crate::config::OutOfRange;
 
 /// What is wrong inside a file, without the file's name (see [`DataError::Malformed`]).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -64,8 +65,8 @@ fn length_message(expected: u64, found: u64) -> String {
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// A value of `[data]` is outside its range.
-    #[error("{key} = {value}: expected {expected} ({reason})")]
-    Config { key: &'static str, value: String, expected: String, reason: &'static str },
+    #[error(transparent)]
+    Config(#[from] OutOfRange),
     /// `data.path` does not exist.
     #[error("no data set at {}{}; {hint}", .path.display(), Also(.tried))]
     NotFound { path: PathBuf, tried: Vec<PathBuf>, hint: String },

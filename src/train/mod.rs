@@ -1,1 +1,16 @@
-//! (being written)
+//! Algorithm 1: from a config and a data set to weights, with everything a run leaves behind.
+
+mod config;
+mod resume;
+mod run;
+mod state;
+mod step;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::{Config, Decay, EmaConfig, LogConfig, OptimConfig, Optimizer, TrainConfig};
+pub use resume::{Difference, differences, trajectory_hash};
+pub use run::{Ended, Options, TrainError, train};
+pub use state::layout_for_checkpoints;
+pub use step::{Metrics, STATE, Trainer, step_program};

@@ -1,0 +1,10 @@
+use super::exit::Failure;
+use std::process::ExitCode;
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    config: super::ConfigArguments,
+}
+pub(super) fn run(_: Arguments) -> Result<ExitCode, Failure> {
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,118 @@
+//! Where weights come from: a run directory, one of its checkpoints, or a diffusers directory.
+
+use super::exit::{Code, Failure, OrFail};
+use crate::checkpoint::diffusers::{Imported, import, is_diffusers_dir};
+use crate::checkpoint::manifest::MANIFEST;
+use crate::checkpoint::rundir::{checkpoints_of, is_run_dir};
+use crate::checkpoint::{Layout, Snapshot, Want, load, load_newest};
+use crate::diffusion::{DiffusionConfig, SamplerConfig};
+use crate::report::Console;
+use crate::train::Config;
+use crate::unet::UnetConfig;
+use std::path::Path;
+
+/// A trained model: what it is, and its weights by name.
+pub(super) struct Source {
+    pub model: UnetConfig,
+    /// Height and width of the images, where the source says.
+    size: Option<[usize; 2]>,
+    pub diffusion: DiffusionConfig,
+    pub sampler: SamplerConfig,
+    weights: Weights,
+}
+
+enum Weights {
+    /// With one of its flat buffers.
+    Checkpoint(Box<Snapshot>, Want),
+    Diffusers(Box<Imported>),
+}
+
+impl Source {
+    /// Opens `path`; of a run or a checkpoint the weights that `want` names are read.
+    pub fn open(path: &Path, want: Want, console: &Console) -> Result<Source, Failure> {
+        if path.join(MANIFEST).is_file() {
+            let snapshot = load(path, None, want).or_fail(Code::State)?;
+            return Source::of_snapshot(snapshot, want, path);
+        }
+        if is_run_dir(path) {
+            let newest = load_newest(&checkpoints_of(path), None, want).or_fail(Code::State)?;
+            let Some(newest) = newest else {
+                let message = format!("{} has no checkpoint yet: train until the first one is saved", path.display());
+                return Err(Failure::new(Code::State, message));
+            };
+            for skipped in &newest.skipped {
+                console.alarm(format!("skipping {}: {}", skipped.path.display(), skipped.reason));
+            }
+            console.detail(format!("weights of {}", newest.path.display()));
+            return Source::of_snapshot(newest.snapshot, want, &newest.path);
+        }
+        if is_diffusers_dir(path) {
+            return Source::of_diffusers(path, console);
+        }
+        Err(Failure::new(
+            Code::State,
+            format!(
+                "{} is neither a run directory (`ddpm-dist train --run-dir`), nor a checkpoint in one (step-…), nor a diffusers directory",
+                path.display()
+            ),
+        ))
+    }
+
+    fn of_snapshot(snapshot: Snapshot, want: Want, path: &Path) -> Result<Source, Failure> {
+        let Some(text) = &snapshot.meta.config_toml else {
+            return Err(Failure::new(
+                Code::State,
+                format!("{} does not hold the config it was trained with", path.display()),
+            ));
+        };
+        let config: Config = crate::config::parse(text, &path.display().to_string(), &[]).or_fail(Code::State)?;
+        let sampler = config.sample.sampler(&config.diffusion);
+        let size = config.data.size.map(|s| [s.height, s.width]);
+        let weights = Weights::Checkpoint(Box::new(snapshot), want);
+        Ok(Source { model: config.model, size, diffusion: config.diffusion, sampler, weights })
+    }
+
+    fn of_diffusers(path: &Path, console: &Console) -> Result<Source, Failure> {
+        let mut imported = import(path).or_fail(Code::State)?;
+        for key in &imported.ignored {
+            console.alarm(format!("{}: {key} is unknown and ignored, as diffusers does", path.display()));
+        }
+        let Some((diffusion, sampler)) = imported.scheduler.take() else {
+            let message =
+                format!("{} has no scheduler/scheduler_config.json, so its process is unknown", path.display());
+            return Err(Failure::new(Code::State, message));
+        };
+        let (model, size) = (imported.unet.clone(), imported.image_size);
+        Ok(Source { model, size, diffusion, sampler, weights: Weights::Diffusers(Box::new(imported)) })
+    }
+
+    /// Height and width of the images.
+    pub fn size(&self) -> Result<[usize; 2], Failure> {
+        self.size
+            .ok_or_else(|| Failure::new(Code::State, "its config does not say how large its images are (sample_size)"))
+    }
+
+    /// The weights as one flat buffer in the order of `layout`.
+    pub fn flat(&self, layout: &Layout) -> Result<Vec<f32>, Failure> {
+        match &self.weights {
+            Weights::Diffusers(imported) => imported.flat(layout).or_fail(Code::State),
+            Weights::Checkpoint(snapshot, want) => {
+                let group = match want {
+                    Want::Params => crate::checkpoint::Group::Params,
+                    _ => crate::checkpoint::Group::Ema,
+                };
+                let mut flat = vec![0.0; layout.elements()];
+                for tensor in layout.tensors() {
+                    match snapshot.tensor(group, &tensor.name) {
+                        Some(values) if values.len() == tensor.len => flat[tensor.range()].copy_from_slice(values),
+                        _ => {
+                            let message = format!("the checkpoint has no {} of shape {:?}", tensor.name, tensor.shape);
+                            return Err(Failure::new(Code::State, message));
+                        }
+                    }
+                }
+                Ok(flat)
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! `ddpm-dist train`
+
+use super::exit::{Code, Failure};
+use super::source::Source;
+use super::{Common, ConfigArguments, absolute, stop_on_signals};
+use crate::checkpoint::{Layout, Start, Want};
+use crate::train::{Ended, Options, TrainError, train};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    config: ConfigArguments,
+    /// Where the run lives [default: runs/ and the config's name]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Begin anew; refuses a directory that holds a run
+    #[arg(long)]
+    fresh: bool,
+    /// With --fresh: remove the run that is there
+    #[arg(long, requires = "fresh")]
+    overwrite: bool,
+    /// Begin with the weights of a run, checkpoint or diffusers directory of the same model
+    #[arg(long, value_name = "DIR")]
+    init: Option<PathBuf>,
+}
+
+pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
+    let mut config = arguments.config.load()?;
+    let console = common.console();
+    let stop = stop_on_signals()?;
+    let file = &arguments.config.config;
+    let run_dir = arguments
+        .run_dir
+        .unwrap_or_else(|| PathBuf::from("runs").join(file.file_stem().unwrap_or_else(|| "run".as_ref())));
+    // The stored config must find the data from any directory, and say how large the images are.
+    if let Ok(path) = config.data.locate(Some(file)) {
+        config.data.path = absolute(&path);
+    }
+    let source = match &arguments.init {
+        Some(path) => {
+            let source = Source::open(path, Want::Ema, &console)?;
+            if source.model.channels != config.model.channels || source.model.blocks != config.model.blocks {
+                let message = format!(
+                    "--init {}: its model has channels {:?} and {} blocks, the config {:?} and {}",
+                    path.display(),
+                    source.model.channels,
+                    source.model.blocks,
+                    config.model.channels,
+                    config.model.blocks
+                );
+                return Err(Failure::new(Code::Usage, message));
+            }
+            Some(source)
+        }
+        None => None,
+    };
+    let initial = source.as_ref().map(|source| |layout: &Layout| source.flat(layout).map_err(|f| f.to_string()));
+    let start = match arguments.fresh {
+        true => Start::Fresh { overwrite: arguments.overwrite },
+        false => Start::Resume,
+    };
+    let options = Options {
+        run_dir: &run_dir,
+        start,
+        config_file: Some(file),
+        initial: initial.as_ref().map(|f| f as &dyn Fn(&Layout) -> Result<Vec<f32>, String>),
+        stop: &stop,
+        console: &console,
+    };
+    let ended = train(&mut config, &mut common.device(), &options).map_err(|error| {
+        let code = code_of(&error);
+        match error {
+            // Said as a value of the file, with its line.
+            TrainError::OutOfRange(refused) => arguments.config.refused(refused),
+            error => Failure::new(code, error),
+        }
+    })?;
+    Ok(match ended {
+        Ended::Finished => ExitCode::SUCCESS,
+        Ended::Stopped => ExitCode::from(Code::Preempted as u8),
+    })
+}
+
+fn code_of(error: &TrainError) -> Code {
+    match error {
+        TrainError::Config(_) | TrainError::OutOfRange(_) => Code::Usage,
+        TrainError::Data(crate::data::DataError::Config(_)) => Code::Usage,
+        TrainError::Data(_) => Code::Data,
+        TrainError::RunDir(_)
+        | TrainError::Checkpoint(_)
+        | TrainError::Layout(_)
+        | TrainError::Contradiction { .. }
+        | TrainError::OtherData { .. }
+        | TrainError::Initial(_)
+        | TrainError::NotSaved { .. }
+        | TrainError::Report(_) => Code::State,
+        TrainError::Diverged { .. } | TrainError::Sample(_) => Code::Diverged,
+        TrainError::Device(_) => Code::Device,
+        TrainError::Run(_) => Code::PeerLost,
+    }
+}

@@ -1,0 +1,493 @@
+//! A training run from start to end: status → images → state → batch → step.
+
+use super::state::{Identity, layout_for_checkpoints, restore, snapshot};
+use super::{Config, Difference, Metrics, Trainer, differences};
+use crate::checkpoint::{
+    CheckpointError, Layout, LayoutError, RunDir, RunDirError, SaveReport, Saver, Snapshot, Start, Want, load_newest,
+};
+use crate::collective::Solo;
+use crate::config::{ConfigError, OutOfRange};
+use crate::data::{DataError, Dataset, ImageSize, Loader, LoaderConfig, Order, Phase, Progress};
+use crate::device::{Device, DeviceError, Region};
+use crate::diffusion::{SamplerTable, Schedule};
+use crate::report::{Bar, Console, GridOptions, Images, JsonLines, ReportError, TensorBoard, TrainingBar, grid};
+use crate::sample::{Request, SampleError, Sampler};
+use crate::tape::RunError;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use thiserror::Error;
+
+/// How a run is started, apart from its config.
+pub struct Options<'a> {
+    /// Where the run lives.
+    pub run_dir: &'a Path,
+    /// Go on, or begin anew.
+    pub start: Start,
+    /// The config file, beside which relative data paths are looked up too.
+    pub config_file: Option<&'a Path>,
+    /// Weights to begin with, in place of drawn ones: parameter name, and values in our layout.
+    pub initial: Option<&'a dyn Fn(&Layout) -> Result<Vec<f32>, String>>,
+    /// Set by a signal: save and leave.
+    pub stop: &'a AtomicBool,
+    /// Where messages go.
+    pub console: &'a Console,
+}
+
+/// How a run ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All steps are done.
+    Finished,
+    /// It was asked to stop, and its state is saved.
+    Stopped,
+}
+
+/// Why a run ended.
+#[derive(Debug, Error)]
+pub enum TrainError {
+    /// A value of the config.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A value that does not fit the data set.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// The data set.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The checkpoints.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The places of parameters.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The config would leave the trajectory of the checkpoint.
+    #[error("the config contradicts {}:{}\nset {} back, or begin anew in another --run-dir", .checkpoint.display(), lines(.differences), keys(.differences))]
+    Contradiction {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// The keys that differ.
+        differences: Vec<Difference>,
+    },
+    /// The checkpoint was trained on other pixels.
+    #[error(
+        "{} was trained on other images than those of {}: restore the data set, or begin anew in another --run-dir",
+        .checkpoint.display(), .data.display()
+    )]
+    OtherData {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// The data set.
+        data: PathBuf,
+    },
+    /// `--init` cannot be used.
+    #[error("cannot begin with the given weights: {0}")]
+    Initial(String),
+    /// Loss or gradient is not a number.
+    #[error(
+        "step {step}: {what} is not finite; training has diverged. {kept}. Lower `optim.lr`, lengthen `optim.warmup_steps`, or clip \
+         gradients (`optim.clip`)"
+    )]
+    Diverged {
+        /// The step, from 1.
+        step: u64,
+        /// Loss or gradient.
+        what: &'static str,
+        /// What is left of the run.
+        kept: String,
+    },
+    /// The last state could not be saved.
+    #[error("the state at step {step} could not be saved: {source}")]
+    NotSaved {
+        /// The step.
+        step: u64,
+        /// Why.
+        source: CheckpointError,
+    },
+    /// Images could not be made.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// The logs cannot be opened.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The step.
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+fn lines(differences: &[Difference]) -> String {
+    let line = |d: &Difference| format!("\n  {}: {} there, {} here", d.key, d.saved, d.now);
+    differences.iter().map(line).collect()
+}
+
+fn keys(differences: &[Difference]) -> String {
+    differences.iter().map(|d| format!("`{}`", d.key)).collect::<Vec<_>>().join(", ")
+}
+
+/// Trains as `config` says (and notes the size of the images in it) until all steps are done or `options.stop` is set.
+///
+/// # Errors
+/// Whatever stands in the way, before the first step if possible. Failing to write a checkpoint, a log or a picture is no error but an
+/// alarm on the console, except for the last checkpoint.
+pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) -> Result<Ended, TrainError> {
+    let console = options.console;
+    let dataset = Arc::new(open_data(config, options)?);
+    let [height, width, channels] = dataset.shape();
+    OutOfRange::check(
+        channels == config.model.image_channels,
+        "model.image_channels",
+        config.model.image_channels,
+        channels.to_string(),
+        "the images of the data set have this many channels",
+    )?;
+    config.model.validate(height, width)?;
+    // From here on the config is complete: whoever reads it later needs no data set to know the size.
+    config.data.size = Some(ImageSize { height, width });
+    config.data.channels = Some(channels);
+    let config = &*config;
+    let schedule = Schedule::new(&config.diffusion)?;
+
+    let run_dir = RunDir::open(options.run_dir, options.start)?;
+    let mut trainer = Trainer::new(device, config, &schedule, [height, width])?;
+    let layout = layout_for_checkpoints(&trainer.program().layout)?;
+    let identity = Identity::new(config, dataset.fingerprint(), device)?;
+    let start = match load_newest(&run_dir.checkpoints(), Some(&layout), Want::All)? {
+        Some(newest) => {
+            newest.skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
+            check_same_run(config, &newest.path, &newest.snapshot, &identity, &dataset)?;
+            restore(&trainer, device, &newest.snapshot);
+            console.say(format!("resuming from {}", newest.path.display()));
+            newest.snapshot.meta.step
+        }
+        None => {
+            if let Some(initial) = options.initial {
+                trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
+            }
+            0
+        }
+    };
+    run_dir.write_config(&identity.config_toml)?;
+
+    let mut saver = Saver::new(&run_dir.checkpoints(), &config.checkpoint)?;
+    let mut reports = Reports::open(config, &run_dir, start)?;
+    let sampler = match config.sample.count {
+        0 => None,
+        count => {
+            let batch = config.sample.batch.min(count);
+            Some(Sampler::new(device, &config.model, [height, width], batch, Some(&trainer.program().layout))?)
+        }
+    };
+    let table = SamplerTable::new(&schedule, &config.sample.sampler(&config.diffusion))?;
+    let order = Order { seed: config.train.seed, len: dataset.len() };
+    let batch = config.train.batch;
+    let slice = LoaderConfig { batch, offset: 0, count: batch, start, depth: 3 };
+    let mut loader = Loader::new(Arc::clone(&dataset), order, slice)?;
+    console.say(format!(
+        "{} parameters, {} images of {height}×{width}×{channels}, steps {start} to {} of {batch}, in {}",
+        trainer.program().layout.parameters(),
+        dataset.len(),
+        config.train.steps,
+        run_dir.root().display(),
+    ));
+
+    let mut bar = console.training(start, config.train.steps, batch);
+    let mut speed = Speed::new(start);
+    let mut step = start;
+    let mut saved = (start > 0).then_some(start);
+    let ended = loop {
+        if step >= config.train.steps {
+            break Ended::Finished;
+        }
+        if options.stop.load(Ordering::Relaxed) {
+            break Ended::Stopped;
+        }
+        let images = loader.next()?;
+        let metrics = trainer.step(device, &mut Solo, config, step, images.pixels)?;
+        step += 1;
+        if !metrics.finite {
+            let what = if metrics.loss.is_finite() { "the gradient" } else { "the loss" };
+            report_save(console, saver.wait(), &mut saved);
+            let kept = match saved {
+                Some(step) => format!("The checkpoint of step {step} is intact"),
+                None => "No checkpoint was saved before".to_string(),
+            };
+            return Err(TrainError::Diverged { step, what, kept });
+        }
+        reports.step(console, &mut bar, config, step, &metrics, &mut speed, batch);
+        report_save(console, saver.poll(), &mut saved);
+        if config.checkpoint.is_due(step) {
+            let state = snapshot(&trainer, device, &mut saver, &layout, &identity, config, step);
+            if let Err(refused) = saver.save(state) {
+                console.alarm(format!("step {step} is not saved: {refused}"));
+            }
+        }
+        let due = config.sample.every > 0 && step.is_multiple_of(config.sample.every) && step < config.train.steps;
+        if let (true, Some(sampler)) = (due, &sampler) {
+            speed.pause(|| {
+                sample_grid(config, device, &trainer, sampler, &table, options, &run_dir, step, &mut reports)
+            })?;
+        }
+    };
+    drop(bar);
+
+    report_save(console, saver.wait(), &mut saved);
+    if saved != Some(step) {
+        let state = snapshot(&trainer, device, &mut saver, &layout, &identity, config, step);
+        // Nothing is being written: it was waited for.
+        saver.save(state).ok();
+        if let Some(report) = saver.wait() {
+            report.result.map_err(|source| TrainError::NotSaved { step, source })?;
+        }
+    }
+    if let (Ended::Finished, Some(sampler)) = (ended, &sampler) {
+        sample_grid(config, device, &trainer, sampler, &table, options, &run_dir, step, &mut reports)?;
+    }
+    reports.flush(console);
+    console.last(farewell(ended, step, config, &run_dir, sampler.is_some()));
+    Ok(ended)
+}
+
+fn open_data(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
+    let progress = DecodingBar { console: options.console, bar: Mutex::new(None) };
+    let dataset = Dataset::open(&config.data, options.config_file, &progress)?;
+    if dataset.skipped() > 0 {
+        let names = dataset.skipped_names().join(", ");
+        options.console.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
+    }
+    Ok(dataset)
+}
+
+/// Refuses to go on where the result would be neither the old trajectory nor a new run.
+fn check_same_run(
+    config: &Config,
+    checkpoint: &Path,
+    snapshot: &Snapshot,
+    identity: &Identity,
+    dataset: &Dataset,
+) -> Result<(), TrainError> {
+    let meta = &snapshot.meta;
+    if meta.config_hash != identity.config_hash {
+        let saved = match &meta.config_toml {
+            Some(toml) => crate::config::parse(toml, &checkpoint.display().to_string(), &[])?,
+            None => Config::default(),
+        };
+        let differences = differences(&saved, config)?;
+        return Err(TrainError::Contradiction { checkpoint: checkpoint.to_path_buf(), differences });
+    }
+    if meta.data_fingerprint != identity.data_fingerprint {
+        return Err(TrainError::OtherData { checkpoint: checkpoint.to_path_buf(), data: dataset.path().to_path_buf() });
+    }
+    Ok(())
+}
+
+fn report_save(console: &Console, report: Option<SaveReport>, saved: &mut Option<u64>) {
+    let Some(SaveReport { step, result }) = report else { return };
+    match result {
+        Ok(done) => {
+            *saved = Some(step);
+            console.detail(format!("saved {} in {:.1} s", done.path.display(), done.duration.as_secs_f64()));
+            done.not_removed.iter().for_each(|e| console.alarm(format!("an old checkpoint stays: {e}")));
+        }
+        Err(error) => console.alarm(format!("step {step} is NOT saved: {error}; training goes on and tries again")),
+    }
+}
+
+/// A grid of images from the averaged weights, to the run directory and TensorBoard.
+#[allow(clippy::too_many_arguments)]
+fn sample_grid(
+    config: &Config,
+    device: &mut Device,
+    trainer: &Trainer,
+    sampler: &Sampler,
+    table: &SamplerTable,
+    options: &Options<'_>,
+    run_dir: &RunDir,
+    step: u64,
+    reports: &mut Reports,
+) -> Result<(), TrainError> {
+    let console = options.console;
+    let count = config.sample.count;
+    let request = Request { count, seed: config.sample.seed, initial_noise: None };
+    let bar = console.bar("sampling", (count.div_ceil(sampler.batch()) * table.steps.len()) as u64);
+    let weights = trainer.buffer(Region::Ema);
+    let observe = |done: usize, _: usize, _: usize, _: &[f32]| {
+        bar.set(done as u64);
+        !options.stop.load(Ordering::Relaxed)
+    };
+    let Some(pixels) = sampler.sample(device, weights, table, request, observe)? else { return Ok(()) };
+    drop(bar);
+    let [height, width, channels] = sampler.size();
+    let picture = grid(&Images::new(&pixels, [count, height, width, channels])?, &GridOptions::default());
+    let path = run_dir.sample(step, "png");
+    match picture.write_png(&path) {
+        Ok(()) => console.detail(format!("samples in {}", path.display())),
+        Err(error) => console.alarm(error.to_string()),
+    }
+    reports.picture(console, step, &picture);
+    Ok(())
+}
+
+fn farewell(ended: Ended, step: u64, config: &Config, run_dir: &RunDir, has_samples: bool) -> String {
+    let root = run_dir.root().display();
+    let mut text = match ended {
+        Ended::Finished => format!("done: {step} steps. The run is in {root}"),
+        Ended::Stopped => {
+            return format!(
+                "stopped at step {step} of {}, state saved in {root}; the same command goes on from there",
+                config.train.steps
+            );
+        }
+    };
+    if has_samples {
+        text += &format!("\n  look at     {}", run_dir.sample(step, "png").display());
+    }
+    text += &format!("\n  sample      ddpm-dist sample {root} --count 64 --seed 1 --out samples.png");
+    text += &format!("\n  train on    the same command with --set train.steps={}", 2 * config.train.steps);
+    if config.log.tensorboard {
+        text += &format!("\n  curves      tensorboard --logdir {root}");
+    }
+    text
+}
+
+/// Progress of opening a data set as a bar.
+struct DecodingBar<'a> {
+    console: &'a Console,
+    bar: Mutex<Option<(Phase, Bar)>>,
+}
+
+impl Progress for DecodingBar<'_> {
+    fn update(&self, phase: Phase, done: u64, total: u64) {
+        let mut bar = self.bar.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if bar.as_ref().is_none_or(|(of, _)| *of != phase) {
+            *bar = Some((phase, self.console.bar(phase.name(), total)));
+        }
+        match &*bar {
+            Some((_, shown)) if done < total => shown.set(done),
+            _ => *bar = None,
+        }
+    }
+
+    fn notice(&self, message: &str) {
+        self.console.say(message);
+    }
+}
+
+/// Images per second of training alone, since the last line of the log.
+struct Speed {
+    since: Instant,
+    step: u64,
+}
+
+impl Speed {
+    fn new(step: u64) -> Speed {
+        Speed { since: Instant::now(), step }
+    }
+
+    /// Leaves out the time that `work` takes.
+    fn pause<R>(&mut self, work: impl FnOnce() -> R) -> R {
+        let before = Instant::now();
+        let result = work();
+        self.since += before.elapsed();
+        result
+    }
+
+    fn images_per_second(&self, step: u64, batch: usize) -> f64 {
+        ((step - self.step) * batch as u64) as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
+    }
+}
+
+/// One line of `log.jsonl`.
+#[derive(Serialize)]
+struct Line {
+    step: u64,
+    images: u64,
+    loss: f64,
+    loss_by_quartile_of_t: [Option<f64>; 4],
+    grad_norm: f64,
+    lr: f64,
+    images_per_second: f64,
+}
+
+/// Where numbers and pictures go. What cannot be written is an alarm, not an error.
+struct Reports {
+    log: JsonLines,
+    tensorboard: Option<TensorBoard>,
+}
+
+impl Reports {
+    fn open(config: &Config, run_dir: &RunDir, start: u64) -> Result<Reports, ReportError> {
+        let log = JsonLines::resume(&run_dir.log(), start)?;
+        let tensorboard = match config.log.tensorboard {
+            true => Some(TensorBoard::create(&run_dir.tensorboard(), start)?),
+            false => None,
+        };
+        Ok(Reports { log, tensorboard })
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn step(
+        &mut self,
+        console: &Console,
+        bar: &mut TrainingBar,
+        config: &Config,
+        step: u64,
+        metrics: &Metrics,
+        speed: &mut Speed,
+        batch: usize,
+    ) {
+        if !step.is_multiple_of(config.log.every) && step != config.train.steps {
+            return bar.advance(step);
+        }
+        let images_per_second = speed.images_per_second(step, batch);
+        *speed = Speed::new(step);
+        bar.report(step, metrics.loss, images_per_second);
+        let lr = config.optim.lr_at(step - 1);
+        let line = Line {
+            step,
+            images: step * batch as u64,
+            loss: metrics.loss,
+            loss_by_quartile_of_t: metrics.quartiles,
+            grad_norm: metrics.grad_norm,
+            lr,
+            images_per_second,
+        };
+        alarm(console, self.log.write(&line));
+        if let Some(tensorboard) = &mut self.tensorboard {
+            let mut scalars = vec![
+                ("loss", metrics.loss),
+                ("grad_norm", metrics.grad_norm),
+                ("lr", lr),
+                ("images_per_second", images_per_second),
+            ];
+            let tags = ["loss_by_t/0-25%", "loss_by_t/25-50%", "loss_by_t/50-75%", "loss_by_t/75-100%"];
+            scalars.extend(tags.into_iter().zip(metrics.quartiles).filter_map(|(tag, loss)| Some((tag, loss?))));
+            alarm(console, tensorboard.scalars(step, &scalars));
+        }
+    }
+
+    fn picture(&mut self, console: &Console, step: u64, picture: &crate::report::Picture) {
+        if let Some(tensorboard) = &mut self.tensorboard {
+            alarm(console, tensorboard.image("samples", step, picture));
+        }
+    }
+
+    fn flush(&mut self, console: &Console) {
+        if let Some(tensorboard) = &mut self.tensorboard {
+            alarm(console, tensorboard.flush());
+        }
+    }
+}
+
+fn alarm(console: &Console, result: Result<(), ReportError>) {
+    if let Err(error) = result {
+        console.alarm(error.to_string());
+    }
+}
