@@ -1,8 +1,10 @@
-//! The two microkernels, compiled for every tile size and instruction set, and the tables they are chosen from.
+//! The microkernels, compiled for every tile size and instruction set, and the tables they are chosen from.
 //!
-//! Both hold a tile of `MR` rows by `NV` vectors of the result in registers, and for each step of the reduction load `NV`
+//! Two of them hold a tile of `MR` rows by `NV` vectors of the result in registers, and for each step of the reduction load `NV`
 //! vectors and multiply them by `MR` broadcast floats. [`RowTile`] takes the vectors from a packed panel and walks along
 //! `MR` rows of the left operand; [`OuterTile`] takes the vectors and `MR` neighbouring floats from two lists of rows.
+//! The third is for results of so few columns that most lanes would idle: it holds `MR` by `N` sums, whose lanes run along
+//! the reduction, and takes the columns of B from a packed operand that holds them one after another.
 
 use super::ZERO_ROW;
 #[cfg(target_arch = "x86_64")]
@@ -31,8 +33,9 @@ pub(super) struct Run {
 /// C tile = init + Σ over runs of A rows × B panel.
 pub(super) struct RowTile<'a> {
     pub(super) runs: &'a [Run],
-    /// `Σ k` rows of `NV` full vectors.
+    /// `Σ k` rows of `NV` full vectors; for the dot kernel, columns of `Σ k` floats that start `ldb` apart.
     pub(super) b: *const f32,
+    pub(super) ldb: usize,
     /// Row i of the result starts at `c + c_rows[i]`.
     pub(super) c: *mut f32,
     pub(super) c_rows: *const usize,
@@ -98,15 +101,7 @@ unsafe fn row_kernel<V: Vector, const MR: usize, const NV: usize>(t: &RowTile) {
         }
         let mut b = t.b;
         for run in t.runs {
-            let mut rows = [ZEROS.0.as_ptr(); MR];
-            let mut any = false;
-            for (i, row) in rows.iter_mut().enumerate() {
-                let offset = *run.rows.add(i);
-                if offset != ZERO_ROW {
-                    *row = run.data.add(offset);
-                    any = true;
-                }
-            }
+            let (rows, any) = row_starts::<MR>(run);
             if any {
                 for k in 0..run.k {
                     let mut panel = [V::splat(0.0); NV];
@@ -132,6 +127,15 @@ unsafe fn row_kernel<V: Vector, const MR: usize, const NV: usize>(t: &RowTile) {
 
 #[inline(always)]
 unsafe fn outer_kernel<V: Vector, const MR: usize, const NV: usize>(t: &OuterTile) {
+    // SAFETY: the caller's.
+    unsafe {
+        // Two loops, as a load of some lanes takes up a port that multiplies.
+        if t.lanes == V::LANES { outer_loop::<V, MR, NV, true>(t) } else { outer_loop::<V, MR, NV, false>(t) }
+    }
+}
+
+#[inline(always)]
+unsafe fn outer_loop<V: Vector, const MR: usize, const NV: usize, const FULL: bool>(t: &OuterTile) {
     // SAFETY: the caller promises that every pointer of the tile is valid for what the fields say.
     unsafe {
         let mut acc: Tile<V, MR, NV> = [[V::splat(0.0); NV]; MR];
@@ -147,7 +151,7 @@ unsafe fn outer_kernel<V: Vector, const MR: usize, const NV: usize>(t: &OuterTil
             let row = t.x.add(*t.x_rows.add(r));
             let mut x = [V::splat(0.0); NV];
             for (j, x) in x.iter_mut().enumerate() {
-                *x = load::<V, NV>(row, j, t.lanes);
+                *x = if FULL { V::load(row.add(j * V::LANES)) } else { load::<V, NV>(row, j, t.lanes) };
             }
             for i in 0..MR {
                 let a = V::splat(*d.add(i));
@@ -160,6 +164,77 @@ unsafe fn outer_kernel<V: Vector, const MR: usize, const NV: usize>(t: &OuterTil
             store::<V, NV>(row, t.c.add(i * t.ldc), t.lanes);
         }
     }
+}
+
+/// [`RowTile`] by lanes along the reduction.
+#[inline(always)]
+unsafe fn dot_kernel<V: Vector, const MR: usize, const N: usize>(t: &RowTile) {
+    // SAFETY: the caller promises that every pointer of the tile is valid for what the fields say.
+    unsafe {
+        let mut acc: Tile<V, MR, N> = [[V::splat(0.0); N]; MR];
+        let mut b = t.b;
+        for run in t.runs {
+            let (rows, any) = row_starts::<MR>(run);
+            if any {
+                let whole = run.k - run.k % V::LANES;
+                for k in (0..whole).step_by(V::LANES) {
+                    let mut columns = [V::splat(0.0); N];
+                    for (j, column) in columns.iter_mut().enumerate() {
+                        *column = V::load(b.add(j * t.ldb + k));
+                    }
+                    for i in 0..MR {
+                        let a = V::load(rows[i].add(k));
+                        for j in 0..N {
+                            acc[i][j] = acc[i][j].add_product(a, columns[j]);
+                        }
+                    }
+                }
+                if whole < run.k {
+                    let lanes = run.k - whole;
+                    for i in 0..MR {
+                        let a = V::load_first(rows[i].add(whole), lanes);
+                        for j in 0..N {
+                            let column = V::load_first(b.add(j * t.ldb + whole), lanes);
+                            acc[i][j] = acc[i][j].add_product(a, column);
+                        }
+                    }
+                }
+            }
+            b = b.add(run.k);
+        }
+        for (i, row) in acc.iter().enumerate() {
+            let offset = *t.c_rows.add(i);
+            for (j, acc) in row.iter().enumerate() {
+                let c = t.c.add(offset + j);
+                let mut sum = if t.bias.is_null() { 0.0 } else { *t.bias.add(j) };
+                if t.accumulate {
+                    sum += *c;
+                }
+                if !t.residual.is_null() {
+                    sum += *t.residual.add(offset + j);
+                }
+                *c = sum + acc.sum();
+            }
+        }
+    }
+}
+
+/// Where the tile's rows start in a run, and whether any of them is not padding.
+#[inline(always)]
+unsafe fn row_starts<const MR: usize>(run: &Run) -> ([*const f32; MR], bool) {
+    let mut rows = [ZEROS.0.as_ptr(); MR];
+    let mut any = false;
+    for (i, row) in rows.iter_mut().enumerate() {
+        // SAFETY: the caller promises offsets for MR rows, inside the data.
+        unsafe {
+            let offset = *run.rows.add(i);
+            if offset != ZERO_ROW {
+                *row = run.data.add(offset);
+                any = true;
+            }
+        }
+    }
+    (rows, any)
 }
 
 /// Vector `j` of a row of `NV` vectors of which the last has `lanes` lanes.
@@ -191,6 +266,18 @@ const MAX_NV: usize = 4;
 /// The highest tile of any width.
 pub(super) const MAX_MR: usize = 12;
 
+/// Results of at most this many columns are made by the dot kernel.
+const MAX_DOT_N: usize = 3;
+/// Shortest reduction that it is for.
+const MIN_DOT_K: usize = 64;
+/// Its highest tiles, for 1, 2, … columns.
+const DOT_MR: [usize; MAX_DOT_N] = [8, 6, 4];
+
+/// Whether a packed operand of `k` rows and `n` columns is for the dot kernel.
+pub(super) fn is_dot(n: usize, k: usize) -> bool {
+    n <= MAX_DOT_N && k >= MIN_DOT_K
+}
+
 /// The tiles of one instruction set.
 pub(super) struct Tiling {
     pub(super) lanes: usize,
@@ -200,6 +287,7 @@ pub(super) struct Tiling {
     max_mr: [usize; MAX_NV],
     rows: [[RowKernel; MAX_MR]; MAX_NV],
     outer: [[OuterKernel; MAX_MR]; MAX_NV],
+    dot: [[RowKernel; DOT_MR[0]]; MAX_DOT_N],
 }
 
 impl Tiling {
@@ -220,6 +308,15 @@ impl Tiling {
 
     pub(super) fn row_kernel(&self, mr: usize, nv: usize) -> RowKernel {
         self.rows[nv - 1][mr - 1]
+    }
+
+    /// Highest tile of the dot kernel for `n` columns.
+    pub(super) fn max_dot_mr(&self, n: usize) -> usize {
+        DOT_MR[n - 1]
+    }
+
+    pub(super) fn dot_kernel(&self, mr: usize, n: usize) -> RowKernel {
+        self.dot[n - 1][mr - 1]
     }
 
     pub(super) fn outer_kernel(&self, mr: usize, nv: usize) -> OuterKernel {
@@ -243,6 +340,11 @@ macro_rules! tiling {
                 unsafe { row_kernel::<$vector, MR, NV>(t) }
             }
             $(#[$feature])*
+            unsafe fn dot<const MR: usize, const N: usize>(t: &RowTile) {
+                // SAFETY: the caller's.
+                unsafe { dot_kernel::<$vector, MR, N>(t) }
+            }
+            $(#[$feature])*
             unsafe fn outer<const MR: usize, const NV: usize>(t: &OuterTile) {
                 // SAFETY: the caller's.
                 unsafe { outer_kernel::<$vector, MR, NV>(t) }
@@ -253,6 +355,11 @@ macro_rules! tiling {
                 max_mr: [$($max),*],
                 rows: [$([$(rows::<$mr, $nv>,)* $({ let _ = $pad; rows::<1, 1> },)*]),*],
                 outer: [$([$(outer::<$mr, $nv>,)* $({ let _ = $pad; outer::<1, 1> },)*]),*],
+                dot: [
+                    [dot::<1, 1>, dot::<2, 1>, dot::<3, 1>, dot::<4, 1>, dot::<5, 1>, dot::<6, 1>, dot::<7, 1>, dot::<8, 1>],
+                    [dot::<1, 2>, dot::<2, 2>, dot::<3, 2>, dot::<4, 2>, dot::<5, 2>, dot::<6, 2>, dot::<1, 1>, dot::<1, 1>],
+                    [dot::<1, 3>, dot::<2, 3>, dot::<3, 3>, dot::<4, 3>, dot::<1, 1>, dot::<1, 1>, dot::<1, 1>, dot::<1, 1>],
+                ],
             }
         };
     };

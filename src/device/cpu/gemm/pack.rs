@@ -1,6 +1,7 @@
-//! The packed form of a right operand: panels of at most four vectors of columns, each panel's rows one after another.
+//! The packed form of a right operand: panels of at most four vectors of columns, each panel's rows one after another. For
+//! the dot kernel: its columns one after another.
 
-use super::kernel::Tiling;
+use super::kernel::{Tiling, is_dot};
 use super::{Panels, Shared, part};
 use crate::device::cpu::Pool;
 use crate::simd::{self, Level};
@@ -36,6 +37,10 @@ pub(in super::super) fn pack_transposed_at(
     packed: &mut [f32],
 ) {
     assert!(w.len() >= n * k, "weights of {n} × {k} have {} floats", w.len());
+    if is_dot(n, k) {
+        assert!(packed.len() >= n * k, "a packed operand of {k} × {n} needs {} floats, found {}", n * k, packed.len());
+        return packed[..n * k].copy_from_slice(&w[..n * k]);
+    }
     pack(level, pool, n, k, packed, |columns, rows, width, out| {
         transpose_block(&w[columns.start * k..], k, columns.len(), rows, width, 1.0, out);
     });
@@ -50,6 +55,15 @@ pub(in super::super) fn pack_rows_at(
     w: &[f32],
     packed: &mut [f32],
 ) {
+    if is_dot(n, k) {
+        assert!(packed.len() >= n * k, "a packed operand of {k} × {n} needs {} floats, found {}", n * k, packed.len());
+        for i in 0..k {
+            for (column, x) in w[row(i)..][..n].iter().enumerate() {
+                packed[column * k + i] = *x;
+            }
+        }
+        return;
+    }
     pack(level, pool, n, k, packed, |columns, rows, width, out| {
         for (i, out) in rows.zip(out.chunks_exact_mut(width)) {
             let from = &w[row(i) + columns.start..][..columns.len()];
@@ -97,8 +111,8 @@ pub(super) fn transpose_block(
     scale: f32,
     out: &mut [f32],
 ) {
-    // Blocks of one cache line of the source per column, so that each line is read once.
-    const LINE: usize = 16;
+    // Blocks that stay in the first-level cache while a few cache lines of each column are read one after another.
+    const LINE: usize = 64;
     let mut from = rows.start;
     for block in out.chunks_mut(LINE * width) {
         let height = block.len() / width;

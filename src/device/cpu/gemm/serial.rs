@@ -216,6 +216,7 @@ fn row_tiles(
         let row_tile = RowTile {
             runs: &[Run { data: a.as_ptr(), rows: a_rows.as_ptr(), k: ks.len() }],
             b: block.as_ptr(),
+            ldb: 0,
             c: c.as_mut_ptr(),
             c_rows: c_rows.as_ptr(),
             lanes: panel.lanes,

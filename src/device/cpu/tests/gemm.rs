@@ -144,7 +144,7 @@ fn rows_times_packed_is_the_product() {
     let pools = [pool(1), pool(2), pool(3)];
     for case in 0..120 {
         let rows = numbers.pick(&[1, 2, 7, 33, 64, 145, 300]);
-        let n = numbers.pick(&[1, 3, 16, 17, 20, 32, 33, 48, 64, 70, 80, 128, 131]);
+        let n = numbers.pick(&[1, 2, 3, 3, 16, 17, 20, 32, 33, 48, 64, 70, 80, 128, 131]);
         let k = random_segments(&mut numbers);
         let left = Left::new(&mut numbers, rows, &k);
         let segments = left.segments();
