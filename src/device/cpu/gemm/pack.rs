@@ -1,6 +1,8 @@
 //! The packed form of a right operand: panels of at most four vectors of columns, each panel's rows one after another. For
 //! the dot kernel: its columns one after another.
 
+use std::ops::Range;
+
 use super::kernel::{Tiling, is_dot};
 use super::{Panels, Shared, part};
 use crate::device::cpu::Pool;
@@ -81,7 +83,7 @@ fn pack(
     n: usize,
     k: usize,
     packed: &mut [f32],
-    fill: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>, usize, &mut [f32]) + Sync,
+    fill: impl Fn(Range<usize>, Range<usize>, usize, &mut [f32]) + Sync,
 ) {
     let tiling = Tiling::of(level);
     let panels = Panels::new(tiling, n);
@@ -101,30 +103,39 @@ fn pack(
     });
 }
 
-/// Writes `rows` of the transpose of `w`, whose row c starts at `c * ld`, times `scale`, as rows of `width` floats.
-pub(super) fn transpose_block(
-    w: &[f32],
-    ld: usize,
-    columns: usize,
-    rows: std::ops::Range<usize>,
-    width: usize,
-    scale: f32,
-    out: &mut [f32],
-) {
-    // Blocks that stay in the first-level cache while a few cache lines of each column are read one after another.
-    const LINE: usize = 64;
-    let mut from = rows.start;
-    for block in out.chunks_mut(LINE * width) {
-        let height = block.len() / width;
-        for c in 0..columns {
-            let source = &w[c * ld + from..][..height];
-            for (i, x) in source.iter().enumerate() {
-                block[i * width + c] = scale * x;
+crate::multiversion! {
+    /// Writes `rows` of the transpose of `w`, whose row c starts at `c * ld`, times `scale`, as rows of `width` floats.
+    pub(super) fn transpose_block(
+        w: &[f32],
+        ld: usize,
+        columns: usize,
+        rows: Range<usize>,
+        width: usize,
+        scale: f32,
+        out: &mut [f32],
+    ) {
+        const SIDE: usize = 16;
+        for c in (0..width).step_by(SIDE) {
+            // Columns of the operand, then columns of zeros.
+            let (some, all) = (columns.saturating_sub(c).min(SIDE), (width - c).min(SIDE));
+            for i in (0..rows.len()).step_by(SIDE) {
+                let height = (rows.len() - i).min(SIDE);
+                let mut square = [[0.0f32; SIDE]; SIDE];
+                for (j, line) in square.iter_mut().enumerate().take(some) {
+                    let from = &w[(c + j) * ld + rows.start + i..][..height];
+                    match from.first_chunk() {
+                        Some(from) => *line = *from,
+                        None => line[..height].copy_from_slice(from),
+                    }
+                }
+                for (j, row) in out[i * width..].chunks_mut(width).take(height).enumerate() {
+                    let row = &mut row[c..c + all];
+                    match row.first_chunk_mut::<SIDE>() {
+                        Some(row) => *row = std::array::from_fn(|column| scale * square[column][j]),
+                        None => row.iter_mut().zip(&square).for_each(|(out, line)| *out = scale * line[j]),
+                    }
+                }
             }
         }
-        for row in block.chunks_exact_mut(width) {
-            row[columns..].fill(0.0);
-        }
-        from += height;
     }
 }
