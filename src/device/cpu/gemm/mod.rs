@@ -60,6 +60,7 @@ mod outer;
 mod pack;
 mod rows;
 pub mod serial;
+mod tiling;
 mod vector;
 pub mod window;
 
@@ -78,7 +79,7 @@ pub(super) use {
     rows::rows_times_packed_at,
 };
 
-use kernel::Tiling;
+use tiling::Tiling;
 
 /// The offset of a row that is all zeros: padding.
 pub const ZERO_ROW: usize = usize::MAX;

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::kernel::{Tiling, is_dot};
+use super::tiling::{Tiling, is_dot};
 use super::{Panels, Shared, part};
 use crate::device::cpu::Pool;
 use crate::simd::{self, Level};

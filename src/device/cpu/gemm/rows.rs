@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::kernel::{MAX_RUN, RowTile, Run, Tiling, is_dot};
+use super::kernel::{MAX_RUN, RowTile, Run};
+use super::tiling::{Tiling, is_dot};
 use super::{Init, OutRows, Panels, Rows, Shared, ZERO_ROW, part, take_indices};
 use crate::device::cpu::Pool;
 use crate::device::cpu::pool::BASE_SCRATCH;

@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
-use super::kernel::{MAX_MR, OuterTile, RowTile, Run, Tiling};
+use super::kernel::{OuterTile, RowTile, Run};
 use super::pack::transpose_block;
+use super::tiling::{MAX_MR, Tiling};
 use super::{Panel, Panels, part, take_indices};
 use crate::simd::{self, Level};
 
