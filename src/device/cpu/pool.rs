@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 pub const BASE_SCRATCH: usize = 1 << 18;
 
 /// Floats of the scratch that a whole call (not one task) can lock: partial sums of split reductions.
-pub(super) const COMMON_SCRATCH: usize = 1 << 20;
+pub(super) const COMMON_SCRATCH: usize = 1 << 21;
 
 /// How long an idle worker, or a caller waiting for the last worker, spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(50);

@@ -10,6 +10,8 @@ use crate::simd::{self, Level};
 
 /// Rows of a panel that one task packs.
 const ROWS_PER_TASK: usize = 256;
+/// Floats that are packed in the time it takes to wake a thread.
+const SMALL: usize = 1 << 14;
 
 /// Length in floats of a packed right operand of `k` rows and `n` columns: enough for every instruction set.
 pub fn packed_len(n: usize, k: usize) -> usize {
@@ -91,7 +93,8 @@ fn pack(
     assert!(packed.len() >= len, "a packed operand of {k} × {n} needs {len} floats, found {}", packed.len());
     let parts = k.div_ceil(ROWS_PER_TASK);
     let start = Shared(packed.as_mut_ptr());
-    pool.run(panels.count * parts, &|task, _| {
+    let tasks = panels.count * parts;
+    let one = |task: usize| {
         let panel = panels.get(task / parts);
         let rows = part(k, parts, task % parts);
         let width = panel.vectors * tiling.lanes;
@@ -100,7 +103,8 @@ fn pack(
         // length asserted above, and no other task's.
         let out = unsafe { std::slice::from_raw_parts_mut(start.get().add(from), rows.len() * width) };
         fill(panel.first_column..panel.first_column + panel.columns, rows, width, out);
-    });
+    };
+    if len <= SMALL { pool.run(1, &|_, _| (0..tasks).for_each(one)) } else { pool.run(tasks, &|task, _| one(task)) }
 }
 
 crate::multiversion! {

@@ -188,11 +188,11 @@ fn rows_times_packed_is_the_product() {
                 let mut written = vec![false; len];
                 for r in 0..rows {
                     let row = left.row(r);
-                    for column in 0..n {
+                    for (column, &bias_value) in bias_values.iter().enumerate() {
                         let at = place(r) + column;
                         let mut exact = Exact::default();
                         if bias {
-                            exact.add(bias_values[column], 1.0);
+                            exact.add(bias_value, 1.0);
                         }
                         if accumulate {
                             exact.add(before[at], 1.0);
