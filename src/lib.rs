@@ -3,6 +3,7 @@
 //! The modules are listed in the order in which they may depend on each other: each uses only those above it.
 
 pub mod simd;
+pub mod config;
 pub mod rng;
 pub mod diffusion;
 pub mod device;
@@ -10,7 +11,6 @@ pub mod collective;
 pub mod tape;
 pub mod ops;
 pub mod unet;
-pub mod config;
 pub mod data;
 pub mod checkpoint;
 pub mod report;

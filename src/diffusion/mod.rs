@@ -3,7 +3,6 @@
 //! Equations are those of Ho, Jain & Abbeel 2020 unless another paper is named; `docs/equations.md` lists them all.
 
 mod config;
-mod error;
 mod process;
 mod sampler;
 mod schedule;
@@ -12,6 +11,5 @@ mod spacing;
 mod tests;
 
 pub use config::{BetaSchedule, DiffusionConfig, Objective, SamplerConfig, SamplerKind, Spacing, Variance};
-pub use error::OutOfRange;
 pub use sampler::{SamplerStep, SamplerTable, p_sample_step};
 pub use schedule::Schedule;

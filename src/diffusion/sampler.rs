@@ -1,7 +1,8 @@
 //! Samplers as tables: every reverse process is the same affine step with other coefficients.
 
 use super::spacing::visited_timesteps;
-use super::{OutOfRange, SamplerConfig, SamplerKind, Schedule, Variance};
+use super::{SamplerConfig, SamplerKind, Schedule, Variance};
+use crate::config::OutOfRange;
 
 /// The smallest variance of a step, as diffusers clips it.
 const MIN_VARIANCE: f64 = 1e-20;
@@ -69,7 +70,7 @@ impl SamplerTable {
     /// # Errors
     /// [`OutOfRange`] for a number of steps, an offset or an η that this process does not allow.
     pub fn new(schedule: &Schedule, config: &SamplerConfig) -> Result<SamplerTable, OutOfRange> {
-        OutOfRange::unless(
+        OutOfRange::check(
             (0.0..=1.0).contains(&config.eta),
             "sample.eta",
             config.eta,

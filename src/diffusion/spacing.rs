@@ -1,6 +1,7 @@
 //! Which of the T timesteps a sampler visits, as diffusers chooses them (Lin et al. 2023, table 2).
 
-use super::{OutOfRange, SamplerConfig, Spacing};
+use super::{SamplerConfig, Spacing};
+use crate::config::OutOfRange;
 
 /// The K timesteps in visiting order, that is falling; each in 0 … T−1.
 ///
@@ -9,7 +10,7 @@ use super::{OutOfRange, SamplerConfig, Spacing};
 /// more than K (trailing, K = 61 of 1000 for one), diffusers goes on to timestep −1; here there are always K.
 pub(super) fn visited_timesteps(config: &SamplerConfig, timesteps: usize) -> Result<Vec<u32>, OutOfRange> {
     let (n, k) = (timesteps, config.steps);
-    OutOfRange::unless(
+    OutOfRange::check(
         (1..=n).contains(&k),
         "sample.steps",
         k,
@@ -21,7 +22,7 @@ pub(super) fn visited_timesteps(config: &SamplerConfig, timesteps: usize) -> Res
         Spacing::Leading => {
             let ratio = n / k;
             let most = n - 1 - (k - 1) * ratio;
-            OutOfRange::unless(
+            OutOfRange::check(
                 config.steps_offset <= most,
                 "sample.steps_offset",
                 config.steps_offset,

@@ -3,11 +3,20 @@
 //!
 //! The function named after an op puts it on a tape; the type of that name is the op itself.
 
+pub mod adam_ema;
 pub mod add;
 pub mod attention;
+pub mod conv2d;
 pub mod copy;
+pub mod grad_norm;
 pub mod group_norm;
+pub mod linear;
+pub mod loss;
+pub mod p_sample;
+pub mod q_sample;
 pub mod silu;
+pub mod timestep_embedding;
+pub mod upsample;
 
 #[cfg(test)]
 pub(crate) mod testing;

@@ -2,8 +2,8 @@
 
 use super::copy::Copy;
 use crate::collective::Solo;
-use crate::device::{Binding, Device, Region, cpu::Cpu};
-use crate::tape::{Shape, Spec, Tape, Var, plan};
+use crate::device::{Binding, DType, Device, Element, Region, cpu::Cpu};
+use crate::tape::{Program, Shape, Spec, Tape, Var, plan};
 use std::sync::Arc;
 
 /// Standard normal numbers that depend on `seed` alone.
@@ -16,32 +16,30 @@ pub fn random(seed: u64, len: usize) -> Vec<f32> {
     (0..len).map(|_| ((-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos()) as f32).collect()
 }
 
+/// Pixels that depend on `seed` alone.
+pub fn pixels(seed: u64, len: usize) -> Vec<u8> {
+    random(seed, len).iter().map(|x| (x * 1e4) as i64 as u8).collect()
+}
+
 /// An input of a case.
 pub struct Input {
     name: String,
     spec: Spec,
     f32: Vec<f32>,
     u32: Vec<u32>,
-    u8: Vec<u8>,
 }
 
 impl Input {
     /// A differentiable input.
     pub fn f32(name: &str, shape: impl Into<Shape>, data: &[f32]) -> Input {
         let spec = Spec::f32(shape);
-        Input { name: name.into(), spec, f32: data.to_vec(), u32: vec![], u8: vec![] }
+        Input { name: name.into(), spec, f32: data.to_vec(), u32: vec![] }
     }
 
     /// Timesteps, counters.
     pub fn u32(name: &str, shape: impl Into<Shape>, data: &[u32]) -> Input {
         let spec = Spec::u32(shape);
-        Input { name: name.into(), spec, f32: vec![], u32: data.to_vec(), u8: vec![] }
-    }
-
-    /// Pixels.
-    pub fn u8(name: &str, shape: impl Into<Shape>, data: &[u8]) -> Input {
-        let spec = Spec::u8(shape);
-        Input { name: name.into(), spec, f32: vec![], u32: vec![], u8: data.to_vec() }
+        Input { name: name.into(), spec, f32: vec![], u32: data.to_vec() }
     }
 }
 
@@ -87,7 +85,7 @@ impl Case {
 
     fn execute(&self, dy: Option<&[f32]>, build: impl FnOnce(&mut Tape, &[Var]) -> Var) -> Outcome {
         let mut tape = Tape::new();
-        let is_param = |i: &Input| i.spec.dtype == crate::device::DType::F32;
+        let is_param = |i: &Input| i.spec.dtype == DType::F32;
         let shape = |i: &Input| i.spec.shape.clone().unwrap();
         let vars: Vec<Var> = self
             .inputs
@@ -102,12 +100,44 @@ impl Case {
             let gradient = tape.io("test dy", Spec::f32(y_shape.clone()));
             tape.backward(y, gradient);
         }
-        let program = plan(&tape, None, None);
-        let mut device = Device::Cpu(Cpu::new(self.threads));
+        let mut planned = Planned::new(&tape, self.threads);
+        for input in &self.inputs {
+            match input.spec.dtype {
+                DType::F32 => planned.set_part(Region::Weights, &input.name, &input.f32),
+                DType::U32 => planned.set(&input.name, &input.u32),
+                DType::U8 => unreachable!("pixels go through `Planned`"),
+            }
+        }
+        if let Some(dy) = dy {
+            planned.set("test dy", dy);
+        }
+        planned.run();
+        let read = |i: &Input| (i.name.clone(), planned.part(Region::Gradients, &i.name));
+        let gradients =
+            if dy.is_some() { self.inputs.iter().filter(|i| is_param(i)).map(read).collect() } else { vec![] };
+        Outcome { y: planned.get("test y"), gradients }
+    }
+}
+
+/// A tape as a program on a device, with a buffer behind every region. All memory is NaN until it is set.
+pub struct Planned {
+    pub program: Program,
+    device: Device,
+    binding: Binding,
+}
+
+impl Planned {
+    pub fn new(tape: &Tape, threads: usize) -> Planned {
+        let program = plan(tape, None, None);
+        let mut device = Device::Cpu(Cpu::new(threads));
         let mut binding = Binding::default();
+        let flat = program.layout.len() * 4;
         for (region, bytes) in [
-            (Region::Weights, program.layout.len() * 4),
-            (Region::Gradients, program.layout.len() * 4),
+            (Region::Weights, flat),
+            (Region::Gradients, flat),
+            (Region::Moment1, flat),
+            (Region::Moment2, flat),
+            (Region::Ema, flat),
             (Region::Arena, program.arena_bytes),
             (Region::Io, program.io_bytes),
         ] {
@@ -115,32 +145,85 @@ impl Case {
             device.upload(buffer, 0, &vec![f32::NAN; bytes / 4]);
             binding = binding.with(region, buffer);
         }
-        let (weights, gradients) = (binding.get(Region::Weights).unwrap(), binding.get(Region::Gradients).unwrap());
-        let io = binding.get(Region::Io).unwrap();
-        for input in &self.inputs {
-            match input.spec.dtype {
-                crate::device::DType::F32 => {
-                    device.upload(weights, program.layout.get(&input.name).unwrap().range.start, &input.f32);
-                }
-                crate::device::DType::U32 => device.upload(io, program.io(&input.name).offset / 4, &input.u32),
-                crate::device::DType::U8 => device.upload(io, program.io(&input.name).offset, &input.u8),
-            }
+        Planned { program, device, binding }
+    }
+
+    pub fn run(&mut self) {
+        self.program.run(&mut self.device, &self.binding, &mut Solo).unwrap();
+    }
+
+    /// Writes an input by name.
+    pub fn set<T: Element>(&mut self, name: &str, data: &[T]) {
+        let slot = self.program.io(name);
+        assert_eq!((slot.dtype, slot.len), (T::DTYPE, data.len()), "{name}");
+        self.device.upload(self.binding.get(Region::Io).unwrap(), slot.offset / size_of::<T>(), data);
+    }
+
+    /// Reads an output by name.
+    pub fn get<T: Element + Default>(&self, name: &str) -> Vec<T> {
+        let slot = self.program.io(name);
+        assert_eq!(slot.dtype, T::DTYPE, "{name}");
+        let mut data = vec![T::default(); slot.len];
+        self.device.download(self.binding.get(Region::Io).unwrap(), slot.offset / size_of::<T>(), &mut data);
+        data
+    }
+
+    /// Writes a parameter's place in a flat buffer.
+    pub fn set_part(&mut self, region: Region, name: &str, data: &[f32]) {
+        let range = self.program.layout.get(name).unwrap().range.clone();
+        assert_eq!(range.len(), data.len(), "{name}");
+        self.device.upload(self.binding.get(region).unwrap(), range.start, data);
+    }
+
+    /// Reads a parameter's place in a flat buffer.
+    pub fn part(&self, region: Region, name: &str) -> Vec<f32> {
+        self.flat(region)[self.program.layout.get(name).unwrap().range.clone()].to_vec()
+    }
+
+    /// Writes all of a flat buffer.
+    pub fn set_flat(&mut self, region: Region, data: &[f32]) {
+        assert_eq!(data.len(), self.program.layout.len());
+        self.device.upload(self.binding.get(region).unwrap(), 0, data);
+    }
+
+    /// Reads all of a flat buffer.
+    pub fn flat(&self, region: Region) -> Vec<f32> {
+        let mut data = vec![0.0; self.program.layout.len()];
+        self.device.download(self.binding.get(region).unwrap(), 0, &mut data);
+        data
+    }
+}
+
+/// A file of tests/reference: values that PyTorch and diffusers computed in f64.
+pub struct Reference(Vec<u8>);
+
+impl Reference {
+    pub fn open(file: &str) -> Reference {
+        Reference(std::fs::read(format!("{}/tests/reference/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap())
+    }
+
+    /// A tensor's elements, whatever their type.
+    pub fn f64(&self, name: &str) -> Vec<f64> {
+        let file = safetensors::SafeTensors::deserialize(&self.0).unwrap();
+        let tensor = file.tensor(name).unwrap();
+        let data = tensor.data();
+        match tensor.dtype() {
+            safetensors::Dtype::F32 => data.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
+            safetensors::Dtype::F64 => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
+            safetensors::Dtype::I64 => data.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as f64).collect(),
+            safetensors::Dtype::U8 => data.iter().map(|b| f64::from(*b)).collect(),
+            other => panic!("{name}: {other:?}"),
         }
-        if let Some(dy) = dy {
-            device.upload(io, program.io("test dy").offset / 4, dy);
-        }
-        program.run(&mut device, &binding, &mut Solo).unwrap();
-        let mut y = vec![0.0; y_shape.len()];
-        device.download(io, program.io("test y").offset / 4, &mut y);
-        let read = |i: &Input| {
-            let range = program.layout.get(&i.name).unwrap().range.clone();
-            let mut gradient = vec![0.0; range.len()];
-            device.download(gradients, range.start, &mut gradient);
-            (i.name.clone(), gradient)
-        };
-        let gradients =
-            if dy.is_some() { self.inputs.iter().filter(|i| is_param(i)).map(read).collect() } else { vec![] };
-        Outcome { y, gradients }
+    }
+
+    /// A tensor's shape.
+    pub fn shape(&self, name: &str) -> Vec<usize> {
+        safetensors::SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().shape().to_vec()
+    }
+
+    /// A tensor's elements as f32 (exact where the file has f32).
+    pub fn f32(&self, name: &str) -> Vec<f32> {
+        self.f64(name).iter().map(|x| *x as f32).collect()
     }
 }
 

@@ -99,7 +99,8 @@ impl Tape {
         result
     }
 
-    fn path(&self, name: &str) -> String {
+    /// `name` with the present scope before it.
+    pub fn path(&self, name: &str) -> String {
         let mut path = self.scope.join(".");
         if !path.is_empty() && !name.is_empty() {
             path.push('.');
@@ -135,6 +136,13 @@ impl Tape {
             "the tape has an input or output named {name} already"
         );
         self.value(spec.shape, spec.dtype, Home::Io(name.into()), false)
+    }
+
+    /// Makes a temporary known to the host by `name`, to be read after a run.
+    pub fn publish(&mut self, var: Var, name: &str) {
+        let value = &mut self.values[var.index()];
+        assert_eq!(value.home, Home::Arena, "only a temporary can be published");
+        value.home = Home::Io(name.into());
     }
 
     /// All of a flat buffer.

@@ -1,11 +1,15 @@
 use std::fmt;
-use std::ops::Deref;
 
 /// Dimensions of a tensor, outermost first; the last one is contiguous.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Shape(Vec<usize>);
 
 impl Shape {
+    /// The dimensions.
+    pub fn dims(&self) -> &[usize] {
+        &self.0
+    }
+
     /// Number of elements.
     pub fn len(&self) -> usize {
         self.0.iter().product()
@@ -34,14 +38,6 @@ impl Shape {
     pub fn rows_and_columns(&self) -> (usize, usize) {
         let Some((&last, rest)) = self.0.split_last() else { panic!("expected at least one dimension") };
         (rest.iter().product(), last)
-    }
-}
-
-impl Deref for Shape {
-    type Target = [usize];
-
-    fn deref(&self) -> &[usize] {
-        &self.0
     }
 }
 

@@ -1,6 +1,10 @@
 //! The `[model]` section of a config.
 
+use crate::config::OutOfRange;
 use serde::{Deserialize, Serialize};
+
+/// More levels than any image could be halved.
+const MAX_LEVELS: usize = 16;
 
 /// The architecture of the denoising UNet, without the image size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,5 +54,109 @@ impl Default for UnetConfig {
             flip_sin_to_cos: false,
             freq_shift: 1.0,
         }
+    }
+}
+
+impl UnetConfig {
+    /// Number of times the resolution is halved.
+    pub fn halvings(&self) -> usize {
+        self.channels.len().saturating_sub(1)
+    }
+
+    /// Checks that the network exists for images of `height`×`width` pixels.
+    ///
+    /// # Errors
+    /// The first key whose value is out of range.
+    pub fn validate(&self, height: usize, width: usize) -> Result<(), OutOfRange> {
+        OutOfRange::check(
+            [1, 3].contains(&self.image_channels),
+            "model.image_channels",
+            self.image_channels,
+            "1 or 3",
+            "images are grey or colour",
+        )?;
+        OutOfRange::check(
+            (1..=MAX_LEVELS).contains(&self.channels.len()),
+            "model.channels",
+            format!("{:?}", self.channels),
+            format!("1 to {MAX_LEVELS} levels"),
+            "each number is one level, and each level halves the resolution",
+        )?;
+        OutOfRange::check(self.groups > 0, "model.groups", self.groups, "groups ≥ 1", "GroupNorm needs a group")?;
+        OutOfRange::check(
+            (1..=64).contains(&self.blocks),
+            "model.blocks",
+            self.blocks,
+            "1 ≤ blocks ≤ 64",
+            "residual blocks per level",
+        )?;
+        for &c in &self.channels {
+            OutOfRange::check(
+                c > 0 && c <= 1 << 16 && c % self.groups == 0,
+                "model.channels",
+                format!("{:?}", self.channels),
+                format!("multiples of model.groups = {}", self.groups),
+                "GroupNorm divides the channels of every level into groups",
+            )?;
+        }
+        let first = self.channels[0];
+        OutOfRange::check(
+            (first / 2) as f64 > self.freq_shift && self.freq_shift >= 0.0,
+            "model.freq_shift",
+            self.freq_shift,
+            format!("0 ≤ freq_shift < {}", first / 2),
+            "half of the first level's channels, less freq_shift, divides the exponent of the timestep frequencies",
+        )?;
+        let lowest = self.halvings();
+        for &level in &self.attention_levels {
+            OutOfRange::check(
+                level <= lowest,
+                "model.attention_levels",
+                format!("{:?}", self.attention_levels),
+                format!("levels 0 to {lowest}"),
+                "levels are counted from the highest resolution",
+            )?;
+        }
+        let middle = self.mid_attention.then_some(lowest);
+        for level in self.attention_levels.iter().copied().chain(middle) {
+            OutOfRange::check(
+                self.head_channels == 0 || self.channels[level] % self.head_channels == 0,
+                "model.head_channels",
+                self.head_channels,
+                format!("a divisor of {}", self.channels[level]),
+                format!("heads share the channels of level {level} equally (0: one head)"),
+            )?;
+        }
+        if let Some(groups) = self.mid_attention_groups {
+            OutOfRange::check(
+                groups > 0 && self.channels[lowest] % groups == 0,
+                "model.mid_attention_groups",
+                groups,
+                format!("a divisor of {}", self.channels[lowest]),
+                "the middle attention's norm divides the channels of the lowest level",
+            )?;
+        }
+        OutOfRange::check(
+            self.norm_eps > 0.0 && self.norm_eps < 1.0,
+            "model.norm_eps",
+            self.norm_eps,
+            "0 < norm_eps < 1",
+            "it keeps the division by the standard deviation finite",
+        )?;
+        OutOfRange::check(
+            (0.0..1.0).contains(&self.dropout),
+            "model.dropout",
+            self.dropout,
+            "0 ≤ dropout < 1",
+            "a probability",
+        )?;
+        let factor = 1 << lowest;
+        OutOfRange::check(
+            height > 0 && width > 0 && height % factor == 0 && width % factor == 0,
+            "data.size",
+            format!("{height}×{width}"),
+            format!("multiples of {factor}"),
+            format!("{} levels halve the image {lowest} times; use fewer levels or another size", self.channels.len()),
+        )
     }
 }

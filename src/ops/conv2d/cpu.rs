@@ -1,0 +1,78 @@
+use super::{Conv2d, KERNEL, Stride, TAPS};
+use crate::device::cpu::Launch;
+use crate::device::cpu::gemm::window::Window;
+use crate::device::cpu::gemm::{self, Init, OutRows, Rows, Segment};
+use std::ops::Range;
+
+fn window(op: &Conv2d) -> Window {
+    match op.stride {
+        Stride::One => Window::same(op.images, op.height, op.width, KERNEL),
+        Stride::Two => Window::halving(op.images, op.height, op.width),
+    }
+}
+
+pub(super) fn forward(op: &Conv2d, launch: &Launch<'_>) {
+    let pool = launch.pool();
+    let (x, weight, bias) = (launch.input::<f32>(0), launch.input::<f32>(1), launch.input::<f32>(2));
+    let residual = op.residual.then(|| launch.input::<f32>(3));
+    let depth = TAPS * op.channels;
+    let packed = launch.scratch();
+    gemm::pack_transposed(pool, weight, op.out, depth, packed);
+    let window = window(op);
+    let offsets = |tap: usize, rows: Range<usize>, out: &mut [usize]| {
+        window.input_offsets(tap / KERNEL, tap % KERNEL, rows, op.channels, out);
+    };
+    gemm::rows_times_packed(
+        pool,
+        &Rows { segments: &[Segment { data: x, k: op.channels }; TAPS], offsets: &offsets },
+        window.outputs(),
+        op.out,
+        packed,
+        launch.output::<f32>(0),
+        OutRows::Linear { start: 0, ld: op.out },
+        Init { bias: Some(bias), accumulate: false, residual },
+    );
+}
+
+pub(super) fn input_gradient(op: &Conv2d, launch: &Launch<'_>) {
+    let pool = launch.pool();
+    let (dy, weight) = (launch.input::<f32>(0), launch.input::<f32>(1));
+    let packed = launch.scratch();
+    // Row (tap, o) of the right operand is W[o, tap, 0..C].
+    let row = |i: usize| ((i % op.out) * TAPS + i / op.out) * op.channels;
+    gemm::pack_rows(pool, op.channels, TAPS * op.out, row, weight, packed);
+    let window = window(op);
+    let offsets = |tap: usize, rows: Range<usize>, out: &mut [usize]| {
+        window.output_offsets(tap / KERNEL, tap % KERNEL, rows, op.out, out);
+    };
+    gemm::rows_times_packed(
+        pool,
+        &Rows { segments: &[Segment { data: dy, k: op.out }; TAPS], offsets: &offsets },
+        window.inputs(),
+        op.channels,
+        packed,
+        launch.output::<f32>(0),
+        OutRows::Grid { grid: window.input_grid(), start: 0, ld: op.channels },
+        Init { accumulate: launch.updates(0), ..Init::ZERO },
+    );
+}
+
+pub(super) fn weight_gradient(op: &Conv2d, launch: &Launch<'_>) {
+    let (dy, x) = (launch.input::<f32>(0), launch.input::<f32>(1));
+    let (dw, db) = (launch.output::<f32>(0), launch.output::<f32>(1));
+    let window = window(op);
+    let offsets = |tap: usize, rows: Range<usize>, out: &mut [usize]| {
+        window.input_offsets(tap / KERNEL, tap % KERNEL, rows, op.channels, out);
+    };
+    gemm::transposed_times_rows(
+        launch.pool(),
+        dy,
+        op.out,
+        op.out,
+        &Rows { segments: &[Segment { data: x, k: op.channels }; TAPS], offsets: &offsets },
+        window.outputs(),
+        dw,
+        launch.updates(0),
+        Some(db),
+    );
+}

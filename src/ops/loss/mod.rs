@@ -1,0 +1,79 @@
+//! Mean squared error to ε (eq. 14, L_simple) or to another mixture of x_0 and ε: x_0 itself, or v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0.
+//!
+//! Loss and gradient come from one pass. The target is not stored: x_0, the flip and ε are drawn again, as `q_sample` drew them.
+
+mod cpu;
+
+#[cfg(test)]
+mod tests;
+
+use super::q_sample::TrainingBatch;
+use crate::device::cpu::Launch;
+use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
+
+/// Inputs: the network's output [N, H, W, C]; pixels u8 [N, H, W, C]; t u32 [N]; the target's coefficients of x_0 and of ε as table
+/// [T, 2]; clock u32 [4].
+/// Outputs: gradient [N, H, W, C] of the mean over `global_batch` images; each image's own mean squared error [N].
+#[derive(Clone, Debug)]
+pub struct MseLoss {
+    /// The images, drawn as for `q_sample`.
+    pub batch: TrainingBatch,
+    /// Images of the whole step, over all shards and ranks.
+    pub global_batch: usize,
+}
+
+/// What the loss reads.
+#[derive(Clone, Copy, Debug)]
+pub struct LossInputs {
+    /// The network's output [N, H, W, C].
+    pub out: Var,
+    /// u8 [N, H, W, C].
+    pub pixels: Var,
+    /// u32 [N].
+    pub t: Var,
+    /// [T, 2].
+    pub table: Var,
+    /// u32 [4].
+    pub clock: Var,
+}
+
+/// Puts the gradient of the loss with respect to `out`, for [`Tape::backward`], and each image's loss on the tape.
+pub fn mse_loss(tape: &mut Tape, batch: &TrainingBatch, global_batch: usize, inputs: LossInputs) -> (Var, Var) {
+    let LossInputs { out, pixels, t, table, clock } = inputs;
+    let op = MseLoss { batch: batch.clone(), global_batch };
+    let outputs = tape.push(op, &[out, pixels, t, table, clock]);
+    (outputs[0], outputs[1])
+}
+
+impl Op for MseLoss {
+    fn name(&self) -> &'static str {
+        "mse_loss"
+    }
+
+    fn signature(&self) -> Signature {
+        let TrainingBatch { images, timesteps, .. } = self.batch;
+        let shape = self.batch.shape();
+        Signature {
+            inputs: vec![
+                Spec::f32(shape.clone()),
+                Spec::u8(shape.clone()),
+                Spec::u32([images]),
+                Spec::f32([timesteps, 2]),
+                Spec::u32([4]),
+            ],
+            outputs: vec![Spec::f32(shape), Spec::f32([images])],
+        }
+    }
+
+    fn scratch(&self) -> Scratch {
+        Scratch { arena: 0, thread: self.batch.scratch() }
+    }
+
+    fn flops(&self) -> u64 {
+        9 * self.batch.shape().len() as u64
+    }
+
+    fn cpu(&self, launch: &Launch<'_>) {
+        cpu::mse_loss(self, launch);
+    }
+}

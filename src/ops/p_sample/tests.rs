@@ -1,0 +1,186 @@
+use super::{StepInputs, p_sample, row};
+use crate::diffusion::{DiffusionConfig, Objective, SamplerConfig, SamplerKind, SamplerTable, Schedule, p_sample_step};
+use crate::ops::testing::{Planned, Reference, random};
+use crate::rng::{Kind, Stream};
+use crate::tape::{Shape, Spec, Tape};
+
+const SEED: u64 = 0x0123_4567_89AB_CDEF;
+const EPS: f64 = f32::EPSILON as f64;
+
+fn run(shape: &Shape, threads: usize, x: &[f32], out: &[f32], row: [f32; 9], clock: [u32; 2], seed: u64) -> Vec<f32> {
+    let mut tape = Tape::new();
+    let x_var = tape.io("x", Spec::f32(shape.clone()));
+    let inputs = StepInputs {
+        out: tape.io("out", Spec::f32(shape.clone())),
+        row: tape.io("row", Spec::f32([9])),
+        clock: tape.io("clock", Spec::u32([4])),
+        seed: tape.io("seed", Spec::u32([2])),
+    };
+    p_sample(&mut tape, x_var, inputs);
+    let mut planned = Planned::new(&tape, threads);
+    planned.set("x", x);
+    planned.set("out", out);
+    planned.set("row", &row);
+    planned.set("clock", &[clock[0], clock[1], 9, 9]);
+    planned.set("seed", &[seed as u32, (seed >> 32) as u32]);
+    planned.run();
+    planned.get("x")
+}
+
+/// The step in f64 and the sum of its terms' sizes, which bounds the rounding errors.
+fn exact(x: f32, out: f32, z: f32, row: [f32; 9]) -> (f64, f64) {
+    let [x, out, z] = [x, out, z].map(f64::from);
+    let [a, b, c, d, c_x0, c_xt, c_eps, sigma, clip] = row.map(f64::from);
+    let limit = if clip == 0.0 { f64::INFINITY } else { clip };
+    let x_0 = (a * x + b * out).clamp(-limit, limit);
+    let value = c_x0 * x_0 + c_xt * x + c_eps * (c * x + d * out) + sigma * z;
+    let size = c_x0.abs() * ((a * x).abs() + (b * out).abs())
+        + (c_xt * x).abs()
+        + c_eps.abs() * ((c * x).abs() + (d * out).abs())
+        + (sigma * z).abs();
+    (value, size)
+}
+
+fn noise(seed: u64, step: u32, image: u32, len: usize) -> Vec<f32> {
+    let mut z = vec![0.0; len];
+    Stream { seed, kind: Kind::SampleNoise, layer: 0, sample: image, step }.fill_normal(0, &mut z);
+    z
+}
+
+#[test]
+fn matches_f64_with_and_without_clipping_and_noise() {
+    for shape in
+        [Shape::from([3, 5, 7, 3]), Shape::from([2, 33, 65, 3]), Shape::from([4, 1, 1, 1]), Shape::from([1, 64, 64, 1])]
+    {
+        let elements = shape.dims()[1..].iter().product::<usize>();
+        let (x, out) = (random(1, shape.len()), random(2, shape.len()));
+        for (sigma, clip) in [(0.0, 0.0), (0.0, 1.0), (0.3, 0.0), (0.3, 0.7)] {
+            let row = [1.3, -0.8, 0.4, 0.9, 0.35, 0.6, -0.2, sigma, clip];
+            let y = run(&shape, 2, &x, &out, row, [250, 11], SEED);
+            for i in 0..shape.len() {
+                let z = noise(SEED, 250, 11 + (i / elements) as u32, elements)[i % elements];
+                let (exact, size) = exact(x[i], out[i], z, row);
+                // At most seven roundings on the way of any term.
+                let error = (f64::from(y[i]) - exact).abs();
+                assert!(error <= 3.5 * EPS * size, "{shape} σ={sigma} clip={clip} [{i}]: {} instead of {exact}", y[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn without_noise_the_noise_stream_is_not_read() {
+    // The workspace holds NaN or the noise of another step; σ = 0 must be σ = 0 and not 0·z.
+    let shape = Shape::from([2, 3, 3, 2]);
+    let (x, out) = (random(1, 36), random(2, 36));
+    let row = [1.3, -0.8, 0.4, 0.9, 0.35, 0.6, -0.2, 0.0, 1.0];
+    let first = run(&shape, 1, &x, &out, row, [0, 0], 1);
+    assert!(first.iter().all(|y| y.is_finite()));
+    assert_eq!(first, run(&shape, 1, &x, &out, row, [7, 7], 2));
+}
+
+/// Rows by the posterior q(x_{t−1}|x_t, x_0) (eq. 7), for a network that gives x_0.
+#[test]
+fn posterior_mean_matches_pytorch() {
+    let file = Reference::open("q_sample.safetensors");
+    let (x_t, x_0, t) = (file.f32("x_t"), file.f32("x0"), file.f64("t"));
+    for schedule in ["linear", "cosine"] {
+        let alpha_bars = file.f64(&format!("ddpm_pytorch/{schedule}_T1000/alphas_cumprod"));
+        let betas = file.f64(&format!("ddpm_pytorch/{schedule}_T1000/betas"));
+        let expected = file.f64(&format!("ddpm_pytorch/{schedule}/posterior_mean"));
+        let image = x_t.len() / t.len();
+        for (j, t) in t.iter().map(|t| *t as usize).enumerate() {
+            let (alpha_bar, before) = (alpha_bars[t], if t == 0 { 1.0 } else { alpha_bars[t - 1] });
+            let c_x0 = betas[t] * before.sqrt() / (1.0 - alpha_bar);
+            let c_xt = (1.0 - betas[t]).sqrt() * (1.0 - before) / (1.0 - alpha_bar);
+            let row = [0.0, 1.0, 0.0, 0.0, c_x0 as f32, c_xt as f32, 0.0, 0.0, 0.0];
+            let range = j * image..(j + 1) * image;
+            let (x_t, x_0) = (&x_t[range.clone()], &x_0[range.clone()]);
+            let y = run(&Shape::from([1, 4, 5, 3]), 1, x_t, x_0, row, [0, 0], 0);
+            for i in 0..image {
+                let size = c_x0 * f64::from(x_0[i]).abs() + c_xt * f64::from(x_t[i]).abs();
+                let error = (f64::from(y[i]) - expected[range.start + i]).abs();
+                // Coefficient, product, sum, and the file's own rounding, half an ε each; the schedules of both sides agree to 1e-10.
+                assert!(error <= 2.0 * EPS * size + 1e-10, "{schedule} t={t} [{i}]: {} {error:e}", y[i]);
+            }
+        }
+    }
+}
+
+/// Eq. 11 follows from eq. 7 and eq. 15: without clipping both rows give the same mean.
+#[test]
+fn mean_by_x_0_is_the_mean_by_epsilon() {
+    let shape = Shape::from([2, 3, 5, 3]);
+    let (x, out) = (random(1, 90), random(2, 90));
+    let (beta, before) = (0.01f64, 0.4f64);
+    let alpha_bar = before * (1.0 - beta);
+    let (c_x0, c_xt) =
+        (before.sqrt() * beta / (1.0 - alpha_bar), (1.0 - beta).sqrt() * (1.0 - before) / (1.0 - alpha_bar));
+    let (from_xt, from_out) = (1.0 / alpha_bar.sqrt(), -(1.0 / alpha_bar - 1.0).sqrt());
+    let row = [from_xt, from_out, 0.0, 1.0, c_x0, c_xt, 0.0, 0.0, 0.0].map(|c| c as f32);
+    let y = run(&shape, 1, &x, &out, row, [0, 0], 0);
+    for i in 0..90 {
+        let [x, out] = [x[i], out[i]].map(f64::from);
+        let mean = (x - beta / (1.0 - alpha_bar).sqrt() * out) / (1.0 - beta).sqrt();
+        let size = c_x0 * (from_xt * x.abs() - from_out * out.abs()) + c_xt * x.abs();
+        assert!((f64::from(y[i]) - mean).abs() <= 3.5 * EPS * size, "[{i}] {} instead of {mean}", y[i]);
+    }
+}
+
+#[test]
+fn runs_every_step_of_every_sampler() {
+    let shape = Shape::from([2, 3, 5, 3]);
+    for objective in [Objective::Epsilon, Objective::X0, Objective::V] {
+        for (sampler, eta, clip) in
+            [(SamplerKind::Ddpm, 0.0, 1.0), (SamplerKind::Ddim, 0.0, 0.0), (SamplerKind::Ddim, 0.5, 1.0)]
+        {
+            let schedule = Schedule::new(&DiffusionConfig { objective, clip, ..Default::default() }).unwrap();
+            let config = SamplerConfig { sampler, steps: 10, eta, ..Default::default() };
+            let table = SamplerTable::new(&schedule, &config).unwrap();
+            let mut x = random(1, 90);
+            for (k, step) in table.steps.iter().enumerate() {
+                let out = random(10 + k as u64, 90);
+                let next = run(&shape, 2, &x, &out, row(step, table.clip), [k as u32, 0], SEED);
+                let z = [0, 1].map(|image| noise(SEED, k as u32, image, 45)).concat();
+                let [x64, out64, z64] = [&x, &out, &z].map(|v| v.iter().map(|v| f64::from(*v)).collect::<Vec<_>>());
+                let expected = p_sample_step(step, table.clip, &x64, &out64, &z64);
+                for i in 0..90 {
+                    let (_, size) = exact(x[i], out[i], z[i], row(step, table.clip));
+                    // As in the test against f64, and two roundings of coefficients.
+                    let error = (f64::from(next[i]) - expected[i]).abs();
+                    assert!(
+                        error <= 4.5 * EPS * size,
+                        "{objective:?} {sampler:?} step {k} [{i}]: {} {error:e}",
+                        next[i]
+                    );
+                }
+                x = next;
+            }
+        }
+    }
+}
+
+#[test]
+fn noise_belongs_to_seed_image_and_step() {
+    let (whole, part) = (Shape::from([6, 5, 7, 3]), Shape::from([2, 5, 7, 3]));
+    let (x, out) = (random(1, whole.len()), random(2, whole.len()));
+    let row = [1.3, -0.8, 0.0, 1.0, 0.35, 0.6, 0.0, 0.5, 1.0];
+    let all = run(&whole, 1, &x, &out, row, [40, 8], SEED);
+    let range = 2 * 105..4 * 105;
+    assert_eq!(run(&part, 1, &x[range.clone()], &out[range.clone()], row, [40, 10], SEED), all[range]);
+    for threads in [2, 3] {
+        assert_eq!(run(&whole, threads, &x, &out, row, [40, 8], SEED), all, "{threads} threads");
+    }
+    for (clock, seed) in [([41, 8], SEED), ([40, 14], SEED), ([40, 8], SEED + 1), ([40, 8], SEED + (1 << 32))] {
+        let other = run(&whole, 1, &x, &out, row, clock, seed);
+        assert!(other.iter().zip(&all).filter(|(a, b)| a == b).count() < 8, "{clock:?} {seed:#x}: the same noise");
+    }
+}
+
+#[test]
+fn clipping_does_not_hide_nan() {
+    let row = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0];
+    let y = run(&Shape::from([1, 1, 2, 2]), 1, &[f32::NAN, 5.0, -5.0, 0.5], &[0.0; 4], row, [0, 0], 0);
+    assert!(y[0].is_nan());
+    assert_eq!(y[1..], [1.0, -1.0, 0.5]);
+}

@@ -1,0 +1,55 @@
+//! x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (eq. 4): Algorithm 1, lines 2 to 4, with t, ε and the horizontal flip drawn here.
+//!
+//! What is drawn is a function of the run seed, the step and the image's place in the global batch, so the loss draws it again
+//! and nothing but t is stored.
+
+mod batch;
+mod cpu;
+
+#[cfg(test)]
+pub(super) mod tests;
+
+pub use batch::TrainingBatch;
+
+use crate::device::cpu::Launch;
+use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
+
+/// Inputs: pixels u8 [N, H, W, C]; √ᾱ_t and √(1−ᾱ_t) as table [T, 2]; clock u32 [4] (see [`TrainingBatch`]).
+/// Outputs: x_t [N, H, W, C]; t u32 [N].
+#[derive(Clone, Debug)]
+pub struct QSample {
+    /// The images.
+    pub batch: TrainingBatch,
+}
+
+/// Puts x_t and t on the tape.
+pub fn q_sample(tape: &mut Tape, batch: &TrainingBatch, pixels: Var, table: Var, clock: Var) -> (Var, Var) {
+    let outputs = tape.push(QSample { batch: batch.clone() }, &[pixels, table, clock]);
+    (outputs[0], outputs[1])
+}
+
+impl Op for QSample {
+    fn name(&self) -> &'static str {
+        "q_sample"
+    }
+
+    fn signature(&self) -> Signature {
+        let batch = &self.batch;
+        Signature {
+            inputs: vec![Spec::u8(batch.shape()), Spec::f32([batch.timesteps, 2]), Spec::u32([4])],
+            outputs: vec![Spec::f32(batch.shape()), Spec::u32([batch.images])],
+        }
+    }
+
+    fn scratch(&self) -> Scratch {
+        Scratch { arena: 0, thread: self.batch.scratch() }
+    }
+
+    fn flops(&self) -> u64 {
+        5 * self.batch.shape().len() as u64
+    }
+
+    fn cpu(&self, launch: &Launch<'_>) {
+        cpu::q_sample(&self.batch, launch);
+    }
+}
