@@ -33,7 +33,7 @@ pub struct AttentionGradient {
 /// # Panics
 /// If the last dimension of `qkv` is not three times a multiple of `heads`.
 pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Var {
-    let mut shape = tape.shape(qkv).to_vec();
+    let mut shape = tape.shape(qkv).dims().to_vec();
     let wide = shape.pop().unwrap_or(0);
     assert!(!shape.is_empty() && wide % (3 * heads) == 0, "attention: {wide} channels for q, k and v of {heads} heads");
     shape.push(wide / 3);
@@ -43,7 +43,7 @@ pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Var {
 impl Attention {
     /// N
     fn images(&self) -> usize {
-        self.shape[0]
+        self.shape.dims()[0]
     }
 
     /// T, the tokens of one image.
@@ -62,7 +62,7 @@ impl Attention {
     }
 
     fn qkv(&self) -> Spec {
-        let mut shape = self.shape.to_vec();
+        let mut shape = self.shape.dims().to_vec();
         shape.pop();
         shape.push(3 * self.channels());
         Spec::f32(shape.as_slice())
