@@ -156,12 +156,16 @@ multiversion! {
             scores[columns..].fill(f32::MIN);
             let mut max = [f32::MIN; LANES];
             for x in scores.as_chunks::<LANES>().0 {
+                let x = *x;
                 max = from_fn(|l| if x[l] > max[l] { x[l] } else { max[l] });
             }
             let max = fold(max, |a, b| if a > b { a } else { b });
+            for x in scores.iter_mut() {
+                *x = exp(*x - max);
+            }
             let mut sum = [0.0; LANES];
-            for x in scores.as_chunks_mut::<LANES>().0 {
-                *x = from_fn(|l| exp(x[l] - max));
+            for x in scores.as_chunks::<LANES>().0 {
+                let x = *x;
                 sum = from_fn(|l| sum[l] + x[l]);
             }
             let sum = fold(sum, |a, b| a + b);
@@ -194,6 +198,7 @@ multiversion! {
             let ((a, a_rest), (b, b_rest)) = (a[..columns].as_chunks::<LANES>(), b[..columns].as_chunks::<LANES>());
             let mut sum = [0.0; LANES];
             for (a, b) in a.iter().zip(b) {
+                let (a, b) = (*a, *b);
                 sum = from_fn(|l| sum[l] + a[l] * b[l]);
             }
             let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
