@@ -1,0 +1,322 @@
+//! The directory a run lives in: `config.toml`, `log.jsonl`, `tb/`, `samples/`, `checkpoints/` and `run.lock`.
+
+mod lock;
+
+pub use lock::{Owner, RunLock};
+
+use super::io::write_atomically;
+use super::newest::list;
+use super::write::{is_own_file, is_temporary, parse_dir_name};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+/// How a run meets what its directory already holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Goes on from the newest checkpoint if there is one.
+    Resume,
+    /// Begins anew; refuses a directory that holds a run unless `overwrite` removes it.
+    Fresh {
+        /// Remove the files of the earlier run first.
+        overwrite: bool,
+    },
+}
+
+/// An error of opening a run directory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunDirError {
+    /// The operating system refused a file operation.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// The operation, as a verb.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Another process runs here.
+    #[error("{} is in use by {owner}: stop that run, or choose another --run-dir", path.display())]
+    Locked {
+        /// The run directory.
+        path: PathBuf,
+        /// What the lock file says about its holder.
+        owner: Owner,
+    },
+    /// A fresh start would mix two runs.
+    #[error(
+        "{} already holds a run ({found}): leave --fresh out to resume it, add --overwrite to remove it, \
+         or choose another --run-dir", path.display()
+    )]
+    HoldsRun {
+        /// The run directory.
+        path: PathBuf,
+        /// The first thing found in it.
+        found: String,
+    },
+    /// The directory has content, and no run made it.
+    #[error(
+        "{} holds {found} and is not a run directory: choose an empty or new one with --run-dir", path.display()
+    )]
+    NotARun {
+        /// The directory.
+        path: PathBuf,
+        /// The first thing found in it.
+        found: String,
+    },
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RunDirError {
+    let path = path.to_path_buf();
+    move |source| RunDirError::Io { action, path, source }
+}
+
+/// A run directory that this process owns until the value is dropped or the process dies.
+#[derive(Debug)]
+pub struct RunDir {
+    root: PathBuf,
+    left: Vec<PathBuf>,
+    _lock: RunLock,
+}
+
+const CONFIG: &str = "config.toml";
+const LOG: &str = "log.jsonl";
+const TENSORBOARD: &str = "tb";
+const SAMPLES: &str = "samples";
+const CHECKPOINTS: &str = "checkpoints";
+
+impl RunDir {
+    /// Makes the directory where it is missing, locks it, and settles what it already holds as `start` says.
+    pub fn open(root: &Path, start: Start) -> Result<RunDir, RunDirError> {
+        fs::create_dir_all(root).map_err(io_error("create", root))?;
+        let entries = names(root)?;
+        if let (false, Some(found)) = (is_run_dir(root), entries.first()) {
+            return Err(RunDirError::NotARun { path: root.to_path_buf(), found: found.clone() });
+        }
+        let lock = RunLock::acquire(root)?;
+        let mut left = Vec::new();
+        match start {
+            Start::Resume => {}
+            Start::Fresh { overwrite: true } => left = remove_run(root)?,
+            Start::Fresh { overwrite: false } => {
+                if let Some(found) = entries.into_iter().find(|n| n != lock::FILE && !is_empty_dir(&root.join(n))) {
+                    return Err(RunDirError::HoldsRun { path: root.to_path_buf(), found });
+                }
+            }
+        }
+        for dir in [TENSORBOARD, SAMPLES, CHECKPOINTS] {
+            let path = root.join(dir);
+            fs::create_dir_all(&path).map_err(io_error("create", &path))?;
+        }
+        Ok(RunDir { root: root.to_path_buf(), left, _lock: lock })
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What `--overwrite` left in place because no run makes such files.
+    pub fn left(&self) -> &[PathBuf] {
+        &self.left
+    }
+
+    /// The resolved config of the run.
+    pub fn config(&self) -> PathBuf {
+        config_of(&self.root)
+    }
+
+    /// One line per logged step.
+    pub fn log(&self) -> PathBuf {
+        self.root.join(LOG)
+    }
+
+    /// TensorBoard event files.
+    pub fn tensorboard(&self) -> PathBuf {
+        self.root.join(TENSORBOARD)
+    }
+
+    /// Sample grids; `--overwrite` removes those whose names begin with `step-`.
+    pub fn samples(&self) -> PathBuf {
+        self.root.join(SAMPLES)
+    }
+
+    /// The sample file of a step, for example `samples/step-00012000.png`.
+    pub fn sample(&self, step: u64, extension: &str) -> PathBuf {
+        self.samples().join(format!("{}.{extension}", super::write::dir_name(step)))
+    }
+
+    /// Checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        checkpoints_of(&self.root)
+    }
+
+    /// Stores the resolved config; a reader sees the old one or the new one whole.
+    pub fn write_config(&self, toml: &str) -> Result<(), RunDirError> {
+        let path = self.config();
+        write_atomically(&path, toml.as_bytes()).map_err(io_error("write", &path))
+    }
+}
+
+/// Where the config of a run directory is, for those who only read it.
+pub fn config_of(root: &Path) -> PathBuf {
+    root.join(CONFIG)
+}
+
+/// Where the checkpoints of a run directory are, for those who only read them.
+pub fn checkpoints_of(root: &Path) -> PathBuf {
+    root.join(CHECKPOINTS)
+}
+
+/// Whether a run has been in this directory.
+pub fn is_run_dir(root: &Path) -> bool {
+    root.join(lock::FILE).is_file() || list(&checkpoints_of(root)).is_ok_and(|found| !found.is_empty())
+}
+
+fn names(dir: &Path) -> Result<Vec<String>, RunDirError> {
+    let list = || io_error("list", dir);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(list())? {
+        found.push(entry.map_err(list())?.file_name().to_string_lossy().into_owned());
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn is_empty_dir(path: &Path) -> bool {
+    fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
+}
+
+/// Removes what a run makes, by name, and nothing else; gives what stayed. The lock file stays, since it is held.
+fn remove_run(root: &Path) -> Result<Vec<PathBuf>, RunDirError> {
+    // The checkpoints go first: a kill half-way must not leave them under another run's config.
+    let checkpoints = root.join(CHECKPOINTS);
+    for name in names_if_there(&checkpoints)? {
+        if parse_dir_name(&name).is_some() || is_temporary(&name) {
+            let dir = checkpoints.join(name);
+            remove_matching(&dir, |name| is_own_file(Path::new(name)))?;
+            remove_if_empty(&dir)?;
+        }
+    }
+    remove_if_empty(&checkpoints)?;
+    remove_matching(&root.join(SAMPLES), |name| name.starts_with("step-"))?;
+    remove_if_empty(&root.join(SAMPLES))?;
+    remove_matching(&root.join(TENSORBOARD), |name| name.starts_with("events.out.tfevents."))?;
+    remove_if_empty(&root.join(TENSORBOARD))?;
+    remove_matching(root, |name| name == CONFIG || name == LOG || name.starts_with("config.toml.tmp-"))?;
+    let mut left = Vec::new();
+    for name in names(root)?.into_iter().filter(|n| n != lock::FILE) {
+        left.push(root.join(name));
+    }
+    Ok(left)
+}
+
+fn names_if_there(dir: &Path) -> Result<Vec<String>, RunDirError> {
+    match names(dir) {
+        Err(RunDirError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+/// Removes regular files and links of matching names; directories are never entered.
+fn remove_matching(dir: &Path, ours: impl Fn(&str) -> bool) -> Result<(), RunDirError> {
+    for name in names_if_there(dir)?.into_iter().filter(|n| ours(n)) {
+        let path = dir.join(name);
+        let kind = fs::symlink_metadata(&path).map_err(io_error("remove", &path))?.file_type();
+        if !kind.is_dir() {
+            fs::remove_file(&path).map_err(io_error("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_if_empty(dir: &Path) -> Result<(), RunDirError> {
+    match fs::remove_dir(dir) {
+        Ok(()) => Ok(()),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) => Ok(()),
+        Err(e) => Err(io_error("remove", dir)(e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn touch(root: &Path, files: &[&str]) {
+        for file in files {
+            let path = root.join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, b"x").unwrap();
+        }
+    }
+
+    const RUN: [&str; 6] = [
+        "config.toml",
+        "log.jsonl",
+        "tb/events.out.tfevents.1.host",
+        "samples/step-00000010.png",
+        "checkpoints/step-00000010/manifest.json",
+        "checkpoints/step-00000010/shard-00000-of-00001.safetensors",
+    ];
+
+    #[test]
+    fn a_new_directory_is_made_and_can_be_resumed() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = tmp.path().join("runs/first");
+        let run = RunDir::open(&root, Start::Resume).unwrap();
+        run.write_config("a = 1\n").unwrap();
+        run.write_config("a = 2\n").unwrap();
+        assert_eq!(fs::read_to_string(run.config()).unwrap(), "a = 2\n");
+        assert!(run.checkpoints().is_dir() && run.samples().is_dir() && run.tensorboard().is_dir());
+        assert_eq!(run.sample(12000, "png"), root.join("samples/step-00012000.png"));
+        drop(run);
+        assert!(is_run_dir(&root));
+        RunDir::open(&root, Start::Resume).unwrap();
+    }
+
+    #[test]
+    fn fresh_refuses_a_run_and_overwrite_removes_only_what_a_run_made() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root = tmp.path();
+        drop(RunDir::open(root, Start::Fresh { overwrite: false }).unwrap());
+        drop(RunDir::open(root, Start::Fresh { overwrite: false }).unwrap()); // nothing was trained yet
+        touch(root, &RUN);
+        let mine =
+            ["notes.txt", "samples/favourite.png", "checkpoints/step-00000020/notes", "checkpoints/old/x", "tb/x"];
+        touch(root, &mine);
+        let e = RunDir::open(root, Start::Fresh { overwrite: false }).unwrap_err();
+        assert!(matches!(&e, RunDirError::HoldsRun { .. }) && e.to_string().contains("--overwrite"), "{e}");
+        assert!(RUN.iter().all(|f| root.join(f).exists()));
+        let run = RunDir::open(root, Start::Fresh { overwrite: true }).unwrap();
+        assert!(RUN.iter().all(|f| !root.join(f).exists()));
+        assert!(mine.iter().all(|f| root.join(f).exists()));
+        assert!(run.left().contains(&root.join("notes.txt")));
+    }
+
+    #[test]
+    fn a_directory_that_is_no_run_is_never_taken() {
+        let tmp = tempfile::tempdir().unwrap();
+        touch(tmp.path(), &["config.toml"]);
+        for start in [Start::Resume, Start::Fresh { overwrite: false }, Start::Fresh { overwrite: true }] {
+            let e = RunDir::open(tmp.path(), start).unwrap_err();
+            assert!(matches!(&e, RunDirError::NotARun { found, .. } if found == "config.toml"), "{e}");
+        }
+        assert_eq!(names(tmp.path()).unwrap(), ["config.toml"]);
+    }
+
+    #[test]
+    fn a_second_run_is_told_who_owns_the_directory() {
+        let tmp = tempfile::tempdir().unwrap();
+        let first = RunDir::open(tmp.path(), Start::Resume).unwrap();
+        for start in [Start::Resume, Start::Fresh { overwrite: true }] {
+            match RunDir::open(tmp.path(), start).unwrap_err() {
+                RunDirError::Locked { owner, .. } => assert_eq!(owner.pid, Some(std::process::id())),
+                e => panic!("{e}"),
+            }
+        }
+        drop(first);
+        RunDir::open(tmp.path(), Start::Resume).unwrap();
+    }
+}

@@ -1,0 +1,235 @@
+//! Writing a checkpoint so that it either verifies or does not exist.
+//!
+//! 1. [`Staging::create`]: `step-00012000.tmp-<uuid>/` is made.
+//! 2. [`Staging::write_shard`]: each rank writes and fsyncs its shard there.
+//! 3. [`Staging::commit`], when all shards are written: the manifest is written and fsynced, then the directory is fsynced,
+//!    renamed to `step-00012000/`, and the parent is fsynced.
+//!
+//! A death before the rename leaves a `.tmp-` directory, which the next start removes; after it, a whole checkpoint. With
+//! several ranks, rank 0 chooses the uuid and commits once every rank has handed in its [`ShardFile`].
+
+use super::error::CheckpointError;
+use super::io::{Disk, Io, unique_id};
+use super::layout::{Layout, TensorSpec};
+use super::manifest::{MANIFEST, Manifest, Meta, ShardFile};
+use super::snapshot::{GROUPS, Group, Snapshot};
+use super::stream::{Writer, header};
+use std::io::ErrorKind;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The `format` of a shard's safetensors metadata.
+const SHARD_FORMAT: &str = "ddpm-dist checkpoint shard, OHWI";
+
+/// The directory name of a checkpoint, `step-00012000`.
+pub fn dir_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// The step of a directory name that [`dir_name`] could have given.
+pub fn parse_dir_name(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (dir_name(step) == name).then_some(step)
+}
+
+/// Whether this is the name of a checkpoint that was never committed or is being removed.
+pub(super) fn is_temporary(name: &str) -> bool {
+    name.split_once(".tmp-").is_some_and(|(step, id)| {
+        parse_dir_name(step).is_some() && id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit())
+    })
+}
+
+/// The name a tensor is stored under: `ema.conv_in.weight`.
+pub(super) fn stored_name(group: Group, tensor: &TensorSpec) -> String {
+    format!("{}.{}", group.name(), tensor.name)
+}
+
+/// Names and shapes of a shard's safetensors file, in file order: group by group, and inside a group by offset.
+fn shard_tensors(layout: &Layout, range: &Range<usize>) -> Vec<(String, Vec<usize>)> {
+    let group = |group| layout.pieces(range.clone()).map(move |p| (stored_name(group, p.tensor), p.shape()));
+    GROUPS.into_iter().flat_map(group).collect()
+}
+
+/// A checkpoint being written.
+pub struct Staging {
+    io: Arc<dyn Io>,
+    dir: PathBuf,
+    target: PathBuf,
+}
+
+impl Staging {
+    /// Makes the temporary directory in `checkpoints` under a fresh uuid, which is returned for the other ranks.
+    pub fn create(checkpoints: &Path, step: u64) -> Result<(Staging, String), CheckpointError> {
+        Staging::create_with(Arc::new(Disk), checkpoints, step)
+    }
+
+    pub(super) fn create_with(
+        io: Arc<dyn Io>,
+        checkpoints: &Path,
+        step: u64,
+    ) -> Result<(Staging, String), CheckpointError> {
+        let id = unique_id();
+        let staging = Staging::at(io, checkpoints, step, &id);
+        staging.io.create_dir(&staging.dir).map_err(CheckpointError::io("create", &staging.dir))?;
+        Ok((staging, id))
+    }
+
+    /// The directory that another rank made.
+    pub fn open(checkpoints: &Path, step: u64, uuid: &str) -> Staging {
+        Staging::at(Arc::new(Disk), checkpoints, step, uuid)
+    }
+
+    fn at(io: Arc<dyn Io>, checkpoints: &Path, step: u64, uuid: &str) -> Staging {
+        let name = dir_name(step);
+        Staging { io, dir: checkpoints.join(format!("{name}.tmp-{uuid}")), target: checkpoints.join(name) }
+    }
+
+    /// Writes shard `index` of `count`. Each of `groups` (params, adam_m, adam_v, ema) is the part of the flat buffer that
+    /// [`Layout::shard`] names, so a rank that holds only its own part can write it.
+    pub fn write_shard(
+        &self,
+        layout: &Layout,
+        index: usize,
+        count: usize,
+        groups: [&[f32]; 4],
+    ) -> Result<ShardFile, CheckpointError> {
+        let range = layout.shard(index, count);
+        for (values, group) in groups.iter().zip(GROUPS) {
+            if values.len() != range.len() {
+                let (expected, found) = (range.len(), values.len());
+                return Err(CheckpointError::Snapshot { group: group.name(), expected, found });
+            }
+        }
+        let name = ShardFile::file_name(index, count);
+        let path = self.dir.join(&name);
+        let bad =
+            |e: safetensors::SafeTensorError| CheckpointError::Shard { path: path.clone(), reason: e.to_string() };
+        let mut file = Writer::create(&*self.io, &path)?;
+        file.write(&header(&shard_tensors(layout, &range), SHARD_FORMAT).map_err(bad)?)?;
+        for values in groups {
+            for piece in layout.pieces(range.clone()) {
+                file.write_f32(&values[piece.elements.start - range.start..piece.elements.end - range.start])?;
+            }
+        }
+        let (bytes, sha256) = file.finish()?;
+        Ok(ShardFile { name, begin: range.start, end: range.end, bytes, sha256 })
+    }
+
+    /// Writes the manifest over all shards (in any order) and gives the checkpoint its final name. A checkpoint of the same
+    /// step that is already there is replaced, atomically where the file system can exchange directories.
+    pub fn commit(
+        &self,
+        meta: &Meta,
+        layout: &Arc<Layout>,
+        mut files: Vec<ShardFile>,
+    ) -> Result<PathBuf, CheckpointError> {
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        let manifest = Manifest { meta: meta.clone(), layout: layout.clone(), files };
+        let path = self.dir.join(MANIFEST);
+        let bytes =
+            manifest.encode().map_err(|e| CheckpointError::Manifest { path: path.clone(), reason: e.to_string() })?;
+        // What would be refused when it is read must not be committed.
+        Manifest::decode(&path, &bytes)?;
+        let mut file = Writer::create(&*self.io, &path)?;
+        file.write(&bytes)?;
+        file.finish()?;
+        self.io.sync_dir(&self.dir).map_err(CheckpointError::io("flush to disk", &self.dir))?;
+        let replaced = self.rename()?;
+        let parent = self.target.parent().unwrap_or(Path::new("."));
+        self.io.sync_dir(parent).map_err(CheckpointError::io("flush to disk", parent))?;
+        if let Some(old) = replaced {
+            // The new checkpoint is safe; what is left of the old one is removed at the next start.
+            let _ = remove_checkpoint_files(&*self.io, &old);
+        }
+        Ok(self.target.clone())
+    }
+
+    /// Gives the temporary directory its final name; the path of the replaced checkpoint, if there was one.
+    fn rename(&self) -> Result<Option<PathBuf>, CheckpointError> {
+        let failed = || CheckpointError::io("rename to its final name", &self.dir);
+        match self.io.rename(&self.dir, &self.target) {
+            Ok(()) => return Ok(None),
+            Err(e) if matches!(e.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
+            Err(e) => return Err(failed()(e)),
+        }
+        match self.io.exchange(&self.dir, &self.target) {
+            Ok(()) => Ok(Some(self.dir.clone())),
+            Err(e) if e.kind() == ErrorKind::Unsupported => {
+                // Without an exchange there is a moment in which this step is not there; the one before it is.
+                let aside = self.target.with_file_name(format!("{}.tmp-{}", file_name(&self.target), unique_id()));
+                self.io.rename(&self.target, &aside).map_err(failed())?;
+                if let Err(e) = self.io.rename(&self.dir, &self.target) {
+                    // If this fails as well, the first error still says why.
+                    let _ = self.io.rename(&aside, &self.target);
+                    return Err(failed()(e));
+                }
+                Ok(Some(aside))
+            }
+            Err(e) => Err(failed()(e)),
+        }
+    }
+
+    /// Removes the temporary directory of a save that failed.
+    pub fn abandon(&self) -> Result<(), CheckpointError> {
+        if !self.dir.exists() {
+            return Ok(());
+        }
+        remove_checkpoint_files(&*self.io, &self.dir)
+    }
+}
+
+/// Writes a snapshot as one shard; the path of the checkpoint and the bytes of its shard.
+pub(super) fn write_snapshot(
+    io: &Arc<dyn Io>,
+    checkpoints: &Path,
+    snapshot: &Snapshot,
+) -> Result<(PathBuf, u64), CheckpointError> {
+    snapshot.check()?;
+    let layout = &snapshot.layout;
+    check_space(&**io, checkpoints, layout)?;
+    let (staging, _) = Staging::create_with(io.clone(), checkpoints, snapshot.meta.step)?;
+    let written = staging.write_shard(layout, 0, 1, GROUPS.map(|g| snapshot.group(g))).and_then(|shard| {
+        let bytes = shard.bytes;
+        Ok((staging.commit(&snapshot.meta, layout, vec![shard])?, bytes))
+    });
+    if written.is_err() {
+        // The write's own error is the one to report; a directory that cannot be removed now is removed at the next start.
+        let _ = staging.abandon();
+    }
+    written
+}
+
+/// Refuses a save that cannot fit before it writes anything.
+pub(super) fn check_space(io: &dyn Io, checkpoints: &Path, layout: &Layout) -> Result<(), CheckpointError> {
+    let data = layout.parameters() as u64 * 4 * GROUPS.len() as u64;
+    // Headers and manifest: some 150 bytes a tensor and place, and a MiB for blocks and directories.
+    let needed = data + layout.tensors().len() as u64 * 1024 + (1 << 20);
+    let free = io.free_bytes(checkpoints).map_err(CheckpointError::io("measure the free space of", checkpoints))?;
+    if free < needed {
+        return Err(CheckpointError::NoSpace { path: checkpoints.to_path_buf(), needed, free });
+    }
+    Ok(())
+}
+
+pub(super) fn file_name(path: &Path) -> &str {
+    path.file_name().and_then(|n| n.to_str()).unwrap_or_default()
+}
+
+/// Removes a checkpoint's own files and its directory; any other file makes the last step fail and stays.
+pub(super) fn remove_checkpoint_files(io: &dyn Io, dir: &Path) -> Result<(), CheckpointError> {
+    let list = || CheckpointError::io("list", dir);
+    for entry in std::fs::read_dir(dir).map_err(list())? {
+        let path = entry.map_err(list())?.path();
+        if is_own_file(&path) {
+            io.remove_file(&path).map_err(CheckpointError::io("remove", &path))?;
+        }
+    }
+    io.remove_dir(dir).map_err(CheckpointError::io("remove", dir))
+}
+
+/// Whether a checkpoint's directory would hold a file of this name.
+pub(super) fn is_own_file(path: &Path) -> bool {
+    let name = file_name(path);
+    name == MANIFEST || (name.starts_with("shard-") && name.ends_with(".safetensors"))
+}

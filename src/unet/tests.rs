@@ -1,0 +1,209 @@
+//! The network against diffusers' `UNet2DModel` with the same weights: output, loss, and the gradient of every parameter. The values
+//! are made by `tests/reference/unet.py` in f64.
+
+use super::{UnetConfig, initial_parameters, unet};
+use crate::collective::Solo;
+use crate::device::{Binding, BufferId, Device, Region, cpu::Cpu};
+use crate::ops::copy::Copy;
+use crate::tape::{ParamLayout, Program, Spec, Tape, plan};
+use safetensors::SafeTensors;
+use serde_json::Value;
+use std::sync::Arc;
+
+const REFERENCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference");
+
+fn read(name: &str) -> Vec<u8> {
+    std::fs::read(format!("{REFERENCE}/{name}")).unwrap()
+}
+
+fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
+    let tensor = file.tensor(name).unwrap();
+    assert_eq!(tensor.dtype(), safetensors::Dtype::F32, "{name}");
+    tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+fn config(json: &Value) -> UnetConfig {
+    let number = |key: &str| json[key].as_u64().unwrap() as usize;
+    let channels: Vec<usize> =
+        json["block_out_channels"].as_array().unwrap().iter().map(|c| c.as_u64().unwrap() as usize).collect();
+    let attends = |block: &Value| block.as_str().unwrap().starts_with("Attn");
+    let levels = json["down_block_types"].as_array().unwrap();
+    UnetConfig {
+        image_channels: number("in_channels"),
+        attention_levels: (0..channels.len()).filter(|&level| attends(&levels[level])).collect(),
+        channels,
+        blocks: number("layers_per_block"),
+        mid_attention: json["add_attention"].as_bool().unwrap(),
+        head_channels: json["attention_head_dim"].as_u64().unwrap_or(0) as usize,
+        groups: number("norm_num_groups"),
+        mid_attention_groups: json["attn_norm_num_groups"].as_u64().map(|g| g as usize),
+        norm_eps: json["norm_eps"].as_f64().unwrap(),
+        dropout: json["dropout"].as_f64().unwrap(),
+        flip_sin_to_cos: json["flip_sin_to_cos"].as_bool().unwrap(),
+        freq_shift: json["freq_shift"].as_f64().unwrap(),
+    }
+}
+
+struct Network {
+    program: Program,
+    device: Device,
+    binding: Binding,
+}
+
+impl Network {
+    fn new(config: &UnetConfig, shape: [usize; 4], threads: usize) -> Network {
+        config.validate(shape[1], shape[2]).unwrap();
+        let mut tape = Tape::new();
+        let x = tape.io("x", Spec::f32(shape));
+        let t = tape.io("t", Spec::u32([shape[0]]));
+        let out = unet(&mut tape, config, x, t, None);
+        tape.fuse_residuals(|op| op == "add");
+        let y = tape.io("y", Spec::f32(shape));
+        tape.push_into(Arc::new(Copy { shape: shape.into() }), &[out], &[y], 0);
+        let dy = tape.io("dy", Spec::f32(shape));
+        tape.backward(out, dy);
+        let program = plan(&tape, None, None);
+        let mut device = Device::Cpu(Cpu::new(threads));
+        let mut binding = Binding::default();
+        for (region, bytes) in [
+            (Region::Weights, program.layout.len() * 4),
+            (Region::Gradients, program.layout.len() * 4),
+            (Region::Arena, program.arena_bytes),
+            (Region::Io, program.io_bytes),
+        ] {
+            let buffer = device.allocate(bytes).unwrap();
+            device.upload(buffer, 0, &vec![f32::NAN; bytes / 4]);
+            binding = binding.with(region, buffer);
+        }
+        Network { program, device, binding }
+    }
+
+    fn buffer(&self, region: Region) -> BufferId {
+        self.binding.get(region).unwrap()
+    }
+
+    fn put(&mut self, name: &str, data: &[f32]) {
+        self.device.upload(self.buffer(Region::Io), self.program.io(name).offset / 4, data);
+    }
+
+    /// Output for `x` and `t`, and the gradients of mean((output − target)²), in the flat buffer.
+    fn run(&mut self, x: &[f32], t: &[u32], target: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        self.put("x", x);
+        self.put("dy", &vec![0.0; x.len()]);
+        self.device.upload(self.buffer(Region::Io), self.program.io("t").offset / 4, t);
+        self.program.run(&mut self.device, &self.binding, &mut Solo).unwrap();
+        let mut y = vec![0.0; x.len()];
+        self.device.download(self.buffer(Region::Io), self.program.io("y").offset / 4, &mut y);
+        let scale = 2.0 / y.len() as f64;
+        let dy: Vec<f32> =
+            y.iter().zip(target).map(|(y, t)| (scale * (f64::from(*y) - f64::from(*t))) as f32).collect();
+        self.put("dy", &dy);
+        self.program.run(&mut self.device, &self.binding, &mut Solo).unwrap();
+        let mut gradients = vec![0.0; self.program.layout.len()];
+        self.device.download(self.buffer(Region::Gradients), 0, &mut gradients);
+        (y, gradients)
+    }
+}
+
+fn root_mean_square(values: &[f32]) -> f64 {
+    (values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / values.len() as f64).sqrt()
+}
+
+/// Largest error relative to the root mean square of the exact values, or to `floor` if that is larger.
+fn relative_error(found: &[f32], exact: &[f32], floor: f64) -> f64 {
+    assert_eq!(found.len(), exact.len());
+    found.iter().zip(exact).map(|(f, e)| f64::from((f - e).abs())).fold(0.0, |worst, error| {
+        // A NaN is worse than anything.
+        if error.is_nan() { f64::INFINITY } else { f64::max(worst, error) }
+    }) / root_mean_square(exact).max(floor)
+}
+
+/// Rounding errors of a chain of about 30 layers, each a sum of up to a few hundred f32 products, in random directions.
+const TOLERANCE: f64 = 30.0 * 8.0 * f32::EPSILON as f64;
+
+#[test]
+fn matches_diffusers() {
+    for name in ["unet_grey28", "unet_colour16", "unet_colour12x20", "unet_grey8"] {
+        let config = config(&serde_json::from_slice(&read(&format!("{name}.json"))).unwrap());
+        let bytes = read(&format!("{name}.safetensors"));
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let shape: [usize; 4] = file.tensor("x_t").unwrap().shape().try_into().unwrap();
+        let mut network = Network::new(&config, shape, 2);
+        let layout = network.program.layout.clone();
+        for placed in layout.iter() {
+            let key = format!("weight/{}", placed.name);
+            assert_eq!(file.tensor(&key).unwrap().shape(), placed.shape.dims(), "{name}: {key}");
+            network.device.upload(network.buffer(Region::Weights), placed.range.start, &floats(&file, &key));
+        }
+        let count = file.names().iter().filter(|n| n.starts_with("weight/")).count();
+        assert_eq!(layout.iter().count(), count, "{name}: number of parameters");
+
+        let t: Vec<u32> =
+            file.tensor("t").unwrap().data().chunks_exact(8).map(|b| b[0] as u32 | (b[1] as u32) << 8).collect();
+        let (y, gradients) = network.run(&floats(&file, "x_t"), &t, &floats(&file, "target"));
+        let error = relative_error(&y, &floats(&file, "output"), 0.0);
+        assert!(error < TOLERANCE, "{name}: output is off by {error:e}");
+        // Some gradients cancel to nothing (a key bias moves all logits alike): what is left is measured against the others.
+        let all: Vec<f32> = layout.iter().flat_map(|p| floats(&file, &format!("grad/{}", p.name))).collect();
+        let floor = 0.1 * root_mean_square(&all);
+        let mut worst = 0.0f64;
+        for placed in layout.iter() {
+            let exact = floats(&file, &format!("grad/{}", placed.name));
+            let error = relative_error(&gradients[placed.range.clone()], &exact, floor);
+            assert!(error < TOLERANCE, "{name}: gradient of {} is off by {error:e}", placed.name);
+            worst = worst.max(error);
+        }
+        println!("{name}: output {error:.1e}, worst gradient {worst:.1e}");
+    }
+}
+
+#[test]
+fn the_paper_models_have_their_parameters() {
+    let count = |config: &UnetConfig, size: usize| {
+        config.validate(size, size).unwrap();
+        let mut tape = Tape::new();
+        let x = tape.io("x", Spec::f32([1, size, size, 3]));
+        let t = tape.io("t", Spec::u32([1]));
+        unet(&mut tape, config, x, t, None);
+        plan(&tape, None, None).summary()
+    };
+    let cifar = count(&UnetConfig::default(), 32);
+    assert_eq!(cifar.parameters, 35_746_307);
+    assert!((12.3e9..12.6e9).contains(&(cifar.forward_flops as f64)), "{}", cifar.forward_flops);
+    let large = UnetConfig {
+        channels: vec![128, 128, 256, 256, 512, 512],
+        attention_levels: vec![4],
+        dropout: 0.0,
+        ..UnetConfig::default()
+    };
+    assert_eq!(count(&large, 256).parameters, 113_673_219);
+}
+
+#[test]
+fn initial_parameters_are_the_papers() {
+    let config = UnetConfig { channels: vec![32, 64], attention_levels: vec![1], ..UnetConfig::default() };
+    let mut tape = Tape::new();
+    let x = tape.io("x", Spec::f32([1, 8, 8, 3]));
+    let t = tape.io("t", Spec::u32([1]));
+    unet(&mut tape, &config, x, t, None);
+    let layout = plan(&tape, None, None).layout;
+    let flat = initial_parameters(&tape, &layout, 7);
+    let values = |name: &str| &flat[layout.get(name).unwrap().range.clone()];
+    assert!(values("conv_norm_out.weight").iter().all(|&w| w == 1.0));
+    assert!(values("conv_in.bias").iter().all(|&w| w == 0.0));
+    let bounded = |name: &str, limit: f64| {
+        let largest = values(name).iter().fold(0.0f32, |a, b| a.max(b.abs()));
+        assert!(f64::from(largest) <= limit && f64::from(largest) > 0.95 * limit, "{name}: {largest} of {limit}");
+    };
+    bounded("conv_in.weight", (6.0f64 / (9 * (3 + 32)) as f64).sqrt());
+    bounded("time_embedding.linear_1.weight", (6.0f64 / (32 + 128) as f64).sqrt());
+    bounded("mid_block.resnets.0.conv2.weight", (6e-10 / (9 * 128) as f64).sqrt());
+    bounded("mid_block.attentions.0.to_out.0.weight", (6e-10 / 128.0f64).sqrt());
+
+    // Values belong to names, not to places.
+    let mut placed: Vec<_> = tape.params().to_vec();
+    placed.reverse();
+    let other = ParamLayout::new(placed.iter());
+    let moved = initial_parameters(&tape, &other, 7);
+    assert_eq!(values("conv_out.weight"), &moved[other.get("conv_out.weight").unwrap().range.clone()]);
+}
