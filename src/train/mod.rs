@@ -1,6 +1,8 @@
 //! Algorithm 1: from a config and a data set to weights, with everything a run leaves behind.
 
 mod config;
+mod error;
+mod reports;
 mod resume;
 mod run;
 mod state;
@@ -10,7 +12,8 @@ mod step;
 mod tests;
 
 pub use config::{Config, Decay, EmaConfig, LogConfig, OptimConfig, Optimizer, TrainConfig};
+pub use error::TrainError;
 pub use resume::{Difference, differences, trajectory_hash};
-pub use run::{Ended, Options, TrainError, train};
+pub use run::{Ended, Initial, Options, train};
 pub use state::layout_for_checkpoints;
 pub use step::{Metrics, STATE, Trainer, step_program};
