@@ -6,7 +6,7 @@ use super::{Config, TrainError, Trainer, differences};
 use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Snapshot, Start, Want, load_newest};
 use crate::collective::Solo;
 use crate::config::OutOfRange;
-use crate::data::{Dataset, ImageSize, Loader, LoaderConfig, Order};
+use crate::data::{DataConfig, DataError, Dataset, ImageSize, Loader, LoaderConfig, Order};
 use crate::device::{Device, Region};
 use crate::diffusion::{SamplerTable, Schedule};
 use crate::report::{Console, GridOptions, Images, grid};
@@ -52,13 +52,6 @@ pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) ->
     let console = options.console;
     let dataset = Arc::new(open_data(config, options)?);
     let [height, width, channels] = dataset.shape();
-    OutOfRange::check(
-        channels == config.model.image_channels,
-        "model.image_channels",
-        config.model.image_channels,
-        channels.to_string(),
-        "the images of the data set have this many channels",
-    )?;
     config.model.validate(height, width)?;
     // From here on the config is complete: whoever reads it later needs no data set to know the size.
     config.data.size = Some(ImageSize { height, width });
@@ -168,7 +161,23 @@ pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) ->
 
 fn open_data(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
     let progress = DecodingBar { console: options.console, bar: Mutex::new(None) };
-    let dataset = Dataset::open(&config.data, options.config_file, &progress)?;
+    // Pictures of a folder become grey or coloured as the model wants them, unless `data.channels` says otherwise.
+    let channels = config.data.channels.unwrap_or(config.model.image_channels);
+    let data = DataConfig { channels: Some(channels), ..config.data.clone() };
+    let dataset = Dataset::open(&data, options.config_file, &progress).map_err(|error| match error {
+        DataError::Mismatch { key: "data.channels", found, .. } if config.data.channels.is_none() => {
+            let why = "the images of the data set have this many";
+            TrainError::OutOfRange(OutOfRange::new("model.image_channels", channels, found, why))
+        }
+        error => TrainError::Data(error),
+    })?;
+    OutOfRange::check(
+        channels == config.model.image_channels,
+        "model.image_channels",
+        config.model.image_channels,
+        format!("data.channels = {channels}"),
+        "the model sees the images as they are",
+    )?;
     if dataset.skipped() > 0 {
         let names = dataset.skipped_names().join(", ");
         options.console.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
