@@ -1,5 +1,6 @@
 //! Algorithm 1: from a config and a data set to weights, with everything a run leaves behind.
 
+mod bench;
 mod config;
 mod error;
 mod reports;
@@ -11,6 +12,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 
+pub use bench::{BenchError, BenchOptions, Timings, forward_products, percentile, time_steps};
 pub use config::{Config, Decay, EmaConfig, LogConfig, OptimConfig, Optimizer, TrainConfig};
 pub use error::TrainError;
 pub use resume::{Difference, differences, trajectory_hash};
