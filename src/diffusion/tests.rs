@@ -283,7 +283,10 @@ fn the_map_of_equations_is_true() {
             }
         }
         let is_equation = ["| eq.", "| Algorithm", "| section"].iter().any(|start| row.starts_with(start));
-        assert!(!is_equation || source.is_some() || row.contains("not implemented"), "neither here nor left out: {row}");
+        assert!(
+            !is_equation || source.is_some() || row.contains("not implemented"),
+            "neither here nor left out: {row}"
+        );
     }
     // Equations 1 to 17, two algorithms, and the other papers': a table that is no longer read as one is noticed.
     assert!(files > 25 && functions > 30, "{files} files, {functions} functions");
