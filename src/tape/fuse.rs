@@ -1,12 +1,13 @@
 //! Rewrites of the tape that every device profits from.
 
 use super::Tape;
+use super::record::Home;
 use std::sync::Arc;
 
 impl Tape {
     /// Lets ops that can add a residual to their output do so in place of a separate addition.
     ///
-    /// An op takes over the addition `y + r` if nothing else reads y. It then stands where the addition stood, after everything r needs.
+    /// An op takes over the addition `y + r` if nothing else reads y, nor the host. It then stands where the addition stood, after everything r needs.
     pub fn fuse_residuals(&mut self, is_addition: impl Fn(&str) -> bool) {
         let mut uses = vec![0usize; self.values.len()];
         let mut producer = vec![None; self.values.len()];
@@ -22,7 +23,8 @@ impl Tape {
             let [a, b] = self.nodes[id].inputs[..] else { continue };
             for (y, residual) in [(b, a), (a, b)] {
                 let Some(source) = producer[y.index()] else { continue };
-                if uses[y.index()] != 1 || absorbed[source] || self.nodes[source].outputs.len() != 1 {
+                let is_seen = uses[y.index()] != 1 || self.values[y.index()].home != Home::Arena;
+                if is_seen || absorbed[source] || self.nodes[source].outputs.len() != 1 {
                     continue;
                 }
                 let Some(op) = self.nodes[source].op.with_residual() else { continue };

@@ -123,7 +123,8 @@ impl Default for OptimConfig {
 pub struct EmaConfig {
     /// Weight of the past in each step of the average.
     pub decay: f64,
-    /// Whether the decay starts low, min(decay, (1 + step)/(10 + step)), so that early samples are not made of initial weights.
+    /// Whether the decay starts low, 0 and then min(decay, (1 + step)/(10 + step)), so that samples are not made of initial weights
+    /// (diffusers' `EMAModel`).
     pub warmup: bool,
 }
 
@@ -236,7 +237,8 @@ impl OptimConfig {
         )
     }
 
-    /// Learning rate of optimiser step `step`, counted from 0: lr·min((step + 1)/warmup_steps, 1), then the decay.
+    /// Learning rate of optimiser step `step`, counted from 0, which is update k = step + 1: lr·min(k/warmup_steps, 1), then the decay,
+    /// lr·½(1 + cos π(k − warmup_steps)/(decay_steps − warmup_steps)), whose end is update `decay_steps`.
     pub fn lr_at(&self, step: u64) -> f64 {
         if step < self.warmup_steps {
             return self.lr * (step + 1) as f64 / self.warmup_steps as f64;
@@ -245,7 +247,7 @@ impl OptimConfig {
             Decay::Constant => self.lr,
             Decay::Cosine => {
                 let whole = self.decay_steps.saturating_sub(self.warmup_steps).max(1) as f64;
-                let done = ((step - self.warmup_steps) as f64 / whole).min(1.0);
+                let done = ((step + 1 - self.warmup_steps) as f64 / whole).min(1.0);
                 self.min_lr + (self.lr - self.min_lr) * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
             }
         }
@@ -265,9 +267,10 @@ impl EmaConfig {
 
     /// Decay of optimiser step `step`, counted from 0.
     pub fn decay_at(&self, step: u64) -> f64 {
-        match self.warmup {
-            true => self.decay.min((1 + step) as f64 / (10 + step) as f64),
-            false => self.decay,
+        match (self.warmup, step) {
+            (true, 0) => 0.0,
+            (true, _) => self.decay.min((1 + step) as f64 / (10 + step) as f64),
+            (false, _) => self.decay,
         }
     }
 }

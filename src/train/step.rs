@@ -230,7 +230,7 @@ fn download<T: Element>(device: &Device, io: BufferId, slot: Slot, out: &mut [T]
 }
 
 /// The scalars of step `step` (from 0).
-fn hyper(config: &Config, step: u64) -> Hyper {
+pub(super) fn hyper(config: &Config, step: u64) -> Hyper {
     let optim = &config.optim;
     Hyper {
         lr: optim.lr_at(step),
