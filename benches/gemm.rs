@@ -3,6 +3,7 @@
 //!
 //! `cargo bench --bench gemm -- [threads] [name]`
 
+use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
 use ::gemm as peer;
@@ -24,7 +25,11 @@ fn main() {
     let wanted = arguments.get(1).cloned().unwrap_or_default();
     let pool = Pool::new(threads);
     println!("{threads} threads, {}", ddpm_dist::simd::level().name());
-    println!("{:<24} {:>8} {:>9} {:>9} {:>7} {:>12}", "shape", "form", "ms", "GFLOP/s", "pack ms", "gemm crate");
+    println!("{:<24} {:>6} {:>16} {:>16} {:>8} {:>16}", "", "", "ms", "GFLOP/s", "pack ms", "gemm crate");
+    println!(
+        "{:<24} {:>6} {:>8}{:>8} {:>8}{:>8} {:>8} {:>8}{:>8}",
+        "shape", "form", "median", "best", "median", "best", "", "median", "best"
+    );
     for shape in shapes().iter().filter(|s| s.name.contains(&wanted)) {
         measure(shape, &pool, threads);
     }
@@ -58,8 +63,8 @@ fn shapes() -> Vec<Shape> {
     ]
 }
 
-/// Median time of `f` in seconds, over about a third of a second.
-fn time(mut f: impl FnMut()) -> f64 {
+/// Median and shortest time of `f` in seconds, over about a third of a second.
+fn time(mut f: impl FnMut()) -> (f64, f64) {
     f();
     let begin = Instant::now();
     let mut times = Vec::new();
@@ -69,35 +74,70 @@ fn time(mut f: impl FnMut()) -> f64 {
         times.push(start.elapsed().as_secs_f64());
     }
     times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    (times[times.len() / 2], times[0])
 }
 
-fn floats(n: usize) -> Vec<f32> {
-    (0..n as u32).map(|i| (i.wrapping_mul(2654435761) >> 16) as f32 / 65536.0 - 0.5).collect()
+/// Floats aligned as a program's buffers are: rows that straddle cache lines would cost up to a third of the speed.
+struct Floats(Vec<f32>, usize, usize);
+
+impl Floats {
+    fn zeros(n: usize) -> Self {
+        let values = vec![0.0; n + 16];
+        let skip = values.as_ptr().align_offset(64);
+        Floats(values, skip, n)
+    }
+
+    fn random(n: usize) -> Self {
+        let mut floats = Self::zeros(n);
+        for (i, x) in floats.iter_mut().enumerate() {
+            *x = ((i as u32).wrapping_mul(2654435761) >> 16) as f32 / 65536.0 - 0.5;
+        }
+        floats
+    }
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.0[self.1..self.1 + self.2]
+    }
+}
+
+impl DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.0[self.1..self.1 + self.2]
+    }
 }
 
 fn measure(shape: &Shape, pool: &Pool, threads: usize) {
     let Shape { name, window, size, cin, cout } = *shape;
     let taps = size * size;
     let (rows_in, rows_out) = (window.inputs(), window.outputs());
-    let (x, w, dy) = (floats(rows_in * cin), floats(cout * taps * cin), floats(rows_out * cout));
+    let (x, w, dy) =
+        (Floats::random(rows_in * cin), Floats::random(cout * taps * cin), Floats::random(rows_out * cout));
     let (mut y, mut dx, mut dw, mut db) =
-        (vec![0.0; dy.len()], vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; cout]);
+        (Floats::zeros(dy.len()), Floats::zeros(x.len()), Floats::zeros(w.len()), Floats::zeros(cout));
     let flops = 2.0 * (rows_out * cout * taps * cin) as f64;
     let inputs = vec![Segment { data: &x, k: cin }; taps];
     let forward = |tap: usize, rows, out: &mut [usize]| window.input_offsets(tap / size, tap % size, rows, cin, out);
     let a = Rows { segments: &inputs, offsets: &forward };
-    let report = |form: &str, seconds: f64, pack: Option<f64>, crate_gflops: f64| {
+    let report = |form: &str, time: (f64, f64), pack: Option<(f64, f64)>, peer: (f64, f64)| {
+        let speed = |seconds: f64| flops / seconds / 1e9;
         println!(
-            "{name:<24} {form:>8} {:>9.3} {:>9.0} {:>7} {crate_gflops:>12.0}",
-            seconds * 1e3,
-            flops / seconds / 1e9,
-            pack.map(|s| format!("{:.3}", s * 1e3)).unwrap_or_default(),
+            "{name:<24} {form:>6} {:>8.3}{:>8.3} {:>8.0}{:>8.0} {:>8} {:>8.0}{:>8.0}",
+            time.0 * 1e3,
+            time.1 * 1e3,
+            speed(time.0),
+            speed(time.1),
+            pack.map(|time| format!("{:.3}", time.0 * 1e3)).unwrap_or_default(),
+            speed(peer.0),
+            speed(peer.1),
         );
     };
 
     // Forward: the time includes packing the weights.
-    let mut packed = vec![0.0; gemm::packed_len(cout, taps * cin)];
+    let mut packed = Floats::zeros(gemm::packed_len(cout, taps * cin));
     let pack = time(|| gemm::pack_transposed(pool, &w, cout, taps * cin, &mut packed));
     let linear = OutRows::Linear { start: 0, ld: cout };
     let fprop = time(|| {
@@ -109,7 +149,7 @@ fn measure(shape: &Shape, pool: &Pool, threads: usize) {
     let outputs = vec![Segment { data: &dy, k: cout }; taps];
     let backward = |tap: usize, rows, out: &mut [usize]| window.output_offsets(tap / size, tap % size, rows, cout, out);
     let da = Rows { segments: &outputs, offsets: &backward };
-    let mut packed = vec![0.0; gemm::packed_len(cin, taps * cout)];
+    let mut packed = Floats::zeros(gemm::packed_len(cin, taps * cout));
     let row = |i: usize| (i % cout * taps + i / cout) * cin;
     let pack = time(|| gemm::pack_rows(pool, cin, taps * cout, row, &w, &mut packed));
     let grid = OutRows::Grid { grid: window.input_grid(), start: 0, ld: cin };
@@ -125,13 +165,13 @@ fn measure(shape: &Shape, pool: &Pool, threads: usize) {
     std::hint::black_box((y, dx, dw, db));
 }
 
-/// GFLOP/s of the `gemm` crate on C[m, n] = A·B with B row-major and A row-major or, if `transposed`, its transpose.
-fn beside(m: usize, n: usize, k: usize, threads: usize, transposed: bool) -> f64 {
-    let (a, b, mut c) = (floats(m * k), floats(k * n), vec![0.0f32; m * n]);
+/// Times of the `gemm` crate on C[m, n] = A·B with B row-major and A row-major or, if `transposed`, its transpose.
+fn beside(m: usize, n: usize, k: usize, threads: usize, transposed: bool) -> (f64, f64) {
+    let (a, b, mut c) = (Floats::random(m * k), Floats::random(k * n), Floats::zeros(m * n));
     let (a_column, a_row) = if transposed { (m as isize, 1) } else { (1, k as isize) };
     let parallelism = if threads == 1 { peer::Parallelism::None } else { peer::Parallelism::Rayon(threads) };
     let (columns, one) = (n as isize, 1.0f32);
-    let seconds = time(|| {
+    let times = time(|| {
         // SAFETY: the matrices are as long as their sizes and strides say.
         unsafe {
             peer::gemm(
@@ -158,5 +198,5 @@ fn beside(m: usize, n: usize, k: usize, threads: usize, transposed: bool) -> f64
         }
     });
     std::hint::black_box(c);
-    2.0 * (m * n * k) as f64 / seconds / 1e9
+    times
 }

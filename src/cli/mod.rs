@@ -7,6 +7,7 @@ mod export;
 mod plan;
 mod sample;
 mod source;
+mod stdout;
 mod train;
 
 use crate::config::OutOfRange;
@@ -94,6 +95,11 @@ impl ConfigArguments {
         crate::config::load_with(&self.config, &self.sets, Config::validate).or_fail(Code::Usage)
     }
 
+    /// The config's name, for results: its file's without the extension.
+    fn name(&self) -> String {
+        self.config.file_stem().unwrap_or(self.config.as_os_str()).to_string_lossy().into_owned()
+    }
+
     /// A value that only the data set showed to be wrong, said with its place in the file.
     fn refused(&self, refused: OutOfRange) -> Failure {
         let refuse = |_: &Config| Err(refused.clone());
@@ -144,7 +150,7 @@ pub fn main() -> ExitCode {
         Command::Train(arguments) => train::run(arguments, &common),
         Command::Sample(arguments) => sample::run(arguments, &common),
         Command::Export(arguments) => export::run(arguments),
-        Command::Plan(arguments) => plan::run(arguments),
+        Command::Plan(arguments) => plan::run(arguments, &common),
         Command::Bench(arguments) => bench::run(arguments, &common),
         Command::Doctor => doctor::run(&common),
     };

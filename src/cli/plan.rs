@@ -1,10 +1,192 @@
+//! `ddpm-dist plan`
+
 use super::exit::Failure;
+use super::stdout::{grouped, print, print_json, table};
+use super::{Common, ConfigArguments};
+use crate::device::Region;
+use crate::device::cpu::pool::BASE_SCRATCH;
+use crate::sample::reverse_step_program;
+use crate::tape::{Program, human_bytes, human_flops};
+use crate::train::{STATE, forward_products, step_program};
+use serde::Serialize;
+use std::fmt::Write;
 use std::process::ExitCode;
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    config: super::ConfigArguments,
+    config: ConfigArguments,
+    /// Show the training step's program too, one instruction per line
+    #[arg(long)]
+    listing: bool,
+    /// JSON in place of tables
+    #[arg(long)]
+    json: bool,
 }
-pub(super) fn run(_: Arguments) -> Result<ExitCode, Failure> {
+
+/// What a config needs. FLOPs count a multiply-add as two; sizes are bytes.
+///
+/// FLOPs of forward pass and step follow the common convention: matrix products only, and the backward pass as twice the forward. Those of
+/// ops, and `arithmetic`, count everything that is computed.
+#[derive(Debug, Serialize)]
+struct Plan {
+    tool: &'static str,
+    version: &'static str,
+    model: String,
+    /// [H, W, C]
+    image: [usize; 3],
+    batch: usize,
+    threads: usize,
+    parameters: usize,
+    forward_flops_per_image: u64,
+    forward_flops: u64,
+    step_flops: u64,
+    arithmetic: u64,
+    bytes_moved: u64,
+    instructions: usize,
+    memory: Vec<Part>,
+    memory_total: u64,
+    ops: Vec<OpRow>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    listing: Option<Vec<String>>,
+}
+
+/// A part of a training process's memory.
+#[derive(Debug, Serialize)]
+struct Part {
+    name: &'static str,
+    bytes: u64,
+    /// What it holds.
+    holds: String,
+}
+
+#[derive(Debug, Serialize)]
+struct OpRow {
+    phase: &'static str,
+    op: &'static str,
+    count: usize,
+    flops: u64,
+    bytes: u64,
+}
+
+pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
+    let (config, size) = arguments.config.load_with_size()?;
+    let batch = config.train.batch;
+    let (program, _) = step_program(&config, size);
+    let summary = program.summary();
+    let forward = forward_products(&program);
+    // Grids are made while training, beside everything else.
+    let grid = config.sample.batch.min(config.sample.count);
+    let sampler = (grid > 0).then(|| reverse_step_program(&config.model, size, grid, Some(&program.layout)));
+    let memory = memory(&program, sampler.as_ref().map(|program| (program, grid)), common.threads());
+    let ops = program.op_groups().into_iter().map(|group| OpRow {
+        phase: group.phase.name(),
+        op: group.name,
+        count: group.instructions.len(),
+        flops: group.flops,
+        bytes: group.bytes,
+    });
+    let plan = Plan {
+        tool: "ddpm-dist",
+        version: env!("CARGO_PKG_VERSION"),
+        model: arguments.config.name(),
+        image: [size[0], size[1], config.model.image_channels],
+        batch,
+        threads: common.threads(),
+        parameters: summary.parameters,
+        forward_flops_per_image: forward / batch as u64,
+        forward_flops: forward,
+        step_flops: 3 * forward,
+        arithmetic: summary.flops,
+        bytes_moved: summary.bytes_moved,
+        instructions: summary.instructions,
+        memory_total: memory.iter().map(|part| part.bytes).sum(),
+        memory,
+        ops: ops.collect(),
+        listing: arguments.listing.then(|| program.listing().lines().map(str::to_owned).collect()),
+    };
+    match arguments.json {
+        true => print_json(&plan)?,
+        false => print(&plan.to_text())?,
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// All memory of a training process that grows with the config, the data set aside.
+fn memory(program: &Program, sampler: Option<(&Program, usize)>, threads: usize) -> Vec<Part> {
+    let flat = program.summary().flat_bytes;
+    let part = |name, bytes: usize, holds: &str| Part { name, bytes: bytes as u64, holds: holds.to_string() };
+    let mut parts = vec![
+        part("weights", flat, "parameters, f32"),
+        part("gradients", flat, "of the parameters"),
+        part("moments", 2 * flat, "Adam's averages of gradients and their squares"),
+        part("ema", flat, "moving average of the parameters"),
+        part("arena", program.arena_bytes, "activations and temporaries of a step"),
+        part("io", program.io_bytes, "pixels, tables and results of a step"),
+        part(
+            "scratch",
+            threads * program.thread_scratch.max(BASE_SCRATCH) * size_of::<f32>(),
+            "workspace of the CPU threads",
+        ),
+    ];
+    if let Some((sampler, images)) = sampler {
+        let holds = format!("arena of the grids' sampler, {images} images at a time");
+        parts.push(part("sampler arena", sampler.arena_bytes, &holds));
+        parts.push(part("sampler io", sampler.io_bytes, "its images and tables"));
+    }
+    let copies: Vec<&str> = STATE.map(Region::name).to_vec();
+    parts.push(part("checkpoint", copies.len() * flat, &format!("copy to be written: {}", copies.join(", "))));
+    parts
+}
+
+impl Plan {
+    fn to_text(&self) -> String {
+        let [height, width, channels] = self.image;
+        let mut text = format!("{}: images of {height}×{width}×{channels}, batch {}\n\n", self.model, self.batch);
+        let row = |name: &str, value: String| vec![name.to_string(), value];
+        let summary = [
+            row("parameters", grouped(self.parameters as u64)),
+            row("forward", format!("{} per image", human_flops(self.forward_flops_per_image))),
+            row("training step", format!("{} (3 × forward)", human_flops(self.step_flops))),
+            row("", format!("{} with all that is not a matrix product", human_flops(self.arithmetic))),
+            row("", format!("{} read and written", human_bytes(self.bytes_moved))),
+            row("instructions", grouped(self.instructions as u64)),
+        ];
+        text += &table(&summary, 2);
+
+        let _ = writeln!(text, "\nMemory of training on {} CPU threads, without the data set", self.threads);
+        let mut rows: Vec<Vec<String>> = vec![];
+        for part in &self.memory {
+            rows.push(vec![part.name.to_string(), right(human_bytes(part.bytes)), part.holds.clone()]);
+        }
+        rows.push(vec!["total".into(), right(human_bytes(self.memory_total))]);
+        text += &table(&rows, 3);
+
+        text += "\nOps of a training step (FLOPs: a multiply-add is two; bytes: all operands)\n";
+        let mut rows = vec![["phase", "op", "count", "FLOPs", "share", "bytes"].map(String::from).to_vec()];
+        for op in &self.ops {
+            rows.push(vec![
+                op.phase.into(),
+                op.op.into(),
+                op.count.to_string(),
+                human_flops(op.flops),
+                format!("{:.1} %", 100.0 * op.flops as f64 / self.arithmetic.max(1) as f64),
+                human_bytes(op.bytes),
+            ]);
+        }
+        text += &table(&rows, 2);
+
+        if let Some(listing) = &self.listing {
+            text += "\nProgram: number, phase, op, part of the model, FLOPs, bytes, reads -> writes (+: in place)\n";
+            for line in listing {
+                let _ = writeln!(text, "{line}");
+            }
+        }
+        text
+    }
+}
+
+/// A size in a column whose other cells are text.
+fn right(text: String) -> String {
+    format!("{text:>10}")
 }

@@ -4,7 +4,7 @@ use super::exit::{Code, Failure};
 use super::source::Source;
 use super::{Common, ConfigArguments, absolute, stop_on_signals};
 use crate::checkpoint::{Layout, Start, Want};
-use crate::train::{Ended, Options, TrainError, train};
+use crate::train::{Ended, Initial, Options, TrainError, train};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -65,7 +65,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         run_dir: &run_dir,
         start,
         config_file: Some(file),
-        initial: initial.as_ref().map(|f| f as &dyn Fn(&Layout) -> Result<Vec<f32>, String>),
+        initial: initial.as_ref().map(|f| f as &Initial),
         stop: &stop,
         console: &console,
     };

@@ -63,8 +63,8 @@ fn detect() -> Level {
 
 /// Compiles the function it holds once per [`Level`] and dispatches on [`level`].
 ///
-/// The body must be plain Rust: loops over slices that the compiler can turn into vectors. It is inlined into each version,
-/// closures and iterator adapters with it.
+/// The body must be plain Rust: loops over slices that the compiler can turn into vectors. It is inlined into each version. Functions
+/// it calls must be `#[inline(always)]`; a closure handed to another function may not be inlined and is then compiled without vectors.
 #[macro_export]
 macro_rules! multiversion {
     ($(#[$meta:meta])* $vis:vis fn $name:ident ( $($arg:ident : $ty:ty),* $(,)? ) $(-> $ret:ty)? $body:block) => {

@@ -25,6 +25,21 @@ pub struct Summary {
     pub io_bytes: usize,
 }
 
+/// The instructions of one name in one phase.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpGroup {
+    /// The part of the step.
+    pub phase: Phase,
+    /// Name of the op or of the communication.
+    pub name: &'static str,
+    /// Their numbers in the program, in order.
+    pub instructions: Vec<usize>,
+    /// FLOPs of all of them.
+    pub flops: u64,
+    /// Bytes that all of them read and write.
+    pub bytes: u64,
+}
+
 impl Program {
     /// Adds up what the program needs.
     pub fn summary(&self) -> Summary {
@@ -32,12 +47,12 @@ impl Program {
         let mut flops = 0;
         let mut bytes_moved = 0;
         for instruction in &self.instructions {
-            if let Kind::Launch(op) = &instruction.kind {
-                flops += op.flops();
+            flops += instruction.flops();
+            if let Kind::Launch(_) = &instruction.kind {
                 bytes_moved += instruction.bytes();
-                if instruction.phase == Phase::Forward {
-                    forward_flops += op.flops();
-                }
+            }
+            if instruction.phase == Phase::Forward {
+                forward_flops += instruction.flops();
             }
         }
         Summary {
@@ -52,22 +67,35 @@ impl Program {
         }
     }
 
+    /// All instructions by phase and name, in the order in which the program first meets them.
+    pub fn op_groups(&self) -> Vec<OpGroup> {
+        let mut groups: Vec<OpGroup> = Vec::new();
+        for (number, instruction) in self.instructions.iter().enumerate() {
+            let (phase, name) = (instruction.phase, instruction.name());
+            let at = groups.iter().position(|g| (g.phase, g.name) == (phase, name)).unwrap_or_else(|| {
+                groups.push(OpGroup { phase, name, instructions: Vec::new(), flops: 0, bytes: 0 });
+                groups.len() - 1
+            });
+            let group = &mut groups[at];
+            group.instructions.push(number);
+            group.flops += instruction.flops();
+            group.bytes += instruction.bytes();
+        }
+        groups
+    }
+
     /// One line per instruction: number, phase, op, part of the model, FLOPs, bytes, where it reads and writes.
     pub fn listing(&self) -> String {
         let mut text = String::new();
         for (number, instruction) in self.instructions.iter().enumerate() {
             let places = |slots: &[Slot]| slots.iter().map(place).collect::<Vec<_>>().join(" ");
-            let flops = match &instruction.kind {
-                Kind::Launch(op) => op.flops(),
-                _ => 0,
-            };
             let _ = writeln!(
                 text,
                 "{number:4} {:8} {:24} {:44} {:>9} {:>9}  {} -> {}{}",
                 instruction.phase.name(),
                 instruction.name(),
                 instruction.label,
-                human(flops as f64, "F", 1000.0),
+                human(instruction.flops() as f64, "F", 1000.0),
                 human(instruction.bytes() as f64, "B", 1024.0),
                 places(&instruction.inputs),
                 if instruction.updates != 0 { "+" } else { "" },
@@ -88,10 +116,22 @@ impl Instruction {
         }
     }
 
-    /// Bytes of all operands.
+    /// Floating-point operations; a multiply-add is two.
+    pub fn flops(&self) -> u64 {
+        match &self.kind {
+            Kind::Launch(op) => op.flops(),
+            Kind::ReduceStart { .. } | Kind::ReduceWait { .. } => 0,
+        }
+    }
+
+    /// Bytes of all operands; one that is changed in place counts twice, as it is read and written.
     pub fn bytes(&self) -> u64 {
         match &self.kind {
-            Kind::Launch(_) => self.inputs.iter().chain(&self.outputs).map(|s| s.bytes() as u64).sum(),
+            Kind::Launch(_) => {
+                let inputs: usize = self.inputs.iter().map(Slot::bytes).sum();
+                let output = |(i, slot): (usize, &Slot)| slot.bytes() * (1 + (self.updates >> i & 1) as usize);
+                (inputs + self.outputs.iter().enumerate().map(output).sum::<usize>()) as u64
+            }
             Kind::ReduceStart { range, .. } | Kind::ReduceWait { range, .. } => {
                 (range.len() * DType::F32.size()) as u64
             }
@@ -106,6 +146,11 @@ fn place(slot: &Slot) -> String {
 /// `1234567` as `1.18 MiB`.
 pub fn human_bytes(bytes: u64) -> String {
     human(bytes as f64, "B", 1024.0)
+}
+
+/// `12440000000` as `12.44 GFLOP`.
+pub fn human_flops(flops: u64) -> String {
+    human(flops as f64, "FLOP", 1000.0)
 }
 
 fn human(value: f64, unit: &str, base: f64) -> String {

@@ -82,7 +82,7 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>)
             phase: node.phase,
             label: node.label.clone(),
         });
-        while let Some((bucket, _)) = ends.pop_if(|(b, _)| b.complete_at <= id).map(|(b, i)| (b, i)) {
+        while let Some(bucket) = ends.pop_if(|bucket| bucket.complete_at <= id) {
             let number = started.len();
             instructions.push(comm(Kind::ReduceStart { bucket: number, range: bucket.range.clone() }, String::new()));
             started.push((number, bucket.range));
@@ -114,11 +114,11 @@ struct Bucket {
 }
 
 /// Contiguous ranges of the gradient buffer, cut at parameters, with the node that completes each.
-fn cut_buckets(tape: &Tape, layout: &ParamLayout, completed: &[Option<usize>], sizes: Buckets) -> Vec<(Bucket, usize)> {
+fn cut_buckets(tape: &Tape, layout: &ParamLayout, completed: &[Option<usize>], sizes: Buckets) -> Vec<Bucket> {
     let mut params: Vec<(usize, usize)> =
         (0..tape.params.len()).filter_map(|p| Some((layout.offset_of(&tape.params[p])?, completed[p]?))).collect();
     params.sort();
-    let mut buckets: Vec<(Bucket, usize)> = Vec::new();
+    let mut buckets: Vec<Bucket> = Vec::new();
     let mut start = 0;
     let mut complete_at = 0;
     for (i, &(_, at)) in params.iter().enumerate() {
@@ -127,9 +127,9 @@ fn cut_buckets(tape: &Tape, layout: &ParamLayout, completed: &[Option<usize>], s
         let limit = if buckets.is_empty() { sizes.first } else { sizes.other };
         if (end - start) * DType::F32.size() >= limit || end == layout.len() {
             // A bucket starts after the one before it, so that every rank reduces in the same order.
-            let after = buckets.last().map_or(0, |(b, _)| b.complete_at);
+            let after = buckets.last().map_or(0, |b| b.complete_at);
             complete_at = complete_at.max(after);
-            buckets.push((Bucket { range: start..end, complete_at }, buckets.len()));
+            buckets.push(Bucket { range: start..end, complete_at });
             start = end;
         }
     }

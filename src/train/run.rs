@@ -1,24 +1,22 @@
 //! A training run from start to end: status → images → state → batch → step.
 
+use super::reports::{DecodingBar, Reports, Speed};
 use super::state::{Identity, layout_for_checkpoints, restore, snapshot};
-use super::{Config, Difference, Metrics, Trainer, differences};
-use crate::checkpoint::{
-    CheckpointError, Layout, LayoutError, RunDir, RunDirError, SaveReport, Saver, Snapshot, Start, Want, load_newest,
-};
+use super::{Config, TrainError, Trainer, differences};
+use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Snapshot, Start, Want, load_newest};
 use crate::collective::Solo;
-use crate::config::{ConfigError, OutOfRange};
-use crate::data::{DataError, Dataset, ImageSize, Loader, LoaderConfig, Order, Phase, Progress};
-use crate::device::{Device, DeviceError, Region};
+use crate::config::OutOfRange;
+use crate::data::{DataConfig, DataError, Dataset, ImageSize, Loader, LoaderConfig, Order};
+use crate::device::{Device, Region};
 use crate::diffusion::{SamplerTable, Schedule};
-use crate::report::{Bar, Console, GridOptions, Images, JsonLines, ReportError, TensorBoard, TrainingBar, grid};
-use crate::sample::{Request, SampleError, Sampler};
-use crate::tape::RunError;
-use serde::Serialize;
-use std::path::{Path, PathBuf};
+use crate::report::{Console, GridOptions, Images, grid};
+use crate::sample::{Request, Sampler};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
-use thiserror::Error;
+
+/// Weights to begin with as a flat buffer of a layout, or why they do not fit it.
+pub type Initial<'a> = dyn Fn(&Layout) -> Result<Vec<f32>, String> + 'a;
 
 /// How a run is started, apart from its config.
 pub struct Options<'a> {
@@ -28,8 +26,8 @@ pub struct Options<'a> {
     pub start: Start,
     /// The config file, beside which relative data paths are looked up too.
     pub config_file: Option<&'a Path>,
-    /// Weights to begin with, in place of drawn ones: parameter name, and values in our layout.
-    pub initial: Option<&'a dyn Fn(&Layout) -> Result<Vec<f32>, String>>,
+    /// Weights to begin with, in place of drawn ones.
+    pub initial: Option<&'a Initial<'a>>,
     /// Set by a signal: save and leave.
     pub stop: &'a AtomicBool,
     /// Where messages go.
@@ -45,93 +43,6 @@ pub enum Ended {
     Stopped,
 }
 
-/// Why a run ended.
-#[derive(Debug, Error)]
-pub enum TrainError {
-    /// A value of the config.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// A value that does not fit the data set.
-    #[error(transparent)]
-    OutOfRange(#[from] OutOfRange),
-    /// The data set.
-    #[error(transparent)]
-    Data(#[from] DataError),
-    /// The run directory.
-    #[error(transparent)]
-    RunDir(#[from] RunDirError),
-    /// The checkpoints.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// The places of parameters.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-    /// The config would leave the trajectory of the checkpoint.
-    #[error("the config contradicts {}:{}\nset {} back, or begin anew in another --run-dir", .checkpoint.display(), lines(.differences), keys(.differences))]
-    Contradiction {
-        /// The checkpoint.
-        checkpoint: PathBuf,
-        /// The keys that differ.
-        differences: Vec<Difference>,
-    },
-    /// The checkpoint was trained on other pixels.
-    #[error(
-        "{} was trained on other images than those of {}: restore the data set, or begin anew in another --run-dir",
-        .checkpoint.display(), .data.display()
-    )]
-    OtherData {
-        /// The checkpoint.
-        checkpoint: PathBuf,
-        /// The data set.
-        data: PathBuf,
-    },
-    /// `--init` cannot be used.
-    #[error("cannot begin with the given weights: {0}")]
-    Initial(String),
-    /// Loss or gradient is not a number.
-    #[error(
-        "step {step}: {what} is not finite; training has diverged. {kept}. Lower `optim.lr`, lengthen `optim.warmup_steps`, or clip \
-         gradients (`optim.clip`)"
-    )]
-    Diverged {
-        /// The step, from 1.
-        step: u64,
-        /// Loss or gradient.
-        what: &'static str,
-        /// What is left of the run.
-        kept: String,
-    },
-    /// The last state could not be saved.
-    #[error("the state at step {step} could not be saved: {source}")]
-    NotSaved {
-        /// The step.
-        step: u64,
-        /// Why.
-        source: CheckpointError,
-    },
-    /// Images could not be made.
-    #[error(transparent)]
-    Sample(#[from] SampleError),
-    /// The logs cannot be opened.
-    #[error(transparent)]
-    Report(#[from] ReportError),
-    /// The device.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// The step.
-    #[error(transparent)]
-    Run(#[from] RunError),
-}
-
-fn lines(differences: &[Difference]) -> String {
-    let line = |d: &Difference| format!("\n  {}: {} there, {} here", d.key, d.saved, d.now);
-    differences.iter().map(line).collect()
-}
-
-fn keys(differences: &[Difference]) -> String {
-    differences.iter().map(|d| format!("`{}`", d.key)).collect::<Vec<_>>().join(", ")
-}
-
 /// Trains as `config` says (and notes the size of the images in it) until all steps are done or `options.stop` is set.
 ///
 /// # Errors
@@ -141,13 +52,6 @@ pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) ->
     let console = options.console;
     let dataset = Arc::new(open_data(config, options)?);
     let [height, width, channels] = dataset.shape();
-    OutOfRange::check(
-        channels == config.model.image_channels,
-        "model.image_channels",
-        config.model.image_channels,
-        channels.to_string(),
-        "the images of the data set have this many channels",
-    )?;
     config.model.validate(height, width)?;
     // From here on the config is complete: whoever reads it later needs no data set to know the size.
     config.data.size = Some(ImageSize { height, width });
@@ -257,7 +161,23 @@ pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) ->
 
 fn open_data(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
     let progress = DecodingBar { console: options.console, bar: Mutex::new(None) };
-    let dataset = Dataset::open(&config.data, options.config_file, &progress)?;
+    // Pictures of a folder become grey or coloured as the model wants them, unless `data.channels` says otherwise.
+    let channels = config.data.channels.unwrap_or(config.model.image_channels);
+    let data = DataConfig { channels: Some(channels), ..config.data.clone() };
+    let dataset = Dataset::open(&data, options.config_file, &progress).map_err(|error| match error {
+        DataError::Mismatch { key: "data.channels", found, .. } if config.data.channels.is_none() => {
+            let why = "the images of the data set have this many";
+            TrainError::OutOfRange(OutOfRange::new("model.image_channels", channels, found, why))
+        }
+        error => TrainError::Data(error),
+    })?;
+    OutOfRange::check(
+        channels == config.model.image_channels,
+        "model.image_channels",
+        config.model.image_channels,
+        format!("data.channels = {channels}"),
+        "the model sees the images as they are",
+    )?;
     if dataset.skipped() > 0 {
         let names = dataset.skipped_names().join(", ");
         options.console.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
@@ -355,139 +275,4 @@ fn farewell(ended: Ended, step: u64, config: &Config, run_dir: &RunDir, has_samp
         text += &format!("\n  curves      tensorboard --logdir {root}");
     }
     text
-}
-
-/// Progress of opening a data set as a bar.
-struct DecodingBar<'a> {
-    console: &'a Console,
-    bar: Mutex<Option<(Phase, Bar)>>,
-}
-
-impl Progress for DecodingBar<'_> {
-    fn update(&self, phase: Phase, done: u64, total: u64) {
-        let mut bar = self.bar.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if bar.as_ref().is_none_or(|(of, _)| *of != phase) {
-            *bar = Some((phase, self.console.bar(phase.name(), total)));
-        }
-        match &*bar {
-            Some((_, shown)) if done < total => shown.set(done),
-            _ => *bar = None,
-        }
-    }
-
-    fn notice(&self, message: &str) {
-        self.console.say(message);
-    }
-}
-
-/// Images per second of training alone, since the last line of the log.
-struct Speed {
-    since: Instant,
-    step: u64,
-}
-
-impl Speed {
-    fn new(step: u64) -> Speed {
-        Speed { since: Instant::now(), step }
-    }
-
-    /// Leaves out the time that `work` takes.
-    fn pause<R>(&mut self, work: impl FnOnce() -> R) -> R {
-        let before = Instant::now();
-        let result = work();
-        self.since += before.elapsed();
-        result
-    }
-
-    fn images_per_second(&self, step: u64, batch: usize) -> f64 {
-        ((step - self.step) * batch as u64) as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
-    }
-}
-
-/// One line of `log.jsonl`.
-#[derive(Serialize)]
-struct Line {
-    step: u64,
-    images: u64,
-    loss: f64,
-    loss_by_quartile_of_t: [Option<f64>; 4],
-    grad_norm: f64,
-    lr: f64,
-    images_per_second: f64,
-}
-
-/// Where numbers and pictures go. What cannot be written is an alarm, not an error.
-struct Reports {
-    log: JsonLines,
-    tensorboard: Option<TensorBoard>,
-}
-
-impl Reports {
-    fn open(config: &Config, run_dir: &RunDir, start: u64) -> Result<Reports, ReportError> {
-        let log = JsonLines::resume(&run_dir.log(), start)?;
-        let tensorboard = match config.log.tensorboard {
-            true => Some(TensorBoard::create(&run_dir.tensorboard(), start)?),
-            false => None,
-        };
-        Ok(Reports { log, tensorboard })
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn step(
-        &mut self,
-        console: &Console,
-        bar: &mut TrainingBar,
-        config: &Config,
-        step: u64,
-        metrics: &Metrics,
-        speed: &mut Speed,
-        batch: usize,
-    ) {
-        if !step.is_multiple_of(config.log.every) && step != config.train.steps {
-            return bar.advance(step);
-        }
-        let images_per_second = speed.images_per_second(step, batch);
-        *speed = Speed::new(step);
-        bar.report(step, metrics.loss, images_per_second);
-        let lr = config.optim.lr_at(step - 1);
-        let line = Line {
-            step,
-            images: step * batch as u64,
-            loss: metrics.loss,
-            loss_by_quartile_of_t: metrics.quartiles,
-            grad_norm: metrics.grad_norm,
-            lr,
-            images_per_second,
-        };
-        alarm(console, self.log.write(&line));
-        if let Some(tensorboard) = &mut self.tensorboard {
-            let mut scalars = vec![
-                ("loss", metrics.loss),
-                ("grad_norm", metrics.grad_norm),
-                ("lr", lr),
-                ("images_per_second", images_per_second),
-            ];
-            let tags = ["loss_by_t/0-25%", "loss_by_t/25-50%", "loss_by_t/50-75%", "loss_by_t/75-100%"];
-            scalars.extend(tags.into_iter().zip(metrics.quartiles).filter_map(|(tag, loss)| Some((tag, loss?))));
-            alarm(console, tensorboard.scalars(step, &scalars));
-        }
-    }
-
-    fn picture(&mut self, console: &Console, step: u64, picture: &crate::report::Picture) {
-        if let Some(tensorboard) = &mut self.tensorboard {
-            alarm(console, tensorboard.image("samples", step, picture));
-        }
-    }
-
-    fn flush(&mut self, console: &Console) {
-        if let Some(tensorboard) = &mut self.tensorboard {
-            alarm(console, tensorboard.flush());
-        }
-    }
-}
-
-fn alarm(console: &Console, result: Result<(), ReportError>) {
-    if let Err(error) = result {
-        console.alarm(error.to_string());
-    }
 }

@@ -92,7 +92,7 @@ impl UnetConfig {
         )?;
         for &c in &self.channels {
             OutOfRange::check(
-                c > 0 && c <= 1 << 16 && c % self.groups == 0,
+                c > 0 && c <= 1 << 16 && c.is_multiple_of(self.groups),
                 "model.channels",
                 format!("{:?}", self.channels),
                 format!("multiples of model.groups = {}", self.groups),
@@ -120,7 +120,7 @@ impl UnetConfig {
         let middle = self.mid_attention.then_some(lowest);
         for level in self.attention_levels.iter().copied().chain(middle) {
             OutOfRange::check(
-                self.head_channels == 0 || self.channels[level] % self.head_channels == 0,
+                self.head_channels == 0 || self.channels[level].is_multiple_of(self.head_channels),
                 "model.head_channels",
                 self.head_channels,
                 format!("a divisor of {}", self.channels[level]),
@@ -129,7 +129,7 @@ impl UnetConfig {
         }
         if let Some(groups) = self.mid_attention_groups {
             OutOfRange::check(
-                groups > 0 && self.channels[lowest] % groups == 0,
+                groups > 0 && self.channels[lowest].is_multiple_of(groups),
                 "model.mid_attention_groups",
                 groups,
                 format!("a divisor of {}", self.channels[lowest]),
@@ -152,7 +152,7 @@ impl UnetConfig {
         )?;
         let factor = 1 << lowest;
         OutOfRange::check(
-            height > 0 && width > 0 && height % factor == 0 && width % factor == 0,
+            height > 0 && width > 0 && height.is_multiple_of(factor) && width.is_multiple_of(factor),
             "data.size",
             format!("{height}×{width}"),
             format!("multiples of {factor}"),

@@ -154,21 +154,24 @@ multiversion! {
         for (scores, log_sum) in scores.chunks_exact_mut(row).zip(log_sums) {
             // The padding adds e^−87 at most to a sum of at least 1: nothing.
             scores[columns..].fill(f32::MIN);
-            let (scores, _) = scores.as_chunks_mut::<LANES>();
             let mut max = [f32::MIN; LANES];
-            for x in scores.iter() {
+            for x in scores.as_chunks::<LANES>().0 {
+                let x = *x;
                 max = from_fn(|l| if x[l] > max[l] { x[l] } else { max[l] });
             }
             let max = fold(max, |a, b| if a > b { a } else { b });
-            let mut sum = [0.0; LANES];
             for x in scores.iter_mut() {
-                *x = from_fn(|l| exp(x[l] - max));
+                *x = exp(*x - max);
+            }
+            let mut sum = [0.0; LANES];
+            for x in scores.as_chunks::<LANES>().0 {
+                let x = *x;
                 sum = from_fn(|l| sum[l] + x[l]);
             }
             let sum = fold(sum, |a, b| a + b);
             let factor = 1.0 / sum;
             for x in scores.iter_mut() {
-                *x = from_fn(|l| x[l] * factor);
+                *x *= factor;
             }
             *log_sum = max + sum.ln();
         }
@@ -180,10 +183,9 @@ multiversion! {
     fn softmax_gradient(scores: &mut [f32], d_scores: &mut [f32], row: usize, log_sums: &[f32], dots: &[f32]) {
         let rows = scores.chunks_exact_mut(row).zip(d_scores.chunks_exact_mut(row));
         for ((scores, d_scores), (&log_sum, &dot)) in rows.zip(log_sums.iter().zip(dots)) {
-            let (scores, d_scores) = (scores.as_chunks_mut::<LANES>().0, d_scores.as_chunks_mut::<LANES>().0);
             for (x, dx) in scores.iter_mut().zip(d_scores) {
-                *x = from_fn(|l| exp(x[l] - log_sum));
-                *dx = from_fn(|l| x[l] * (dx[l] - dot));
+                *x = exp(*x - log_sum);
+                *dx = *x * (*dx - dot);
             }
         }
     }
@@ -196,6 +198,7 @@ multiversion! {
             let ((a, a_rest), (b, b_rest)) = (a[..columns].as_chunks::<LANES>(), b[..columns].as_chunks::<LANES>());
             let mut sum = [0.0; LANES];
             for (a, b) in a.iter().zip(b) {
+                let (a, b) = (*a, *b);
                 sum = from_fn(|l| sum[l] + a[l] * b[l]);
             }
             let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();

@@ -35,7 +35,10 @@ pub struct AttentionGradient {
 pub fn attention(tape: &mut Tape, qkv: Var, heads: usize) -> Var {
     let mut shape = tape.shape(qkv).dims().to_vec();
     let wide = shape.pop().unwrap_or(0);
-    assert!(!shape.is_empty() && wide % (3 * heads) == 0, "attention: {wide} channels for q, k and v of {heads} heads");
+    assert!(
+        !shape.is_empty() && wide.is_multiple_of(3 * heads),
+        "attention: {wide} channels for q, k and v of {heads} heads"
+    );
     shape.push(wide / 3);
     tape.push(Attention { shape: Shape::from(shape.as_slice()), heads }, &[qkv])[0]
 }

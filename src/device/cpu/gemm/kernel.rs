@@ -1,14 +1,13 @@
-//! The two microkernels, compiled for every tile size and instruction set, and the tables they are chosen from.
+//! The microkernels, generic in tile size and instruction set; `tiling.rs` compiles them.
 //!
-//! Both hold a tile of `MR` rows by `NV` vectors of the result in registers, and for each step of the reduction load `NV`
+//! Two of them hold a tile of `MR` rows by `NV` vectors of the result in registers, and for each step of the reduction load `NV`
 //! vectors and multiply them by `MR` broadcast floats. [`RowTile`] takes the vectors from a packed panel and walks along
 //! `MR` rows of the left operand; [`OuterTile`] takes the vectors and `MR` neighbouring floats from two lists of rows.
+//! The third is for results of so few columns that most lanes would idle: it holds `MR` by `N` sums, whose lanes run along
+//! the reduction, and takes the columns of B from a packed operand that holds them one after another.
 
 use super::ZERO_ROW;
-#[cfg(target_arch = "x86_64")]
-use super::vector::{Avx2, Avx512};
-use super::vector::{Plain, Vector};
-use crate::simd::Level;
+use super::vector::Vector;
 
 /// Longest [`Run`], in floats.
 pub(super) const MAX_RUN: usize = 512;
@@ -31,8 +30,9 @@ pub(super) struct Run {
 /// C tile = init + Σ over runs of A rows × B panel.
 pub(super) struct RowTile<'a> {
     pub(super) runs: &'a [Run],
-    /// `Σ k` rows of `NV` full vectors.
+    /// `Σ k` rows of `NV` full vectors; for the dot kernel, columns of `Σ k` floats that start `ldb` apart.
     pub(super) b: *const f32,
+    pub(super) ldb: usize,
     /// Row i of the result starts at `c + c_rows[i]`.
     pub(super) c: *mut f32,
     pub(super) c_rows: *const usize,
@@ -67,7 +67,7 @@ pub(super) struct OuterTile {
 type Tile<V, const MR: usize, const NV: usize> = [[V; NV]; MR];
 
 #[inline(always)]
-unsafe fn row_kernel<V: Vector, const MR: usize, const NV: usize>(t: &RowTile) {
+pub(super) unsafe fn row_kernel<V: Vector, const MR: usize, const NV: usize>(t: &RowTile) {
     // SAFETY: the caller promises that every pointer of the tile is valid for what the fields say.
     unsafe {
         let mut acc: Tile<V, MR, NV> = [[V::splat(0.0); NV]; MR];
@@ -76,9 +76,7 @@ unsafe fn row_kernel<V: Vector, const MR: usize, const NV: usize>(t: &RowTile) {
             for (j, bias) in bias.iter_mut().enumerate() {
                 *bias = load::<V, NV>(t.bias, j, t.lanes);
             }
-            for row in &mut acc {
-                *row = bias;
-            }
+            acc.fill(bias);
         }
         if t.accumulate {
             for (i, row) in acc.iter_mut().enumerate() {
@@ -98,25 +96,17 @@ unsafe fn row_kernel<V: Vector, const MR: usize, const NV: usize>(t: &RowTile) {
         }
         let mut b = t.b;
         for run in t.runs {
-            let mut rows = [ZEROS.0.as_ptr(); MR];
-            let mut any = false;
-            for (i, row) in rows.iter_mut().enumerate() {
-                let offset = *run.rows.add(i);
-                if offset != ZERO_ROW {
-                    *row = run.data.add(offset);
-                    any = true;
-                }
-            }
+            let (rows, any) = row_starts::<MR>(run);
             if any {
                 for k in 0..run.k {
                     let mut panel = [V::splat(0.0); NV];
                     for (j, panel) in panel.iter_mut().enumerate() {
                         *panel = V::load(b.add((k * NV + j) * V::LANES));
                     }
-                    for i in 0..MR {
-                        let a = V::splat(*rows[i].add(k));
-                        for j in 0..NV {
-                            acc[i][j] = acc[i][j].add_product(a, panel[j]);
+                    for (acc, row) in acc.iter_mut().zip(&rows) {
+                        let a = V::splat(*row.add(k));
+                        for (acc, b) in acc.iter_mut().zip(&panel) {
+                            *acc = acc.add_product(a, *b);
                         }
                     }
                 }
@@ -131,7 +121,16 @@ unsafe fn row_kernel<V: Vector, const MR: usize, const NV: usize>(t: &RowTile) {
 }
 
 #[inline(always)]
-unsafe fn outer_kernel<V: Vector, const MR: usize, const NV: usize>(t: &OuterTile) {
+pub(super) unsafe fn outer_kernel<V: Vector, const MR: usize, const NV: usize>(t: &OuterTile) {
+    // SAFETY: the caller's.
+    unsafe {
+        // Two loops, as a load of some lanes takes up a port that multiplies.
+        if t.lanes == V::LANES { outer_loop::<V, MR, NV, true>(t) } else { outer_loop::<V, MR, NV, false>(t) }
+    }
+}
+
+#[inline(always)]
+unsafe fn outer_loop<V: Vector, const MR: usize, const NV: usize, const FULL: bool>(t: &OuterTile) {
     // SAFETY: the caller promises that every pointer of the tile is valid for what the fields say.
     unsafe {
         let mut acc: Tile<V, MR, NV> = [[V::splat(0.0); NV]; MR];
@@ -147,12 +146,12 @@ unsafe fn outer_kernel<V: Vector, const MR: usize, const NV: usize>(t: &OuterTil
             let row = t.x.add(*t.x_rows.add(r));
             let mut x = [V::splat(0.0); NV];
             for (j, x) in x.iter_mut().enumerate() {
-                *x = load::<V, NV>(row, j, t.lanes);
+                *x = if FULL { V::load(row.add(j * V::LANES)) } else { load::<V, NV>(row, j, t.lanes) };
             }
-            for i in 0..MR {
+            for (i, acc) in acc.iter_mut().enumerate() {
                 let a = V::splat(*d.add(i));
-                for j in 0..NV {
-                    acc[i][j] = acc[i][j].add_product(a, x[j]);
+                for (acc, x) in acc.iter_mut().zip(&x) {
+                    *acc = acc.add_product(a, *x);
                 }
             }
         }
@@ -160,6 +159,77 @@ unsafe fn outer_kernel<V: Vector, const MR: usize, const NV: usize>(t: &OuterTil
             store::<V, NV>(row, t.c.add(i * t.ldc), t.lanes);
         }
     }
+}
+
+/// [`RowTile`] by lanes along the reduction.
+#[inline(always)]
+pub(super) unsafe fn dot_kernel<V: Vector, const MR: usize, const N: usize>(t: &RowTile) {
+    // SAFETY: the caller promises that every pointer of the tile is valid for what the fields say.
+    unsafe {
+        let mut acc: Tile<V, MR, N> = [[V::splat(0.0); N]; MR];
+        let mut b = t.b;
+        for run in t.runs {
+            let (rows, any) = row_starts::<MR>(run);
+            if any {
+                let whole = run.k - run.k % V::LANES;
+                for k in (0..whole).step_by(V::LANES) {
+                    let mut columns = [V::splat(0.0); N];
+                    for (j, column) in columns.iter_mut().enumerate() {
+                        *column = V::load(b.add(j * t.ldb + k));
+                    }
+                    for (acc, row) in acc.iter_mut().zip(&rows) {
+                        let a = V::load(row.add(k));
+                        for (acc, column) in acc.iter_mut().zip(&columns) {
+                            *acc = acc.add_product(a, *column);
+                        }
+                    }
+                }
+                if whole < run.k {
+                    let lanes = run.k - whole;
+                    for (acc, row) in acc.iter_mut().zip(&rows) {
+                        let a = V::load_first(row.add(whole), lanes);
+                        for (j, acc) in acc.iter_mut().enumerate() {
+                            let column = V::load_first(b.add(j * t.ldb + whole), lanes);
+                            *acc = acc.add_product(a, column);
+                        }
+                    }
+                }
+            }
+            b = b.add(run.k);
+        }
+        for (i, row) in acc.iter().enumerate() {
+            let offset = *t.c_rows.add(i);
+            for (j, acc) in row.iter().enumerate() {
+                let c = t.c.add(offset + j);
+                let mut sum = if t.bias.is_null() { 0.0 } else { *t.bias.add(j) };
+                if t.accumulate {
+                    sum += *c;
+                }
+                if !t.residual.is_null() {
+                    sum += *t.residual.add(offset + j);
+                }
+                *c = sum + acc.sum();
+            }
+        }
+    }
+}
+
+/// Where the tile's rows start in a run, and whether any of them is not padding.
+#[inline(always)]
+unsafe fn row_starts<const MR: usize>(run: &Run) -> ([*const f32; MR], bool) {
+    let mut rows = [ZEROS.0.as_ptr(); MR];
+    let mut any = false;
+    for (i, row) in rows.iter_mut().enumerate() {
+        // SAFETY: the caller promises offsets for MR rows, inside the data.
+        unsafe {
+            let offset = *run.rows.add(i);
+            if offset != ZERO_ROW {
+                *row = run.data.add(offset);
+                any = true;
+            }
+        }
+    }
+    (rows, any)
 }
 
 /// Vector `j` of a row of `NV` vectors of which the last has `lanes` lanes.
@@ -178,120 +248,6 @@ unsafe fn store<V: Vector, const NV: usize>(values: &[V; NV], row: *mut f32, lan
                 value.store(row.add(j * V::LANES));
             } else {
                 value.store_first(row.add(j * V::LANES), lanes);
-            }
-        }
-    }
-}
-
-pub(super) type RowKernel = unsafe fn(&RowTile);
-pub(super) type OuterKernel = unsafe fn(&OuterTile);
-
-/// Panels of this many vectors are the widest there are.
-const MAX_NV: usize = 4;
-/// The highest tile of any width.
-pub(super) const MAX_MR: usize = 12;
-
-/// The tiles of one instruction set.
-pub(super) struct Tiling {
-    pub(super) lanes: usize,
-    /// Widest panel in vectors.
-    pub(super) max_nv: usize,
-    /// Highest tile for panels of 1, 2, … vectors.
-    max_mr: [usize; MAX_NV],
-    rows: [[RowKernel; MAX_MR]; MAX_NV],
-    outer: [[OuterKernel; MAX_MR]; MAX_NV],
-}
-
-impl Tiling {
-    pub(super) fn of(level: Level) -> &'static Self {
-        match level {
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => &AVX512,
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => &AVX2,
-            _ => &PLAIN,
-        }
-    }
-
-    /// Highest tile of a panel of `nv` vectors.
-    pub(super) fn max_mr(&self, nv: usize) -> usize {
-        self.max_mr[nv - 1]
-    }
-
-    pub(super) fn row_kernel(&self, mr: usize, nv: usize) -> RowKernel {
-        self.rows[nv - 1][mr - 1]
-    }
-
-    pub(super) fn outer_kernel(&self, mr: usize, nv: usize) -> OuterKernel {
-        self.outer[nv - 1][mr - 1]
-    }
-
-    /// Widest panel in columns.
-    pub(super) fn max_columns(&self) -> usize {
-        self.max_nv * self.lanes
-    }
-}
-
-/// Makes the wrappers of both kernels for one instruction set, and the table of the tiles it has registers for. Tiles
-/// that it has not are filled with the smallest one and never asked for (`max_mr`).
-macro_rules! tiling {
-    ($table:ident, $vector:ty, $(#[$feature:meta])* { $($nv:literal: $max:literal [$($mr:literal)*] [$($pad:literal)*],)* }) => {
-        static $table: Tiling = {
-            $(#[$feature])*
-            unsafe fn rows<const MR: usize, const NV: usize>(t: &RowTile) {
-                // SAFETY: the caller's.
-                unsafe { row_kernel::<$vector, MR, NV>(t) }
-            }
-            $(#[$feature])*
-            unsafe fn outer<const MR: usize, const NV: usize>(t: &OuterTile) {
-                // SAFETY: the caller's.
-                unsafe { outer_kernel::<$vector, MR, NV>(t) }
-            }
-            Tiling {
-                lanes: <$vector as Vector>::LANES,
-                max_nv: { let mut n = 0; $( if $max > 0 { n = $nv; } )* n },
-                max_mr: [$($max),*],
-                rows: [$([$(rows::<$mr, $nv>,)* $({ let _ = $pad; rows::<1, 1> },)*]),*],
-                outer: [$([$(outer::<$mr, $nv>,)* $({ let _ = $pad; outer::<1, 1> },)*]),*],
-            }
-        };
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-tiling!(AVX512, Avx512, #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,bmi1,bmi2")] {
-    1: 12 [1 2 3 4 5 6 7 8 9 10 11 12] [],
-    2: 12 [1 2 3 4 5 6 7 8 9 10 11 12] [],
-    3: 8 [1 2 3 4 5 6 7 8] [9 10 11 12],
-    4: 6 [1 2 3 4 5 6] [7 8 9 10 11 12],
-});
-
-#[cfg(target_arch = "x86_64")]
-tiling!(AVX2, Avx2, #[target_feature(enable = "avx2,fma,bmi1,bmi2")] {
-    1: 12 [1 2 3 4 5 6 7 8 9 10 11 12] [],
-    2: 6 [1 2 3 4 5 6] [7 8 9 10 11 12],
-    3: 0 [] [1 2 3 4 5 6 7 8 9 10 11 12],
-    4: 0 [] [1 2 3 4 5 6 7 8 9 10 11 12],
-});
-
-tiling!(PLAIN, Plain, {
-    1: 4 [1 2 3 4] [5 6 7 8 9 10 11 12],
-    2: 0 [] [1 2 3 4 5 6 7 8 9 10 11 12],
-    3: 0 [] [1 2 3 4 5 6 7 8 9 10 11 12],
-    4: 0 [] [1 2 3 4 5 6 7 8 9 10 11 12],
-});
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tables_hold_what_they_promise() {
-        for level in [Level::Portable, Level::Avx2, Level::Avx512] {
-            let tiling = Tiling::of(level);
-            assert!(tiling.max_columns() <= 64);
-            for nv in 1..=tiling.max_nv {
-                assert!((1..=MAX_MR).contains(&tiling.max_mr(nv)), "{nv}");
             }
         }
     }

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use super::kernel::{OuterTile, Tiling};
+use super::kernel::OuterTile;
 use super::rows::gather;
+use super::tiling::Tiling;
 use super::{Panels, Rows, Shared, ZERO_ROW, part, take_indices};
 use crate::device::cpu::Pool;
 use crate::device::cpu::pool::{BASE_SCRATCH, COMMON_SCRATCH};

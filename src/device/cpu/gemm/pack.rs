@@ -1,12 +1,17 @@
-//! The packed form of a right operand: panels of at most four vectors of columns, each panel's rows one after another.
+//! The packed form of a right operand: panels of at most four vectors of columns, each panel's rows one after another. For
+//! the dot kernel: its columns one after another.
 
-use super::kernel::Tiling;
+use std::ops::Range;
+
+use super::tiling::{Tiling, is_dot};
 use super::{Panels, Shared, part};
 use crate::device::cpu::Pool;
 use crate::simd::{self, Level};
 
 /// Rows of a panel that one task packs.
 const ROWS_PER_TASK: usize = 256;
+/// Floats that are packed in the time it takes to wake a thread.
+const SMALL: usize = 1 << 14;
 
 /// Length in floats of a packed right operand of `k` rows and `n` columns: enough for every instruction set.
 pub fn packed_len(n: usize, k: usize) -> usize {
@@ -36,6 +41,10 @@ pub(in super::super) fn pack_transposed_at(
     packed: &mut [f32],
 ) {
     assert!(w.len() >= n * k, "weights of {n} × {k} have {} floats", w.len());
+    if is_dot(n, k) {
+        assert!(packed.len() >= n * k, "a packed operand of {k} × {n} needs {} floats, found {}", n * k, packed.len());
+        return packed[..n * k].copy_from_slice(&w[..n * k]);
+    }
     pack(level, pool, n, k, packed, |columns, rows, width, out| {
         transpose_block(&w[columns.start * k..], k, columns.len(), rows, width, 1.0, out);
     });
@@ -50,6 +59,15 @@ pub(in super::super) fn pack_rows_at(
     w: &[f32],
     packed: &mut [f32],
 ) {
+    if is_dot(n, k) {
+        assert!(packed.len() >= n * k, "a packed operand of {k} × {n} needs {} floats, found {}", n * k, packed.len());
+        for i in 0..k {
+            for (column, x) in w[row(i)..][..n].iter().enumerate() {
+                packed[column * k + i] = *x;
+            }
+        }
+        return;
+    }
     pack(level, pool, n, k, packed, |columns, rows, width, out| {
         for (i, out) in rows.zip(out.chunks_exact_mut(width)) {
             let from = &w[row(i) + columns.start..][..columns.len()];
@@ -67,7 +85,7 @@ fn pack(
     n: usize,
     k: usize,
     packed: &mut [f32],
-    fill: impl Fn(std::ops::Range<usize>, std::ops::Range<usize>, usize, &mut [f32]) + Sync,
+    fill: impl Fn(Range<usize>, Range<usize>, usize, &mut [f32]) + Sync,
 ) {
     let tiling = Tiling::of(level);
     let panels = Panels::new(tiling, n);
@@ -75,7 +93,8 @@ fn pack(
     assert!(packed.len() >= len, "a packed operand of {k} × {n} needs {len} floats, found {}", packed.len());
     let parts = k.div_ceil(ROWS_PER_TASK);
     let start = Shared(packed.as_mut_ptr());
-    pool.run(panels.count * parts, &|task, _| {
+    let tasks = panels.count * parts;
+    let one = |task: usize| {
         let panel = panels.get(task / parts);
         let rows = part(k, parts, task % parts);
         let width = panel.vectors * tiling.lanes;
@@ -84,33 +103,43 @@ fn pack(
         // length asserted above, and no other task's.
         let out = unsafe { std::slice::from_raw_parts_mut(start.get().add(from), rows.len() * width) };
         fill(panel.first_column..panel.first_column + panel.columns, rows, width, out);
-    });
+    };
+    if len <= SMALL { pool.run(1, &|_, _| (0..tasks).for_each(one)) } else { pool.run(tasks, &|task, _| one(task)) }
 }
 
-/// Writes `rows` of the transpose of `w`, whose row c starts at `c * ld`, times `scale`, as rows of `width` floats.
-pub(super) fn transpose_block(
-    w: &[f32],
-    ld: usize,
-    columns: usize,
-    rows: std::ops::Range<usize>,
-    width: usize,
-    scale: f32,
-    out: &mut [f32],
-) {
-    // Blocks of one cache line of the source per column, so that each line is read once.
-    const LINE: usize = 16;
-    let mut from = rows.start;
-    for block in out.chunks_mut(LINE * width) {
-        let height = block.len() / width;
-        for c in 0..columns {
-            let source = &w[c * ld + from..][..height];
-            for (i, x) in source.iter().enumerate() {
-                block[i * width + c] = scale * x;
+crate::multiversion! {
+    /// Writes `rows` of the transpose of `w`, whose row c starts at `c * ld`, times `scale`, as rows of `width` floats.
+    pub(super) fn transpose_block(
+        w: &[f32],
+        ld: usize,
+        columns: usize,
+        rows: Range<usize>,
+        width: usize,
+        scale: f32,
+        out: &mut [f32],
+    ) {
+        const SIDE: usize = 16;
+        for c in (0..width).step_by(SIDE) {
+            // Columns of the operand, then columns of zeros.
+            let (some, all) = (columns.saturating_sub(c).min(SIDE), (width - c).min(SIDE));
+            for i in (0..rows.len()).step_by(SIDE) {
+                let height = (rows.len() - i).min(SIDE);
+                let mut square = [[0.0f32; SIDE]; SIDE];
+                for (j, line) in square.iter_mut().enumerate().take(some) {
+                    let from = &w[(c + j) * ld + rows.start + i..][..height];
+                    match from.first_chunk() {
+                        Some(from) => *line = *from,
+                        None => line[..height].copy_from_slice(from),
+                    }
+                }
+                for (j, row) in out[i * width..].chunks_mut(width).take(height).enumerate() {
+                    let row = &mut row[c..c + all];
+                    match row.first_chunk_mut::<SIDE>() {
+                        Some(row) => *row = std::array::from_fn(|column| scale * square[column][j]),
+                        None => row.iter_mut().zip(&square).for_each(|(out, line)| *out = scale * line[j]),
+                    }
+                }
             }
         }
-        for row in block.chunks_exact_mut(width) {
-            row[columns..].fill(0.0);
-        }
-        from += height;
     }
 }

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::kernel::{MAX_RUN, RowTile, Run, Tiling};
+use super::kernel::{MAX_RUN, RowTile, Run};
+use super::tiling::{Tiling, is_dot};
 use super::{Init, OutRows, Panels, Rows, Shared, ZERO_ROW, part, take_indices};
 use crate::device::cpu::Pool;
 use crate::device::cpu::pool::BASE_SCRATCH;
@@ -19,7 +20,7 @@ const GROUP: usize = 1 << 18;
 /// Work for one task, in multiply-adds, that is large beside the cost of handing it out.
 const TASK_WORK: usize = 1 << 20;
 /// Tasks to aim for: enough to keep some tens of threads evenly busy.
-const TASKS: usize = 48;
+const TASKS: usize = 32;
 /// Segments shorter than this are copied together, so that the kernel has something to run along.
 const SHORT: usize = 16;
 /// Longest row that is copied together.
@@ -64,7 +65,8 @@ pub(in super::super) fn rows_times_packed_at(
     let tiling = Tiling::of(level);
     let panels = Panels::new(tiling, n);
     let k = a.k();
-    let needed = panels.vectors * tiling.lanes * k;
+    let dot = is_dot(n, k);
+    let needed = if dot { n } else { panels.vectors * tiling.lanes } * k;
     assert!(packed.len() >= needed, "a packed operand of {k} × {n} needs {needed} floats, found {}", packed.len());
     out_rows.check(rows, n, out.len());
     if let Some(bias) = init.bias {
@@ -74,7 +76,7 @@ pub(in super::super) fn rows_times_packed_at(
         assert_eq!(residual.len(), out.len(), "length of the residual against that of the result");
     }
     let plan = Plan::new(rows, k, a.segments.len(), &panels);
-    let product = Product { tiling, panels, a, k, packed, out: Shared(out.as_mut_ptr()), out_rows, init };
+    let product = Product { tiling, panels, dot, a, k, packed, out: Shared(out.as_mut_ptr()), out_rows, init };
     pool.run(plan.row_blocks * plan.groups, &|task, scratch| {
         // Tasks that share panels follow each other.
         let panels = part(panels.count, plan.groups, task / plan.row_blocks);
@@ -157,6 +159,8 @@ impl Plan {
 struct Product<'a> {
     tiling: &'static Tiling,
     panels: Panels,
+    /// Whether the result has so few columns that lanes run along the reduction.
+    dot: bool,
     a: &'a Rows<'a>,
     k: usize,
     packed: &'a [f32],
@@ -209,8 +213,9 @@ impl Product<'_> {
         // All panels of a group are about equally wide; the first is the widest.
         let width = self.panels.get(panels.start).vectors * self.tiling.lanes;
         let most = (PANEL_BLOCK / width).min(MAX_RUN);
-        // Even blocks, a multiple of 8 long.
-        let step = self.k.div_ceil(self.k.div_ceil(most).max(1)).next_multiple_of(8).min(most);
+        // Even blocks, a multiple of 8 long. The few columns of the dot kernel stay in the cache as they are.
+        let even = self.k.div_ceil(self.k.div_ceil(most).max(1)).next_multiple_of(8).min(most);
+        let step = if self.dot { self.k } else { even };
         let mut runs = [Run { data: std::ptr::null(), rows: std::ptr::null(), k: 0 }; MAX_RUNS];
         let mut next = Position { segment: 0, k: 0 };
         let mut first_k = 0;
@@ -231,8 +236,14 @@ impl Product<'_> {
         let panel = self.panels.get(panel);
         let first = first_k == 0;
         let column = |data: Option<&[f32]>| data.map_or(std::ptr::null(), |data| data[panel.first_column..].as_ptr());
-        let tiles = rows.div_ceil(self.tiling.max_mr(panel.vectors));
-        let b = &self.packed[panel.first_column * self.k + first_k * panel.vectors * self.tiling.lanes..];
+        let (max_mr, first_b) = if self.dot {
+            (self.tiling.max_dot_mr(panel.columns), first_k)
+        } else {
+            let width = panel.vectors * self.tiling.lanes;
+            (self.tiling.max_mr(panel.vectors), panel.first_column * self.k + first_k * width)
+        };
+        let tiles = rows.div_ceil(max_mr);
+        let b = &self.packed[first_b..];
         let mut here = [Run { data: std::ptr::null(), rows: std::ptr::null(), k: 0 }; MAX_RUNS];
         for tile in 0..tiles {
             let tile = part(rows, tiles, tile);
@@ -243,6 +254,7 @@ impl Product<'_> {
             let row_tile = RowTile {
                 runs: &here[..runs.len()],
                 b: b.as_ptr(),
+                ldb: self.k,
                 // SAFETY: a column of the first row is inside the result.
                 c: unsafe { self.out.get().add(panel.first_column) },
                 c_rows: out_rows[tile.clone()].as_ptr(),
@@ -251,7 +263,11 @@ impl Product<'_> {
                 accumulate: !first || self.init.accumulate,
                 residual: column(if first { self.init.residual } else { None }),
             };
-            let kernel = self.tiling.row_kernel(tile.len(), panel.vectors);
+            let kernel = if self.dot {
+                self.tiling.dot_kernel(tile.len(), panel.columns)
+            } else {
+                self.tiling.row_kernel(tile.len(), panel.vectors)
+            };
             // SAFETY: the level was detected. Runs: offsets were checked by `Rows::fill`, and each run stays inside its
             // segment's k. Panel: its length was asserted, `runs` cover at most the k − first_k rows left. Result:
             // `OutRows::check` keeps rows apart and inside, and no other task has these rows in these columns; the
@@ -274,7 +290,7 @@ impl Position {
         let (mut count, mut length) = (0, 0);
         while count < MAX_RUNS && length < step && self.segment < a.segments.len() {
             let segment = &a.segments[self.segment];
-            let k = (segment.k - self.k).min(step - length);
+            let k = (segment.k - self.k).min(step - length).min(MAX_RUN);
             if k > 0 {
                 runs[count] = Run {
                     // (Wrapping, as a segment whose rows are all padding may be empty.)

@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
-use super::kernel::{MAX_MR, OuterTile, RowTile, Run, Tiling};
+use super::kernel::{OuterTile, RowTile, Run};
 use super::pack::transpose_block;
+use super::tiling::{MAX_MR, Tiling};
 use super::{Panel, Panels, part, take_indices};
 use crate::simd::{self, Level};
 
@@ -216,6 +217,7 @@ fn row_tiles(
         let row_tile = RowTile {
             runs: &[Run { data: a.as_ptr(), rows: a_rows.as_ptr(), k: ks.len() }],
             b: block.as_ptr(),
+            ldb: 0,
             c: c.as_mut_ptr(),
             c_rows: c_rows.as_ptr(),
             lanes: panel.lanes,

@@ -19,6 +19,8 @@ pub(super) trait Vector: Copy {
     unsafe fn add(self, other: Self) -> Self;
     /// `a * b + self`, rounded once where the instruction set has it.
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
+    /// Of all lanes, halves added to halves.
+    unsafe fn sum(self) -> f32;
 }
 
 /// Eight lanes of plain arithmetic: product and sum are rounded separately, as the baseline has no fused instruction.
@@ -60,6 +62,11 @@ impl Vector for Plain {
     #[inline(always)]
     unsafe fn add_product(self, a: Self, b: Self) -> Self {
         Plain(std::array::from_fn(|i| a.0[i] * b.0[i] + self.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let [a, b, c, d, e, f, g, h] = self.0;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
     }
 }
 
@@ -121,6 +128,15 @@ mod x86 {
             // SAFETY: the caller's.
             Avx2(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
         }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            // SAFETY: the caller's.
+            unsafe {
+                let four = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+                let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+                _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+            }
+        }
     }
 
     /// Sixteen lanes with fused multiply-add.
@@ -169,6 +185,14 @@ mod x86 {
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             // SAFETY: the caller's.
             Avx512(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            // SAFETY: the caller's; AVX-512 comes with AVX2.
+            unsafe {
+                let high = _mm512_extractf32x8_ps::<1>(self.0);
+                Avx2(_mm256_add_ps(_mm512_castps512_ps256(self.0), high)).sum()
+            }
         }
     }
 }

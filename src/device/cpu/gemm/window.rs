@@ -115,17 +115,18 @@ impl Window {
     }
 }
 
-/// Offsets of pixels `from..` of a line: those in `seen` are `start`, `start + step`, …, the others padding.
-fn ramp(out: &mut [usize], from: usize, seen: Range<usize>, start: usize, step: usize) {
-    let first = seen.start.saturating_sub(from).min(out.len());
-    let end = seen.end.saturating_sub(from).clamp(first, out.len());
-    let (before, rest) = out.split_at_mut(first);
-    let (inside, after) = rest.split_at_mut(end - first);
-    before.fill(ZERO_ROW);
-    after.fill(ZERO_ROW);
-    let start = start + (from + first).saturating_sub(seen.start) * step;
-    for (i, out) in inside.iter_mut().enumerate() {
-        *out = start + i * step;
+crate::multiversion! {
+    /// Offsets of pixels `from..` of a line: those in `seen` are `start`, `start + step`, …, the others padding.
+    fn ramp(out: &mut [usize], from: usize, seen: Range<usize>, start: usize, step: usize) {
+        let first = seen.start.saturating_sub(from).min(out.len());
+        let end = seen.end.saturating_sub(from).clamp(first, out.len());
+        out[..first].fill(ZERO_ROW);
+        out[end..].fill(ZERO_ROW);
+        let mut offset = start + (from + first).saturating_sub(seen.start) * step;
+        for out in &mut out[first..end] {
+            *out = offset;
+            offset += step;
+        }
     }
 }
 

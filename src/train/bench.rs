@@ -1,0 +1,188 @@
+//! How long steps take, as a whole and op by op.
+
+use super::{Config, Trainer};
+use crate::collective::Solo;
+use crate::device::{Device, DeviceError};
+use crate::diffusion::Schedule;
+use crate::rng::{Kind as Random, Stream};
+use crate::tape::{Kind, OpGroup, Phase, Program, RunError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// How a measurement is made.
+#[derive(Clone, Copy, Debug)]
+pub struct BenchOptions<'a> {
+    /// Steps before the clock counts: memory is touched and caches are filled by then.
+    pub warmup: u64,
+    /// Steps that are measured.
+    pub steps: u64,
+    /// Whether every op is measured too; reading the clock costs well under a microsecond per instruction.
+    pub per_op: bool,
+    /// Ends the measurement after the step in progress.
+    pub stop: &'a AtomicBool,
+}
+
+/// What was measured.
+#[derive(Debug)]
+pub struct Timings {
+    /// Duration of each measured step, in order; fewer than asked for if it was stopped.
+    pub steps: Vec<Duration>,
+    /// For each group of [`Program::op_groups`], its part of each measured step; empty unless ops were measured.
+    pub ops: Vec<(OpGroup, Vec<Duration>)>,
+    /// FLOPs of a step by the common convention: 3 × the matrix products of the forward pass.
+    pub step_flops: u64,
+    /// Steps, also of the warm-up, whose loss or gradient was not finite: such a step leaves out the update.
+    pub not_finite: u64,
+}
+
+/// Why nothing was measured.
+#[derive(Debug, Error)]
+pub enum BenchError {
+    /// A process that cannot be built.
+    #[error(transparent)]
+    OutOfRange(#[from] crate::config::OutOfRange),
+    /// Too little memory.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A step that stopped.
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+/// FLOPs of the matrix products in a forward pass (convolutions, linear layers, attention), a multiply-add counting as two: what papers
+/// and PyTorch's `FlopCounterMode` call the FLOPs of a network.
+pub fn forward_products(program: &Program) -> u64 {
+    let forward = program.instructions.iter().filter(|instruction| instruction.phase == Phase::Forward);
+    forward
+        .map(|instruction| match (&instruction.kind, instruction.name()) {
+            (Kind::Launch(op), name) if name.starts_with("conv2d") || name.starts_with("linear") => op.flops(),
+            // q·kᵀ and p·v over all heads: 4 N (H W)² C, without the softmax that the op counts as well.
+            (Kind::Launch(op), "attention") => match op.signature().outputs[0].shape.as_ref().map(|s| s.dims()) {
+                Some(&[n, h, w, c]) => 4 * (n * h * w * h * w * c) as u64,
+                _ => op.flops(),
+            },
+            _ => 0,
+        })
+        .sum()
+}
+
+/// Measures training steps on random images of `size` = [H, W]. `done` is called after each step, warm-up included, with their number.
+///
+/// A step is all of training except fetching images: upload, forward, backward, norm, Adam, EMA, and reading the loss.
+///
+/// # Errors
+/// Too little memory for the config.
+pub fn time_steps(
+    device: &mut Device,
+    config: &Config,
+    size: [usize; 2],
+    options: BenchOptions<'_>,
+    mut done: impl FnMut(u64),
+) -> Result<Timings, BenchError> {
+    let schedule = Schedule::new(&config.diffusion)?;
+    let mut trainer = Trainer::new(device, config, &schedule, size)?;
+    let pixels = random_pixels(config.train.seed, config.train.batch * size[0] * size[1] * config.model.image_channels);
+    let groups = if options.per_op { trainer.program().op_groups() } else { Vec::new() };
+    let mut group_of = vec![0; trainer.program().instructions.len()];
+    for (group, OpGroup { instructions, .. }) in groups.iter().enumerate() {
+        instructions.iter().for_each(|&number| group_of[number] = group);
+    }
+    let mut timings = Timings {
+        steps: Vec::new(),
+        ops: groups.into_iter().map(|group| (group, Vec::new())).collect(),
+        step_flops: 3 * forward_products(trainer.program()),
+        not_finite: 0,
+    };
+    let mut sums = vec![Duration::ZERO; timings.ops.len()];
+    for step in 0..options.warmup + options.steps {
+        if options.stop.load(Ordering::Relaxed) {
+            break;
+        }
+        sums.fill(Duration::ZERO);
+        let start = Instant::now();
+        let metrics = if options.per_op {
+            let mut last = start;
+            trainer.step_observed(device, &mut Solo, config, step, &pixels, &mut |number| {
+                let now = Instant::now();
+                sums[group_of[number]] += now - last;
+                last = now;
+            })?
+        } else {
+            trainer.step(device, &mut Solo, config, step, &pixels)?
+        };
+        let whole = start.elapsed();
+        timings.not_finite += u64::from(!metrics.finite);
+        if step >= options.warmup {
+            timings.steps.push(whole);
+            timings.ops.iter_mut().zip(&sums).for_each(|((_, durations), &sum)| durations.push(sum));
+        }
+        done(step + 1);
+    }
+    Ok(timings)
+}
+
+/// Pixels that are as good as any for measuring time.
+fn random_pixels(seed: u64, len: usize) -> Vec<u8> {
+    let mut words = vec![0u32; len.div_ceil(4)];
+    Stream { seed, kind: Random::Sample, layer: 0, sample: 0, step: 0 }.fill_bits(0, &mut words);
+    let mut pixels: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    pixels.truncate(len);
+    pixels
+}
+
+/// The `p`-th percentile (0 to 100) of `values`, linear between neighbours; not a number if there are none.
+pub fn percentile(values: &[f64], p: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let at = p / 100.0 * last as f64;
+    let below = (at as usize).min(last);
+    let above = (below + 1).min(last);
+    sorted[below] + (sorted[above] - sorted[below]) * (at - below as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `statistics.quantiles(values, n=100, method="inclusive")` of Python, with which the PyTorch benchmark computes its own.
+    #[test]
+    fn percentiles_are_those_of_python() {
+        let values = [5.0, 1.0, 4.0, 2.0];
+        let expected = [(0.0, 1.0), (10.0, 1.3), (50.0, 3.0), (90.0, 4.7), (100.0, 5.0)];
+        for (p, expected) in expected {
+            assert!((percentile(&values, p) - expected).abs() < 1e-12, "{p}: {}", percentile(&values, p));
+        }
+        assert_eq!(percentile(&[7.0], 10.0), 7.0);
+        assert!(percentile(&[], 50.0).is_nan());
+    }
+
+    /// One level, no attention: conv_in, two convolutions in each of five blocks (two of which read a skip and have a shortcut),
+    /// the timestep's layers, and conv_out, counted by hand.
+    #[test]
+    fn forward_products_of_a_small_network() {
+        let mut config = Config::default();
+        config.model.image_channels = 1;
+        config.model.channels = vec![8];
+        config.model.blocks = 1;
+        config.model.groups = 4;
+        config.model.attention_levels = vec![];
+        config.model.mid_attention = false;
+        config.train.batch = 3;
+        let without = forward_products(&super::super::step_program(&config, [4, 4]).0);
+        let conv = |from: u64, to: u64| 2 * 16 * 9 * from * to;
+        let down = conv(8, 8) + conv(8, 8);
+        let up = conv(16, 8) + conv(8, 8) + 2 * 16 * 16 * 8;
+        let time = 2 * (8 * 32 + 32 * 32) + 5 * 2 * 32 * 8;
+        assert_eq!(without, 3 * (conv(1, 8) + 3 * down + 2 * up + time + conv(8, 1)));
+
+        // Attention in the middle: q, k, v and the output, then q·kᵀ and p·v over 16 pixels.
+        config.model.mid_attention = true;
+        for head_channels in [0, 4] {
+            config.model.head_channels = head_channels;
+            let with = forward_products(&super::super::step_program(&config, [4, 4]).0);
+            assert_eq!(with - without, 3 * (4 * 2 * 16 * 8 * 8 + 2 * 2 * 16 * 16 * 8));
+        }
+    }
+}

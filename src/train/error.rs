@@ -1,0 +1,99 @@
+//! Why a training run ends before its last step.
+
+use super::Difference;
+use crate::checkpoint::{CheckpointError, LayoutError, RunDirError};
+use crate::config::{ConfigError, OutOfRange};
+use crate::data::DataError;
+use crate::device::DeviceError;
+use crate::report::ReportError;
+use crate::sample::SampleError;
+use crate::tape::RunError;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// Why a run ended.
+#[derive(Debug, Error)]
+pub enum TrainError {
+    /// A value of the config.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A value that does not fit the data set.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// The data set.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The checkpoints.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The places of parameters.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The config would leave the trajectory of the checkpoint.
+    #[error("the config contradicts {}:{}\nset {} back, or begin anew in another --run-dir", .checkpoint.display(), lines(.differences), keys(.differences))]
+    Contradiction {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// The keys that differ.
+        differences: Vec<Difference>,
+    },
+    /// The checkpoint was trained on other pixels.
+    #[error(
+        "{} was trained on other images than those of {}: restore the data set, or begin anew in another --run-dir",
+        .checkpoint.display(), .data.display()
+    )]
+    OtherData {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// The data set.
+        data: PathBuf,
+    },
+    /// `--init` cannot be used.
+    #[error("cannot begin with the given weights: {0}")]
+    Initial(String),
+    /// Loss or gradient is not a number.
+    #[error(
+        "step {step}: {what} is not finite; training has diverged. {kept}. Lower `optim.lr`, lengthen `optim.warmup_steps`, or clip \
+         gradients (`optim.clip`)"
+    )]
+    Diverged {
+        /// The step, from 1.
+        step: u64,
+        /// Loss or gradient.
+        what: &'static str,
+        /// What is left of the run.
+        kept: String,
+    },
+    /// The last state could not be saved.
+    #[error("the state at step {step} could not be saved: {source}")]
+    NotSaved {
+        /// The step.
+        step: u64,
+        /// Why.
+        source: CheckpointError,
+    },
+    /// Images could not be made.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    /// The logs cannot be opened.
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The step.
+    #[error(transparent)]
+    Run(#[from] RunError),
+}
+
+fn lines(differences: &[Difference]) -> String {
+    let line = |d: &Difference| format!("\n  {}: {} there, {} here", d.key, d.saved, d.now);
+    differences.iter().map(line).collect()
+}
+
+fn keys(differences: &[Difference]) -> String {
+    differences.iter().map(|d| format!("`{}`", d.key)).collect::<Vec<_>>().join(", ")
+}
