@@ -2,6 +2,7 @@
 
 #![allow(dead_code)] // each test file uses a part of it
 
+use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -52,6 +53,17 @@ batch = 4
 [log]
 every = 1
 "#;
+
+/// A `.npy` file of bytes.
+pub fn npy(shape: &[usize], pixels: &[u8]) -> Vec<u8> {
+    let shape: String = shape.iter().map(|d| format!("{d}, ")).collect();
+    let header = format!("{:<117}\n", format!("{{'descr': '|u1', 'fortran_order': False, 'shape': ({shape}), }}"));
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((header.len() as u16).to_le_bytes());
+    bytes.extend(header.bytes());
+    bytes.extend(pixels);
+    bytes
+}
 
 /// A folder with the config and the pictures, in which runs are made.
 pub struct Project {
@@ -145,7 +157,11 @@ impl Project {
 
     /// Steps of the checkpoints of a run, oldest first.
     pub fn checkpoints(&self, run_dir: &str) -> Vec<u64> {
-        ddpm_dist::checkpoint::list(&self.path(run_dir).join("checkpoints")).unwrap().into_iter().map(|(s, _)| s).collect()
+        ddpm_dist::checkpoint::list(&self.path(run_dir).join("checkpoints"))
+            .unwrap()
+            .into_iter()
+            .map(|(s, _)| s)
+            .collect()
     }
 
     pub fn checkpoint(&self, run_dir: &str, step: u64) -> PathBuf {
@@ -166,6 +182,11 @@ impl Project {
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
+    /// Lines of a log that may be half written.
+    pub fn log_lines(&self, run_dir: &str) -> usize {
+        self.read(format!("{run_dir}/log.jsonl")).iter().filter(|byte| **byte == b'\n').count()
+    }
+
     /// What each step measured, without what depends on the clock.
     pub fn measured(&self, run_dir: &str) -> Vec<serde_json::Value> {
         let mut lines = self.log(run_dir);
@@ -175,14 +196,19 @@ impl Project {
         lines
     }
 
-    /// Names and bytes of everything in a folder, to see that nothing changed.
-    pub fn content(&self, folder: impl AsRef<Path>) -> Vec<(PathBuf, Vec<u8>)> {
+    /// Names and hashes of everything in a folder, to see that nothing changed. Who locked it last may change.
+    pub fn content(&self, folder: impl AsRef<Path>) -> Vec<(PathBuf, String)> {
         let mut found = Vec::new();
         let mut left = vec![self.path(folder)];
         while let Some(dir) = left.pop() {
             for entry in std::fs::read_dir(dir).unwrap() {
                 let path = entry.unwrap().path();
-                if path.is_dir() { left.push(path) } else { found.push((path.clone(), std::fs::read(path).unwrap())) }
+                if path.is_dir() {
+                    left.push(path);
+                } else if !path.ends_with("run.lock") {
+                    let hash = format!("{:x?}", Sha256::digest(std::fs::read(&path).unwrap()));
+                    found.push((path, hash));
+                }
             }
         }
         found.sort();
@@ -205,6 +231,12 @@ impl Ended {
         for word in words {
             assert!(message.contains(word), "{word:?} is not in: {message}");
         }
+    }
+
+    /// Expects the command line to be refused.
+    pub fn refused_by_parser(&self, words: &[&str]) {
+        assert_eq!(self.code, 2, "{}", self.stderr);
+        assert!(words.iter().all(|word| self.stderr.contains(word)), "{}", self.stderr);
     }
 
     /// Expects an alarm with these words.
