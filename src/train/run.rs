@@ -59,10 +59,12 @@ pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) ->
     let config = &*config;
     let schedule = Schedule::new(&config.diffusion)?;
 
-    let run_dir = RunDir::open(options.run_dir, options.start)?;
     let mut trainer = Trainer::new(device, config, &schedule, [height, width])?;
     let layout = layout_for_checkpoints(&trainer.program().layout)?;
     let identity = Identity::new(config, dataset.fingerprint(), device)?;
+    let initial = options.initial.map(|weights| weights(&layout)).transpose().map_err(TrainError::Initial)?;
+    // Only now, with nothing left to refuse: a fresh start may remove the run that is there.
+    let run_dir = RunDir::open(options.run_dir, options.start)?;
     let start = match load_newest(&run_dir.checkpoints(), Some(&layout), Want::All)? {
         Some(newest) => {
             newest.skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
@@ -72,8 +74,8 @@ pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) ->
             newest.snapshot.meta.step
         }
         None => {
-            if let Some(initial) = options.initial {
-                trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
+            if let Some(initial) = initial {
+                trainer.set_parameters(device, &initial);
             }
             0
         }

@@ -1,0 +1,95 @@
+//! A training step and a sampling step allocate nothing once the first ones have run.
+
+use ddpm_dist::collective::Solo;
+use ddpm_dist::device::{Binding, Device, Region, cpu::Cpu};
+use ddpm_dist::diffusion::Schedule;
+use ddpm_dist::sample::reverse_step_program;
+use ddpm_dist::train::{Config, Trainer};
+use ddpm_dist::unet::UnetConfig;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The system's allocator, which counts what all threads ask of it.
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: as for this function.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: as for this function.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, start: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        // SAFETY: as for this function.
+        unsafe { System.realloc(start, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, start: *mut u8, layout: Layout) {
+        // SAFETY: as for this function.
+        unsafe { System.dealloc(start, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn allocations(work: impl FnOnce()) -> usize {
+    let before = ALLOCATIONS.load(Ordering::SeqCst);
+    work();
+    ALLOCATIONS.load(Ordering::SeqCst) - before
+}
+
+/// One test, so that no other allocates meanwhile.
+#[test]
+fn steps_allocate_nothing() {
+    assert!(allocations(|| drop(std::hint::black_box(Box::new(1)))) == 1, "the allocator counts");
+    let mut config = Config::default();
+    config.model = UnetConfig {
+        channels: vec![16, 24, 32],
+        blocks: 1,
+        attention_levels: vec![1],
+        groups: 8,
+        dropout: 0.1,
+        ..UnetConfig::default()
+    };
+    config.train.batch = 3;
+    config.data.flip = true;
+    let size = [16, 16];
+    let schedule = Schedule::new(&config.diffusion).unwrap();
+    let pixels = vec![100u8; 3 * 16 * 16 * 3];
+    for threads in [1, 2] {
+        let mut device = Device::Cpu(Cpu::new(threads));
+        let mut trainer = Trainer::new(&mut device, &config, &schedule, size).unwrap();
+        let mut step = |number: u64| trainer.step(&mut device, &mut Solo, &config, number, &pixels).unwrap();
+        for warm_up in 0..3 {
+            assert!(step(warm_up).finite);
+        }
+        let mut finite = true;
+        let count = allocations(|| (3..8).for_each(|number| finite &= step(number).finite));
+        assert_eq!(count, 0, "allocations in five training steps on {threads} threads");
+        assert!(finite);
+
+        let program = reverse_step_program(&config.model, size, 2, None);
+        let mut binding = Binding::default();
+        for (region, bytes) in [
+            (Region::Io, program.io_bytes),
+            (Region::Arena, program.arena_bytes),
+            (Region::Weights, program.layout.len() * 4),
+        ] {
+            binding = binding.with(region, device.allocate(bytes).unwrap());
+        }
+        let mut run = || program.run(&mut device, &binding, &mut Solo).unwrap();
+        run();
+        assert_eq!(allocations(|| (0..5).for_each(|_| run())), 0, "allocations in sampling steps on {threads} threads");
+    }
+}
