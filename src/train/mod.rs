@@ -3,6 +3,7 @@
 mod bench;
 mod config;
 mod error;
+mod grids;
 mod reports;
 mod resume;
 mod run;

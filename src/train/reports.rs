@@ -6,7 +6,7 @@ use crate::data::{Phase, Progress};
 use crate::report::{Bar, Console, JsonLines, Picture, ReportError, TensorBoard, TrainingBar};
 use serde::Serialize;
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Progress of opening a data set as a bar.
 pub(super) struct DecodingBar<'a> {
@@ -31,30 +31,6 @@ impl Progress for DecodingBar<'_> {
     }
 }
 
-/// Images per second of training alone, since the last line of the log.
-pub(super) struct Speed {
-    since: Instant,
-    step: u64,
-}
-
-impl Speed {
-    pub fn new(step: u64) -> Speed {
-        Speed { since: Instant::now(), step }
-    }
-
-    /// Leaves out the time that `work` takes.
-    pub fn pause<R>(&mut self, work: impl FnOnce() -> R) -> R {
-        let before = Instant::now();
-        let result = work();
-        self.since += before.elapsed();
-        result
-    }
-
-    fn images_per_second(&self, step: u64, batch: usize) -> f64 {
-        ((step - self.step) * batch as u64) as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
-    }
-}
-
 /// One line of `log.jsonl`.
 #[derive(Serialize)]
 struct Line {
@@ -69,70 +45,76 @@ struct Line {
 
 /// Where numbers and pictures go. What cannot be written is an alarm, not an error.
 pub(super) struct Reports {
+    console: Console,
     log: JsonLines,
     tensorboard: Option<TensorBoard>,
+    bar: Option<TrainingBar>,
+    /// When and at which step the last line was written; time spent on other things is left out.
+    since: Instant,
+    last: u64,
 }
 
 impl Reports {
-    pub fn open(config: &Config, run_dir: &RunDir, start: u64) -> Result<Reports, ReportError> {
+    pub fn open(console: &Console, config: &Config, run_dir: &RunDir, start: u64) -> Result<Reports, ReportError> {
         let log = JsonLines::resume(&run_dir.log(), start)?;
         let tensorboard = match config.log.tensorboard {
             true => Some(TensorBoard::create(&run_dir.tensorboard(), start)?),
             false => None,
         };
-        Ok(Reports { log, tensorboard })
+        let bar = Some(console.training(start, config.train.steps, config.train.batch));
+        Ok(Reports { console: console.clone(), log, tensorboard, bar, since: Instant::now(), last: start })
     }
 
-    #[allow(clippy::too_many_arguments)]
-    pub fn step(
-        &mut self,
-        console: &Console,
-        bar: &mut TrainingBar,
-        config: &Config,
-        step: u64,
-        metrics: &Metrics,
-        speed: &mut Speed,
-        batch: usize,
-    ) {
+    /// `step` steps are done; the last one gave `metrics`.
+    pub fn step(&mut self, config: &Config, step: u64, metrics: &Metrics) {
         if !step.is_multiple_of(config.log.every) && step != config.train.steps {
-            return bar.advance(step);
+            self.bar.iter().for_each(|bar| bar.advance(step));
+            return;
         }
-        let images_per_second = speed.images_per_second(step, batch);
-        *speed = Speed::new(step);
-        bar.report(step, metrics.loss, images_per_second);
+        let images = |steps: u64| steps * config.train.batch as u64;
+        let images_per_second = images(step - self.last) as f64 / self.since.elapsed().as_secs_f64().max(1e-9);
+        (self.since, self.last) = (Instant::now(), step);
+        self.bar.iter_mut().for_each(|bar| bar.report(step, metrics.loss, images_per_second));
+        let Metrics { loss, quartiles, grad_norm, .. } = *metrics;
         let lr = config.optim.lr_at(step - 1);
         let line = Line {
             step,
-            images: step * batch as u64,
-            loss: metrics.loss,
-            loss_by_quartile_of_t: metrics.quartiles,
-            grad_norm: metrics.grad_norm,
+            images: images(step),
+            loss,
+            loss_by_quartile_of_t: quartiles,
+            grad_norm,
             lr,
             images_per_second,
         };
-        alarm(console, self.log.write(&line));
+        alarm(&self.console, self.log.write(&line));
         if let Some(tensorboard) = &mut self.tensorboard {
-            let mut scalars = vec![
-                ("loss", metrics.loss),
-                ("grad_norm", metrics.grad_norm),
-                ("lr", lr),
-                ("images_per_second", images_per_second),
-            ];
+            let mut scalars =
+                vec![("loss", loss), ("grad_norm", grad_norm), ("lr", lr), ("images_per_second", images_per_second)];
             let tags = ["loss_by_t/0-25%", "loss_by_t/25-50%", "loss_by_t/50-75%", "loss_by_t/75-100%"];
-            scalars.extend(tags.into_iter().zip(metrics.quartiles).filter_map(|(tag, loss)| Some((tag, loss?))));
-            alarm(console, tensorboard.scalars(step, &scalars));
+            scalars.extend(tags.into_iter().zip(quartiles).filter_map(|(tag, loss)| Some((tag, loss?))));
+            alarm(&self.console, tensorboard.scalars(step, &scalars));
         }
     }
 
-    pub fn picture(&mut self, console: &Console, step: u64, picture: &Picture) {
+    /// `time` was not spent on training.
+    pub fn leave_out(&mut self, time: Duration) {
+        self.since += time;
+    }
+
+    pub fn picture(&mut self, step: u64, picture: &Picture) {
         if let Some(tensorboard) = &mut self.tensorboard {
-            alarm(console, tensorboard.image("samples", step, picture));
+            alarm(&self.console, tensorboard.image("samples", step, picture));
         }
     }
 
-    pub fn flush(&mut self, console: &Console) {
+    /// Takes the bar away.
+    pub fn end_bar(&mut self) {
+        self.bar = None;
+    }
+
+    pub fn flush(&mut self) {
         if let Some(tensorboard) = &mut self.tensorboard {
-            alarm(console, tensorboard.flush());
+            alarm(&self.console, tensorboard.flush());
         }
     }
 }

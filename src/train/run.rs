@@ -1,19 +1,20 @@
 //! A training run from start to end: status → images → state → batch → step.
 
-use super::reports::{DecodingBar, Reports, Speed};
+use super::grids::Grids;
+use super::reports::{DecodingBar, Reports};
 use super::state::{Identity, layout_for_checkpoints, restore, snapshot};
-use super::{Config, TrainError, Trainer, differences};
-use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Snapshot, Start, Want, load_newest};
+use super::{Config, TrainConfig, TrainError, Trainer, differences};
+use crate::checkpoint::{Layout, Newest, RunDir, SaveReport, Saver, Snapshot, Start, Want, load_newest};
 use crate::collective::Solo;
 use crate::config::OutOfRange;
 use crate::data::{DataConfig, DataError, Dataset, ImageSize, Loader, LoaderConfig, Order};
 use crate::device::{Device, Region};
-use crate::diffusion::{SamplerTable, Schedule};
-use crate::report::{Console, GridOptions, Images, grid};
-use crate::sample::{Request, Sampler};
-use std::path::Path;
+use crate::diffusion::Schedule;
+use crate::report::Console;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// Weights to begin with as a flat buffer of a layout, or why they do not fit it.
 pub type Initial<'a> = dyn Fn(&Layout) -> Result<Vec<f32>, String> + 'a;
@@ -49,116 +50,204 @@ pub enum Ended {
 /// Whatever stands in the way, before the first step if possible. Failing to write a checkpoint, a log or a picture is no error but an
 /// alarm on the console, except for the last checkpoint.
 pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) -> Result<Ended, TrainError> {
-    let console = options.console;
     let dataset = Arc::new(open_data(config, options)?);
     let [height, width, channels] = dataset.shape();
     config.model.validate(height, width)?;
     // From here on the config is complete: whoever reads it later needs no data set to know the size.
     config.data.size = Some(ImageSize { height, width });
     config.data.channels = Some(channels);
-    let config = &*config;
-    let schedule = Schedule::new(&config.diffusion)?;
 
-    let mut trainer = Trainer::new(device, config, &schedule, [height, width])?;
-    let layout = layout_for_checkpoints(&trainer.program().layout)?;
-    let identity = Identity::new(config, dataset.fingerprint(), device)?;
-    let initial = options.initial.map(|weights| weights(&layout)).transpose().map_err(TrainError::Initial)?;
-    // Only now, with nothing left to refuse: a fresh start may remove the run that is there.
-    let run_dir = RunDir::open(options.run_dir, options.start)?;
-    let start = match load_newest(&run_dir.checkpoints(), Some(&layout), Want::All)? {
-        Some(newest) => {
-            newest.skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
-            check_same_run(config, &newest.path, &newest.snapshot, &identity, &dataset)?;
-            restore(&trainer, device, &newest.snapshot);
-            console.say(format!("resuming from {}", newest.path.display()));
-            newest.snapshot.meta.step
-        }
-        None => {
-            if let Some(initial) = initial {
-                trainer.set_parameters(device, &initial);
-            }
-            0
-        }
-    };
-    run_dir.write_config(&identity.config_toml)?;
-
-    let mut saver = Saver::new(&run_dir.checkpoints(), &config.checkpoint)?;
-    let mut reports = Reports::open(config, &run_dir, start)?;
-    let sampler = match config.sample.count {
-        0 => None,
-        count => {
-            let batch = config.sample.batch.min(count);
-            Some(Sampler::new(device, &config.model, [height, width], batch, Some(&trainer.program().layout))?)
-        }
-    };
-    let table = SamplerTable::new(&schedule, &config.sample.sampler(&config.diffusion))?;
-    let order = Order { seed: config.train.seed, len: dataset.len() };
-    let batch = config.train.batch;
-    let slice = LoaderConfig { batch, offset: 0, count: batch, start, depth: 3 };
-    let mut loader = Loader::new(Arc::clone(&dataset), order, slice)?;
-    console.say(format!(
-        "{} parameters, {} images of {height}×{width}×{channels}, steps {start} to {} of {batch}, in {}",
-        trainer.program().layout.parameters(),
-        dataset.len(),
-        config.train.steps,
-        run_dir.root().display(),
-    ));
-
-    let mut bar = console.training(start, config.train.steps, batch);
-    let mut speed = Speed::new(start);
-    let mut step = start;
-    let mut saved = (start > 0).then_some(start);
+    let mut run = Run::open(config, device, options, &dataset)?;
+    let TrainConfig { batch, steps, seed } = config.train;
+    let slice = LoaderConfig { batch, offset: 0, count: batch, start: run.step, depth: 3 };
+    let mut loader = Loader::new(Arc::clone(&dataset), Order { seed, len: dataset.len() }, slice)?;
     let ended = loop {
-        if step >= config.train.steps {
+        if run.step >= steps {
             break Ended::Finished;
         }
         if options.stop.load(Ordering::Relaxed) {
             break Ended::Stopped;
         }
-        let images = loader.next()?;
-        let metrics = trainer.step(device, &mut Solo, config, step, images.pixels)?;
-        step += 1;
-        if !metrics.finite {
-            let what = if metrics.loss.is_finite() { "the gradient" } else { "the loss" };
-            report_save(console, saver.wait(), &mut saved);
-            let kept = match saved {
-                Some(step) => format!("The checkpoint of step {step} is intact"),
-                None => "No checkpoint was saved before".to_string(),
-            };
-            return Err(TrainError::Diverged { step, what, kept });
+        run.step(loader.next()?.pixels)?;
+        run.save_if_due();
+        run.draw_if_due()?;
+    };
+    run.close(ended)
+}
+
+/// A run between two steps.
+struct Run<'a> {
+    config: &'a Config,
+    device: &'a mut Device,
+    console: &'a Console,
+    stop: &'a AtomicBool,
+    run_dir: RunDir,
+    trainer: Trainer,
+    layout: Arc<Layout>,
+    identity: Identity,
+    saver: Saver,
+    reports: Reports,
+    grids: Option<Grids>,
+    /// Steps done.
+    step: u64,
+    /// Step of the newest checkpoint that is known to be whole.
+    saved: Option<u64>,
+}
+
+impl<'a> Run<'a> {
+    /// Everything in place for the first step, or for the one after the newest checkpoint.
+    fn open(
+        config: &'a Config,
+        device: &'a mut Device,
+        options: &Options<'a>,
+        dataset: &Dataset,
+    ) -> Result<Run<'a>, TrainError> {
+        let Options { console, stop, .. } = *options;
+        let [height, width, channels] = dataset.shape();
+        let schedule = Schedule::new(&config.diffusion)?;
+        let run_dir = RunDir::open(options.run_dir, options.start)?;
+        let trainer = Trainer::new(device, config, &schedule, [height, width])?;
+        let layout = layout_for_checkpoints(&trainer.program().layout)?;
+        let identity = Identity::new(config, dataset.fingerprint(), device)?;
+        let saved = match load_newest(&run_dir.checkpoints(), Some(&layout), Want::All)? {
+            Some(Newest { path, snapshot, skipped }) => {
+                skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
+                check_same_run(config, &path, &snapshot, &identity, dataset)?;
+                restore(&trainer, device, &snapshot);
+                console.say(format!("resuming from {}", path.display()));
+                Some(snapshot.meta.step)
+            }
+            None => {
+                if let Some(initial) = options.initial {
+                    trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
+                }
+                None
+            }
+        };
+        let step = saved.unwrap_or(0);
+        run_dir.write_config(&identity.config_toml)?;
+        let saver = Saver::new(&run_dir.checkpoints(), &config.checkpoint)?;
+        let grids = Grids::new(config, device, &schedule, &trainer, [height, width])?;
+        let (parameters, images, steps) = (layout.parameters(), dataset.len(), config.train.steps);
+        console.say(format!(
+            "{parameters} parameters, {images} images of {height}×{width}×{channels}, steps {step} to {steps} of {}, in {}",
+            config.train.batch,
+            run_dir.root().display(),
+        ));
+        let reports = Reports::open(console, config, &run_dir, step)?;
+        Ok(Run {
+            config,
+            device,
+            console,
+            stop,
+            run_dir,
+            trainer,
+            layout,
+            identity,
+            saver,
+            reports,
+            grids,
+            step,
+            saved,
+        })
+    }
+
+    /// Algorithm 1, once.
+    fn step(&mut self, pixels: &[u8]) -> Result<(), TrainError> {
+        let metrics = self.trainer.step(self.device, &mut Solo, self.config, self.step, pixels)?;
+        self.step += 1;
+        if metrics.finite {
+            self.reports.step(self.config, self.step, &metrics);
+            return Ok(());
         }
-        reports.step(console, &mut bar, config, step, &metrics, &mut speed, batch);
-        report_save(console, saver.poll(), &mut saved);
-        if config.checkpoint.is_due(step) {
-            let state = snapshot(&trainer, device, &mut saver, &layout, &identity, config, step);
-            if let Err(refused) = saver.save(state) {
-                console.alarm(format!("step {step} is not saved: {refused}"));
+        let what = if metrics.loss.is_finite() { "the gradient" } else { "the loss" };
+        let report = self.saver.wait();
+        self.note_save(report);
+        let kept = match self.saved {
+            Some(step) => format!("The checkpoint of step {step} is intact"),
+            None => "No checkpoint was saved before".to_string(),
+        };
+        Err(TrainError::Diverged { step: self.step, what, kept })
+    }
+
+    /// Begins to write a checkpoint in the background if one is due, and says what became of the one before.
+    fn save_if_due(&mut self) {
+        let report = self.saver.poll();
+        self.note_save(report);
+        if self.config.checkpoint.is_due(self.step) {
+            self.save();
+        }
+    }
+
+    fn save(&mut self) {
+        let Run { trainer, device, saver, layout, identity, config, step, .. } = self;
+        let state = snapshot(trainer, device, saver, layout, identity, config, *step);
+        if let Err(refused) = saver.save(state) {
+            self.console.alarm(format!("step {step} is not saved: {refused}"));
+        }
+    }
+
+    fn note_save(&mut self, report: Option<SaveReport>) {
+        let Some(SaveReport { step, result }) = report else { return };
+        let console = self.console;
+        match result {
+            Ok(done) => {
+                self.saved = Some(step);
+                console.detail(format!("saved {} in {:.1} s", done.path.display(), done.duration.as_secs_f64()));
+                done.not_removed.iter().for_each(|e| console.alarm(format!("an old checkpoint stays: {e}")));
+            }
+            Err(error) => console.alarm(format!("step {step} is NOT saved: {error}; training goes on and tries again")),
+        }
+    }
+
+    fn draw_if_due(&mut self) -> Result<(), TrainError> {
+        let every = self.config.sample.every;
+        if every > 0 && self.step.is_multiple_of(every) && self.step < self.config.train.steps {
+            let since = Instant::now();
+            self.draw()?;
+            self.reports.leave_out(since.elapsed());
+        }
+        Ok(())
+    }
+
+    /// A grid of images from the averaged weights, to the run directory and TensorBoard. Gives its path if it was written.
+    fn draw(&mut self) -> Result<Option<PathBuf>, TrainError> {
+        let Some(grids) = &self.grids else { return Ok(None) };
+        let weights = self.trainer.buffer(Region::Ema);
+        let Some(picture) = grids.draw(self.config, self.device, weights, self.console, self.stop)? else {
+            return Ok(None);
+        };
+        self.reports.picture(self.step, &picture);
+        let path = self.run_dir.sample(self.step, "png");
+        match picture.write_png(&path) {
+            Ok(()) => Ok(Some(path)),
+            Err(error) => {
+                self.console.alarm(error.to_string());
+                Ok(None)
             }
         }
-        let due = config.sample.every > 0 && step.is_multiple_of(config.sample.every) && step < config.train.steps;
-        if let (true, Some(sampler)) = (due, &sampler) {
-            speed.pause(|| {
-                sample_grid(config, device, &trainer, sampler, &table, options, &run_dir, step, &mut reports)
-            })?;
-        }
-    };
-    drop(bar);
+    }
 
-    report_save(console, saver.wait(), &mut saved);
-    if saved != Some(step) {
-        let state = snapshot(&trainer, device, &mut saver, &layout, &identity, config, step);
-        // Nothing is being written: it was waited for.
-        saver.save(state).ok();
-        if let Some(report) = saver.wait() {
-            report.result.map_err(|source| TrainError::NotSaved { step, source })?;
+    /// Saves what is not saved, draws the last grid, and says goodbye.
+    fn close(mut self, ended: Ended) -> Result<Ended, TrainError> {
+        let report = self.saver.wait();
+        self.note_save(report);
+        let step = self.step;
+        if self.saved != Some(step) {
+            self.save();
+            if let Some(report) = self.saver.wait() {
+                report.result.map_err(|source| TrainError::NotSaved { step, source })?;
+            }
         }
+        self.reports.end_bar();
+        let picture = match ended {
+            Ended::Finished => self.draw()?,
+            Ended::Stopped => None,
+        };
+        self.reports.flush();
+        self.console.last(farewell(ended, step, self.config, &self.run_dir, picture.as_deref()));
+        Ok(ended)
     }
-    if let (Ended::Finished, Some(sampler)) = (ended, &sampler) {
-        sample_grid(config, device, &trainer, sampler, &table, options, &run_dir, step, &mut reports)?;
-    }
-    reports.flush(console);
-    console.last(farewell(ended, step, config, &run_dir, sampler.is_some()));
-    Ok(ended)
 }
 
 fn open_data(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
@@ -210,54 +299,7 @@ fn check_same_run(
     Ok(())
 }
 
-fn report_save(console: &Console, report: Option<SaveReport>, saved: &mut Option<u64>) {
-    let Some(SaveReport { step, result }) = report else { return };
-    match result {
-        Ok(done) => {
-            *saved = Some(step);
-            console.detail(format!("saved {} in {:.1} s", done.path.display(), done.duration.as_secs_f64()));
-            done.not_removed.iter().for_each(|e| console.alarm(format!("an old checkpoint stays: {e}")));
-        }
-        Err(error) => console.alarm(format!("step {step} is NOT saved: {error}; training goes on and tries again")),
-    }
-}
-
-/// A grid of images from the averaged weights, to the run directory and TensorBoard.
-#[allow(clippy::too_many_arguments)]
-fn sample_grid(
-    config: &Config,
-    device: &mut Device,
-    trainer: &Trainer,
-    sampler: &Sampler,
-    table: &SamplerTable,
-    options: &Options<'_>,
-    run_dir: &RunDir,
-    step: u64,
-    reports: &mut Reports,
-) -> Result<(), TrainError> {
-    let console = options.console;
-    let count = config.sample.count;
-    let request = Request { count, seed: config.sample.seed, initial_noise: None };
-    let bar = console.bar("sampling", (count.div_ceil(sampler.batch()) * table.steps.len()) as u64);
-    let weights = trainer.buffer(Region::Ema);
-    let observe = |done: usize, _: usize, _: usize, _: &[f32]| {
-        bar.set(done as u64);
-        !options.stop.load(Ordering::Relaxed)
-    };
-    let Some(pixels) = sampler.sample(device, weights, table, request, observe)? else { return Ok(()) };
-    drop(bar);
-    let [height, width, channels] = sampler.size();
-    let picture = grid(&Images::new(&pixels, [count, height, width, channels])?, &GridOptions::default());
-    let path = run_dir.sample(step, "png");
-    match picture.write_png(&path) {
-        Ok(()) => console.detail(format!("samples in {}", path.display())),
-        Err(error) => console.alarm(error.to_string()),
-    }
-    reports.picture(console, step, &picture);
-    Ok(())
-}
-
-fn farewell(ended: Ended, step: u64, config: &Config, run_dir: &RunDir, has_samples: bool) -> String {
+fn farewell(ended: Ended, step: u64, config: &Config, run_dir: &RunDir, picture: Option<&Path>) -> String {
     let root = run_dir.root().display();
     let mut text = match ended {
         Ended::Finished => format!("done: {step} steps. The run is in {root}"),
@@ -268,8 +310,8 @@ fn farewell(ended: Ended, step: u64, config: &Config, run_dir: &RunDir, has_samp
             );
         }
     };
-    if has_samples {
-        text += &format!("\n  look at     {}", run_dir.sample(step, "png").display());
+    if let Some(picture) = picture {
+        text += &format!("\n  look at     {}", picture.display());
     }
     text += &format!("\n  sample      ddpm-dist sample {root} --count 64 --seed 1 --out samples.png");
     text += &format!("\n  train on    the same command with --set train.steps={}", 2 * config.train.steps);

@@ -1,0 +1,66 @@
+//! Grids of images made while training.
+
+use super::{Config, TrainError, Trainer};
+use crate::device::{BufferId, Device};
+use crate::diffusion::{SamplerTable, Schedule};
+use crate::report::{Console, GridOptions, Images, Picture, grid};
+use crate::sample::{Request, SampleError, Sampler};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The reverse process that `[sample]` describes, with its memory.
+pub(super) struct Grids {
+    sampler: Sampler,
+    table: SamplerTable,
+}
+
+impl Grids {
+    /// Nothing if the config asks for no grids.
+    pub fn new(
+        config: &Config,
+        device: &mut Device,
+        schedule: &Schedule,
+        trainer: &Trainer,
+        size: [usize; 2],
+    ) -> Result<Option<Grids>, TrainError> {
+        let section = &config.sample;
+        if section.count == 0 {
+            return Ok(None);
+        }
+        let batch = section.batch.min(section.count);
+        let sampler = Sampler::new(device, &config.model, size, batch, Some(&trainer.program().layout))?;
+        let table = SamplerTable::new(schedule, &section.sampler(&config.diffusion))?;
+        Ok(Some(Grids { sampler, table }))
+    }
+
+    /// A grid from `weights`; nothing if `stop` was set meanwhile, or (with an alarm) if the images are not finite.
+    pub fn draw(
+        &self,
+        config: &Config,
+        device: &mut Device,
+        weights: BufferId,
+        console: &Console,
+        stop: &AtomicBool,
+    ) -> Result<Option<Picture>, TrainError> {
+        let Grids { sampler, table } = self;
+        let count = config.sample.count;
+        let request = Request { count, seed: config.sample.seed, initial_noise: None };
+        let bar = console.bar("sampling", (count.div_ceil(sampler.batch()) * table.steps.len()) as u64);
+        let observe = |done: usize, _: usize, _: usize, _: &[f32]| {
+            bar.set(done as u64);
+            !stop.load(Ordering::Relaxed)
+        };
+        match sampler.sample(device, weights, table, request, observe) {
+            Ok(Some(pixels)) => {
+                let [height, width, channels] = sampler.size();
+                Ok(Some(grid(&Images::new(&pixels, [count, height, width, channels])?, &GridOptions::default())))
+            }
+            Ok(None) => Ok(None),
+            // Early weights may overflow in the reverse process; that is no reason to lose the run.
+            Err(error @ SampleError::NotFinite { .. }) => {
+                console.alarm(format!("no grid: {error}"));
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
