@@ -1,5 +1,249 @@
+//! `ddpm-dist doctor`
+
+mod libraries;
+mod machine;
+
+use super::Common;
 use super::exit::Failure;
+use super::stdout::print;
+use crate::simd;
+use crate::tape::human_bytes;
+use libraries::{Places, Search, find_nvcc};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-pub(super) fn run(_: &super::Common) -> Result<ExitCode, Failure> {
+
+/// Below this much memory the paper's CIFAR-10 model does not train at a batch that is worth it.
+const LITTLE_MEMORY: u64 = 2 << 30;
+/// Below this much disk a few checkpoints of that model (0.55 GiB each) do not fit.
+const LITTLE_DISK: u64 = 2 << 30;
+
+/// One line of the report.
+struct Finding {
+    subject: &'static str,
+    found: String,
+    /// What is wrong and what to do about it, if anything is.
+    advice: Option<String>,
+}
+
+/// Something that is as it should be.
+fn ok(subject: &'static str, found: impl Into<String>) -> Finding {
+    Finding { subject, found: found.into(), advice: None }
+}
+
+/// Something that is not.
+fn warning(subject: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Finding {
+    Finding { subject, found: found.into(), advice: Some(advice.into()) }
+}
+
+pub(super) fn run(common: &Common) -> Result<ExitCode, Failure> {
+    let mut findings = vec![cores(), threads(common), vectors(), memory()];
+    findings.extend(accelerator());
+    findings.push(nvcc());
+    findings.push(current_dir());
+    findings.push(cache_dir());
+
+    let mut text =
+        format!("ddpm-dist {} on {} {}\n\n", env!("CARGO_PKG_VERSION"), std::env::consts::OS, std::env::consts::ARCH);
+    for Finding { subject, found, advice } in &findings {
+        let mark = if advice.is_some() { "warning" } else { "ok" };
+        text += &format!("{mark:7}  {subject:17}  {found}\n");
+        if let Some(advice) = advice {
+            text += &format!("{:28}→ {advice}\n", "");
+        }
+    }
+    let warnings = findings.iter().filter(|finding| finding.advice.is_some()).count();
+    text += &match warnings {
+        0 => "\nThis version computes on CPU cores; everything it needs is here.\n".to_string(),
+        _ => format!("\nThis version computes on CPU cores; {warnings} of the lines above call for attention.\n"),
+    };
+    print(&text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn cores() -> Finding {
+    let number = |n: Option<usize>| n.map_or("unknown".to_string(), |n| n.to_string());
+    let (online, allowed, limit) = (machine::online_cores(), machine::affinity(), machine::cgroup_cores());
+    let limit_text = limit.map_or("no cgroup limit".to_string(), |cores| format!("cgroup limit {cores:.2}"));
+    let model = machine::cpu_model().map_or(String::new(), |model| format!(" ({model})"));
+    let found = format!("{} online, {} by affinity, {limit_text}{model}", number(online), number(allowed));
+    match limit {
+        Some(cores) if cores < 1.0 => warning(
+            "cores",
+            found,
+            "the cgroup grants less than one core: raise its CPU limit (docker --cpus, Kubernetes resources.limits.cpu)",
+        ),
+        _ => ok("cores", found),
+    }
+}
+
+fn threads(common: &Common) -> Finding {
+    let (threads, available) = (common.threads(), super::available_threads());
+    let found = format!("{threads} will compute");
+    if threads > available {
+        let advice = format!("more threads than the {available} available cores are slower: leave --threads out");
+        return warning("threads", found, advice);
+    }
+    ok("threads", if threads < available { format!("{found}, of {available} possible") } else { found })
+}
+
+fn vectors() -> Finding {
+    let level = simd::level().name();
+    match std::env::var("DDPM_DIST_SIMD").as_deref() {
+        Ok(name @ ("portable" | "avx2")) if name == level => warning(
+            "SIMD",
+            format!("{level}, the most that DDPM_DIST_SIMD={name} allows"),
+            "unset DDPM_DIST_SIMD to use the best instructions of this machine",
+        ),
+        Ok(name) if !["portable", "avx2", "avx512"].contains(&name) => warning(
+            "SIMD",
+            format!("{level}; DDPM_DIST_SIMD={name} is ignored"),
+            "DDPM_DIST_SIMD is portable, avx2 or avx512; unset it",
+        ),
+        _ if level == "portable" && cfg!(target_arch = "x86_64") => warning(
+            "SIMD",
+            "portable: this processor (or virtual machine) has no AVX2",
+            "training is several times slower than with AVX2; virtual machines often hide it (-cpu host shows it)",
+        ),
+        _ => ok("SIMD", level),
+    }
+}
+
+fn memory() -> Finding {
+    let Some((total, available)) = machine::memory() else {
+        return ok("memory", "unknown on this system; `ddpm-dist plan CONFIG` shows what a config needs");
+    };
+    let limit = machine::cgroup_memory().filter(|&limit| limit < total);
+    let limit_text =
+        limit.map_or("no cgroup limit".to_string(), |limit| format!("cgroup limit {}", human_bytes(limit)));
+    let found = format!("{} available of {}, {limit_text}", human_bytes(available), human_bytes(total));
+    if limit.unwrap_or(total).min(available) < LITTLE_MEMORY {
+        let advice = "`ddpm-dist plan CONFIG` shows what a config needs; lower train.batch if that is more";
+        return warning("memory", found, advice);
+    }
+    ok("memory", found)
+}
+
+/// The parts of an NVIDIA system. None is used yet, so that a missing one matters only where there is a GPU.
+fn accelerator() -> Vec<Finding> {
+    let has_gpu = Path::new("/dev/nvidia0").exists() || Path::new("/dev/dxg").exists();
+    let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
+    let mut device = "CPU cores; this version has no CUDA device yet and uses nothing of the lines below".to_string();
+    if has_gpu {
+        device += "; an NVIDIA GPU is there";
+        if let Some(version) = driver.as_deref().and_then(driver_version) {
+            device += &format!(" (driver {version})");
+        }
+    }
+    let places = Places::new();
+    let library = |subject, names: &[&str], missing: &str| match places.find(names) {
+        Search::Found(path) => ok(subject, path.display().to_string()),
+        Search::Unseen(path) => {
+            let dir = path.parent().unwrap_or(Path::new("/")).display().to_string();
+            let advice = format!("the loader does not look there: add {dir} to LD_LIBRARY_PATH");
+            warning(subject, path.display().to_string(), advice)
+        }
+        Search::Unusable(path, why) => {
+            warning(subject, format!("{}: {why}", path.display()), format!("replace or remove it; {missing}"))
+        }
+        Search::Absent => {
+            let found = format!("{} is in none of {} folders", names.join(" or "), places.count());
+            match has_gpu {
+                true => warning(subject, found, missing),
+                false => ok(subject, format!("{found}; not needed without a GPU")),
+            }
+        }
+    };
+    let driver_missing = match driver {
+        Some(_) => "the kernel's driver is there and its library is not: start the container with --gpus all",
+        None => "install NVIDIA's driver; in a container start it with --gpus all",
+    };
+    vec![
+        ok("device", device),
+        library("CUDA driver", &["libcuda.so.1"], driver_missing),
+        library(
+            "cuBLASLt",
+            &["libcublasLt.so.13", "libcublasLt.so.12"],
+            "install the CUDA toolkit, and add its folder lib64 to LD_LIBRARY_PATH",
+        ),
+        library("cuDNN", &["libcudnn.so.9"], "install cuDNN 9, and add its folder to LD_LIBRARY_PATH"),
+        library(
+            "NCCL",
+            &["libnccl.so.2"],
+            "install NCCL 2, and add its folder to LD_LIBRARY_PATH; one GPU works without",
+        ),
+    ]
+}
+
+/// `570.86.15` from the kernel driver's line `NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  …`.
+fn driver_version(text: &str) -> Option<&str> {
+    let is_version = |word: &&str| word.contains('.') && word.split('.').all(|part| part.parse::<u32>().is_ok());
+    text.lines().next()?.split_whitespace().find(is_version)
+}
+
+fn nvcc() -> Finding {
+    match find_nvcc() {
+        Ok(Some(path)) => ok("nvcc", path.display().to_string()),
+        Ok(None) => {
+            ok("nvcc", "not in $NVCC, $CUDA_HOME/bin, PATH or /usr/local/cuda/bin; nothing is compiled with it yet")
+        }
+        Err(path) => warning(
+            "nvcc",
+            format!("NVCC={} is not a program", path.display()),
+            "let NVCC name nvcc itself, or unset it to have it searched",
+        ),
+    }
+}
+
+fn current_dir() -> Finding {
+    match std::env::current_dir() {
+        Ok(dir) => {
+            let advice = "runs are written below it (runs/): change to a directory with room, or give --run-dir";
+            folder("current directory", &dir, advice)
+        }
+        Err(error) => warning("current directory", format!("unknown: {error}"), "change to a directory that exists"),
+    }
+}
+
+fn cache_dir() -> Finding {
+    let advice =
+        "decoded pixels stay in memory instead; set data.cache_dir (or XDG_CACHE_HOME) to a directory with room";
+    match user_cache_dir() {
+        Some(dir) => folder("data cache", &dir, advice),
+        None => warning("data cache", "neither XDG_CACHE_HOME nor HOME is set", advice),
+    }
+}
+
+/// Where decoded pixels are cached if `data.cache_dir` is not given.
+fn user_cache_dir() -> Option<PathBuf> {
+    let dir = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|home| home.join(".cache"))).map(|dir| dir.join("ddpm-dist"))
+}
+
+fn folder(subject: &'static str, dir: &Path, advice: &str) -> Finding {
+    let room = machine::room(dir);
+    let free = room.free.map_or("free space unknown".to_string(), |free| format!("{} free", human_bytes(free)));
+    let state = match &room.refused {
+        Some(error) => format!("cannot be written ({}: {error})", room.exists.display()),
+        None if room.exists == dir => "writable".to_string(),
+        None => "will be made".to_string(),
+    };
+    let found = format!("{}: {state}, {free}", dir.display());
+    if room.refused.is_some() || room.free.is_some_and(|free| free < LITTLE_DISK) {
+        return warning(subject, found, advice);
+    }
+    ok(subject, found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn driver_versions() {
+        let line = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan  1 00:00:00 UTC 2025\nGCC version: 12.2.0";
+        assert_eq!(driver_version(line), Some("570.86.15"));
+        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build";
+        assert_eq!(driver_version(open), Some("580.65.06"));
+        assert_eq!(driver_version(""), None);
+    }
 }

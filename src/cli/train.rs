@@ -1,11 +1,13 @@
 //! `ddpm-dist train`
 
-use super::exit::{Code, Failure};
+use super::exit::{Code, Failure, OrFail};
 use super::source::Source;
 use super::{Common, ConfigArguments, absolute, stop_on_signals};
 use crate::checkpoint::{Layout, Start, Want};
-use crate::train::{Ended, Initial, Options, TrainError, train};
-use std::path::PathBuf;
+use crate::report::Console;
+use crate::train::{Config, Ended, Initial, Options, TrainError, differences, train};
+use crate::unet::UnetConfig;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(Debug, clap::Args)]
@@ -39,21 +41,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         config.data.path = absolute(&path);
     }
     let source = match &arguments.init {
-        Some(path) => {
-            let source = Source::open(path, Want::Ema, &console)?;
-            if source.model.channels != config.model.channels || source.model.blocks != config.model.blocks {
-                let message = format!(
-                    "--init {}: its model has channels {:?} and {} blocks, the config {:?} and {}",
-                    path.display(),
-                    source.model.channels,
-                    source.model.blocks,
-                    config.model.channels,
-                    config.model.blocks
-                );
-                return Err(Failure::new(Code::Usage, message));
-            }
-            Some(source)
-        }
+        Some(path) => Some(open_initial(path, &config, &console)?),
         None => None,
     };
     let initial = source.as_ref().map(|source| |layout: &Layout| source.flat(layout).map_err(|f| f.to_string()));
@@ -81,6 +69,22 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         Ended::Finished => ExitCode::SUCCESS,
         Ended::Stopped => ExitCode::from(Code::Preempted as u8),
     })
+}
+
+/// The model whose weights a run begins with; it must be the config's, but for dropout.
+fn open_initial(path: &Path, config: &Config, console: &Console) -> Result<Source, Failure> {
+    let source = Source::open(path, Want::Ema, console)?;
+    let mut theirs = config.clone();
+    theirs.model = UnetConfig { dropout: config.model.dropout, ..source.model.clone() };
+    if let Some(d) = differences(&theirs, config).or_fail(Code::Usage)?.first() {
+        let message = format!("--init {}: {} is {} there, {} in the config", path.display(), d.key, d.saved, d.now);
+        return Err(Failure::new(Code::Usage, message));
+    }
+    if source.diffusion.objective != config.diffusion.objective {
+        let (theirs, ours) = (source.diffusion.objective, config.diffusion.objective);
+        console.alarm(format!("--init {}: its network predicts {theirs:?}, the config's {ours:?}", path.display()));
+    }
+    Ok(source)
 }
 
 fn code_of(error: &TrainError) -> Code {
