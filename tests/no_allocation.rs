@@ -53,8 +53,7 @@ fn allocations(work: impl FnOnce()) -> usize {
 #[test]
 fn steps_allocate_nothing() {
     assert!(allocations(|| drop(std::hint::black_box(Box::new(1)))) == 1, "the allocator counts");
-    let mut config = Config::default();
-    config.model = UnetConfig {
+    let model = UnetConfig {
         channels: vec![16, 24, 32],
         blocks: 1,
         attention_levels: vec![1],
@@ -62,6 +61,7 @@ fn steps_allocate_nothing() {
         dropout: 0.1,
         ..UnetConfig::default()
     };
+    let mut config = Config { model, ..Config::default() };
     config.train.batch = 3;
     config.data.flip = true;
     let size = [16, 16];

@@ -216,8 +216,7 @@ fn bias_corrections_belong_to_the_step_after() {
 
 /// Everything that draws numbers or sums over the batch, switched on.
 fn small_config() -> Config {
-    let mut config = Config::default();
-    config.model = UnetConfig {
+    let model = UnetConfig {
         image_channels: 3,
         channels: vec![8, 16],
         blocks: 1,
@@ -226,6 +225,7 @@ fn small_config() -> Config {
         dropout: 0.2,
         ..UnetConfig::default()
     };
+    let mut config = Config { model, ..Config::default() };
     config.data.flip = true;
     config.train.batch = 5;
     config.train.seed = 17;

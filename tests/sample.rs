@@ -1,0 +1,189 @@
+//! `ddpm-dist sample` and `export`: an image depends on weights, seed and its own number, whatever the source and the form it is written in.
+
+mod common;
+
+use common::Project;
+use ddpm_dist::checkpoint::{Group, Want, diffusers, load};
+use ddpm_dist::report::{read_npy, to_u8, write_npy};
+use std::path::Path;
+use std::sync::OnceLock;
+
+const IMAGE: usize = 8 * 8 * 3;
+
+/// A trained run that all tests read.
+fn project() -> &'static Project {
+    static PROJECT: OnceLock<Project> = OnceLock::new();
+    PROJECT.get_or_init(|| {
+        let project = Project::new();
+        project.trained("run", &["--set", "optim.lr=1e-2"]);
+        project
+    })
+}
+
+fn sample(source: &str, out: &str, more: &[&str]) {
+    project().done(&[&["sample", source, "--out", out, "--steps", "4"], more].concat());
+}
+
+/// Bits of images [count, 8, 8, 3], and that they are images.
+fn npy(name: &str, count: usize) -> Vec<u32> {
+    let (values, shape) = read_npy(&project().path(name)).unwrap();
+    assert_eq!(shape, [count, 8, 8, 3], "{name}");
+    assert!(values.iter().all(|x| (-1.0..=1.0).contains(x)), "{name} has values outside [-1, 1]");
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+fn sampled(name: &str, source: &str, count: usize, more: &[&str]) -> Vec<u32> {
+    let out = format!("{name}.npy");
+    sample(source, &out, &[&["--count", &count.to_string()], more].concat());
+    npy(&out, count)
+}
+
+#[test]
+fn an_image_is_the_same_whatever_the_count_and_threads() {
+    for (name, sampler) in [("ddpm", &["--sampler", "ddpm"][..]), ("ddim", &["--sampler", "ddim", "--eta", "0.5"])] {
+        // More than two batches of the command.
+        let all = sampled(&format!("{name}-35"), "run", 35, &[sampler, &["--seed", "3", "--threads", "2"]].concat());
+        for (count, threads) in [(1, "1"), (2, "3"), (7, "2"), (16, "1"), (17, "2")] {
+            let arguments = [sampler, &["--seed", "3", "--threads", threads]].concat();
+            let some = sampled(&format!("{name}-{count}"), "run", count, &arguments);
+            assert!(some == all[..count * IMAGE], "{name}: {count} images on {threads} threads");
+        }
+        assert!((1..35).all(|i| all[..IMAGE] != all[i * IMAGE..][..IMAGE]), "{name}: image 0 comes again");
+        let other = sampled(&format!("{name}-other"), "run", 1, &[sampler, &["--seed", "4"]].concat());
+        assert_ne!(other, all[..IMAGE]);
+    }
+}
+
+#[test]
+fn sampler_steps_and_eta_are_obeyed() {
+    let first = |name: &str, more: &[&str]| sampled(name, "run", 1, more);
+    let ddim = first("k-ddim", &["--sampler", "ddim"]);
+    // The run's own sampler is DDIM with η = 0.
+    assert_eq!(first("k-default", &[]), ddim);
+    assert_eq!(first("k-eta0", &["--sampler", "ddim", "--eta", "0"]), ddim);
+    assert_ne!(first("k-eta1", &["--sampler", "ddim", "--eta", "1"]), ddim);
+    assert_ne!(first("k-ddpm", &["--sampler", "ddpm"]), ddim);
+    let project = project();
+    project.done(&["sample", "run", "--count", "1", "--out", "k-own.npy"]);
+    assert_eq!(npy("k-own.npy", 1), ddim, "the run's own number of steps is four");
+    project.done(&["sample", "run", "--count", "1", "--steps", "100", "--out", "k-all.npy"]);
+    assert_ne!(npy("k-all.npy", 1), ddim);
+}
+
+#[test]
+fn every_form_holds_the_same_images() {
+    let images: Vec<f32> = sampled("f", "run", 5, &[]).into_iter().map(f32::from_bits).collect();
+    let bytes: Vec<u8> = images.iter().map(|&x| to_u8(x)).collect();
+    let project = project();
+    for out in ["f.png", "f.npz", "f.gif", "f/"] {
+        sample("run", out, &["--count", "5"]);
+    }
+
+    let mut names: Vec<_> = std::fs::read_dir(project.path("f")).unwrap().map(|e| e.unwrap().path()).collect();
+    names.sort();
+    assert_eq!(names.len(), 5);
+    for (path, expected) in names.iter().zip(bytes.chunks_exact(IMAGE)) {
+        assert_eq!(image::open(path).unwrap().to_rgb8().into_raw(), expected, "{}", path.display());
+    }
+
+    let mut archive = zip::ZipArchive::new(std::fs::File::open(project.path("f.npz")).unwrap()).unwrap();
+    let mut array = Vec::new();
+    std::io::Read::read_to_end(&mut archive.by_name("arr_0.npy").unwrap(), &mut array).unwrap();
+    assert!(array.ends_with(&bytes), "the archive's array is the u8 images");
+    assert!(String::from_utf8_lossy(&array[..128]).contains("(5, 8, 8, 3)"));
+
+    // Every image stands somewhere in the grid, all enlarged by the same whole number.
+    let grid = image::open(project.path("f.png")).unwrap().to_rgb8();
+    let places = |scale: u32| -> Option<Vec<(u32, u32)>> {
+        let is_at = |x: u32, y: u32, pixels: &[u8]| {
+            (0..64).all(|i| grid.get_pixel(x + i % 8 * scale, y + i / 8 * scale).0 == pixels[3 * i as usize..][..3])
+        };
+        let (right, bottom) = (grid.width().checked_sub(8 * scale)?, grid.height().checked_sub(8 * scale)?);
+        let place = |pixels: &[u8]| {
+            (0..=bottom).flat_map(|y| (0..=right).map(move |x| (y, x))).find(|&(y, x)| is_at(x, y, pixels))
+        };
+        bytes.chunks_exact(IMAGE).map(place).collect()
+    };
+    let found = (1..=32).find_map(places).expect("the images are in the grid");
+    assert!(found.is_sorted(), "in rows from the top left: {found:?}");
+
+    let decoder = image::codecs::gif::GifDecoder::new(std::io::BufReader::new(
+        std::fs::File::open(project.path("f.gif")).unwrap(),
+    ));
+    let frames = image::AnimationDecoder::into_frames(decoder.unwrap()).count();
+    assert!(frames >= 4, "{frames} frames for four steps");
+}
+
+#[test]
+fn the_noise_can_be_given() {
+    let project = project();
+    let noise: Vec<f32> = (0..3 * IMAGE).map(|i| ((i * 37 % 101) as f32 - 50.0) / 30.0).collect();
+    write_npy(&project.path("noise.npy"), &noise, &[3, 8, 8, 3]).unwrap();
+    let given = sampled("n-given", "run", 3, &["--init-noise", "noise.npy"]);
+    assert_eq!(
+        sampled("n-seed", "run", 3, &["--init-noise", "noise.npy", "--seed", "8"]),
+        given,
+        "DDIM draws nothing else"
+    );
+    assert_ne!(sampled("n-drawn", "run", 3, &[]), given);
+    let ended = project.run(&["sample", "run", "--count", "2", "--init-noise", "noise.npy", "--out", "n-bad.npy"]);
+    ended.refused(2, &["noise.npy", "[3, 8, 8, 3]", "[2, 8, 8, 3]"]);
+    assert!(!project.path("n-bad.npy").exists());
+}
+
+#[test]
+fn a_checkpoint_and_its_export_give_the_same_images() {
+    let project = project();
+    let last = project.checkpoint("run", 20);
+    project.done(&["export", "run", "exported"]);
+    for sampler in [&["--sampler", "ddpm"][..], &["--sampler", "ddim"], &["--sampler", "ddim", "--eta", "1"]] {
+        let run = sampled("e-run", "run", 3, sampler);
+        assert_eq!(sampled("e-checkpoint", last.to_str().unwrap(), 3, sampler), run, "{sampler:?}");
+        assert_eq!(sampled("e-exported", "exported", 3, sampler), run, "{sampler:?}");
+    }
+    for name in ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"] {
+        let json: serde_json::Value = serde_json::from_slice(&project.read(Path::new("exported").join(name))).unwrap();
+        assert!(json["_class_name"].is_string(), "{name}");
+    }
+}
+
+#[test]
+fn averaged_and_raw_weights_are_what_they_say() {
+    let project = project();
+    let snapshot = load(&project.checkpoint("run", 20), None, Want::All).unwrap();
+    for (weights, group) in [("ema", Group::Ema), ("raw", Group::Params)] {
+        let dir = format!("exported-{weights}");
+        project.done(&["export", "run", &dir, "--weights", weights]);
+        let found = diffusers::import(&project.path(&dir)).unwrap().flat(&snapshot.layout).unwrap();
+        for tensor in snapshot.layout.tensors() {
+            let expected = snapshot.tensor(group, &tensor.name).unwrap();
+            assert_eq!(&found[tensor.range()], expected, "{weights}: {}", tensor.name);
+        }
+    }
+    assert_ne!(sampled("w-ema", "exported-ema", 1, &[]), sampled("w-raw", "exported-raw", 1, &[]));
+    assert_eq!(sampled("w-run", "run", 1, &[]), sampled("w-ema", "exported-ema", 1, &["--sampler", "ddim"]));
+}
+
+#[test]
+fn diffusers_own_directories_are_sampled_as_their_schedulers_say() {
+    let project = project();
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/diffusers_dir");
+    let path = reference.join("f16_ddim");
+    let sample = |out: &str, more: &[&str]| {
+        project.run(&[&["sample", path.to_str().unwrap(), "--count", "2", "--out", out], more].concat())
+    };
+    // DDIM over T = 5 with the first timestep at 1: four steps are the most there are.
+    assert_eq!(sample("d.npy", &["--steps", "4"]).code, 0);
+    let (values, shape) = read_npy(&project.path("d.npy")).unwrap();
+    assert_eq!(shape, [2, 4, 6, 1]);
+    assert!(values.iter().all(|x| x.is_finite()));
+    assert_eq!(sample("d-ddim.npy", &["--steps", "4", "--sampler", "ddim", "--eta", "0"]).code, 0);
+    assert_eq!(project.read("d.npy"), project.read("d-ddim.npy"));
+    assert_eq!(sample("d-ddpm.npy", &["--steps", "4", "--sampler", "ddpm"]).code, 0);
+    assert_ne!(project.read("d.npy"), project.read("d-ddpm.npy"));
+    sample("d5.npy", &["--steps", "5"]).refused(2, &["steps_offset"]);
+    sample("d6.npy", &["--steps", "6"]).refused(2, &["6", "5"]);
+    // Without a scheduler the process is unknown.
+    let bare = reference.join("old");
+    project.run(&["sample", bare.to_str().unwrap(), "--out", "o.npy"]).refused(4, &["scheduler"]);
+}
