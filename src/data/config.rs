@@ -224,10 +224,13 @@ mod tests {
         good.validate().unwrap();
         let bad = [
             ("data.path", DataConfig::default()),
-            ("data.size = 0×8", DataConfig { size: Some(ImageSize { height: 0, width: 8 }), ..good.clone() }),
-            ("data.size = 9000×9000", DataConfig { size: Some(ImageSize::square(9000)), ..good.clone() }),
-            ("data.channels = 4: expected 1 or 3", DataConfig { channels: Some(4), ..good.clone() }),
-            ("data.decode_threads = 5000", DataConfig { decode_threads: 5000, ..good.clone() }),
+            (
+                "`data.size` = 0×8 is out of range",
+                DataConfig { size: Some(ImageSize { height: 0, width: 8 }), ..good.clone() },
+            ),
+            ("`data.size` = 9000×9000", DataConfig { size: Some(ImageSize::square(9000)), ..good.clone() }),
+            ("`data.channels` = 4 is out of range: 1 or 3", DataConfig { channels: Some(4), ..good.clone() }),
+            ("`data.decode_threads` = 5000", DataConfig { decode_threads: 5000, ..good.clone() }),
             ("data.cache_dir", DataConfig { cache_dir: Some(PathBuf::new()), ..good.clone() }),
         ];
         for (expected, config) in bad {
