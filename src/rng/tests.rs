@@ -1,8 +1,6 @@
 //! Streams as a whole: distributions, independence of purposes, equal bits however they are drawn.
 
 use super::*;
-use std::hint::black_box;
-use std::time::Instant;
 
 const STREAM: Stream = Stream { seed: 0x0123_4567_89ab_cdef, kind: Kind::Noise, layer: 5, sample: 77, step: 123_456 };
 
@@ -215,27 +213,4 @@ fn dropout_keeps_its_share_exactly_at_the_ends() {
     assert!(mask.iter().all(|&m| m == 1.0));
     STREAM.fill_keep(0, 0.0, &mut mask);
     assert!(mask.iter().all(|&m| m == 0.0));
-}
-
-/// `cargo test --release --lib rng::tests::speed -- --ignored --nocapture`
-#[test]
-#[ignore = "a measurement"]
-fn speed() {
-    let mut x = vec![0f32; 3072 * 4];
-    let mut time = |name: &str, draw: &dyn Fn(&mut [f32], u32)| {
-        let best = (0..20)
-            .map(|_| {
-                let start = Instant::now();
-                (0..200).for_each(|step| draw(black_box(&mut x), step));
-                200.0 * x.len() as f64 / start.elapsed().as_secs_f64()
-            })
-            .fold(0.0, f64::max);
-        println!("{name}: {:.2} G/s", best / 1e9);
-    };
-    time("normals", &|x, step| Stream { step, ..STREAM }.fill_normal(0, x));
-    time("normals, unaligned", &|x, step| Stream { step, ..STREAM }.fill_normal(1, x));
-    time("normals, images of 784", &|x, step| {
-        x.chunks_exact_mut(784).for_each(|x| Stream { step, ..STREAM }.fill_normal(0, x))
-    });
-    time("keep masks", &|x, step| Stream { step, ..STREAM }.fill_keep(0, 0.9, x));
 }
