@@ -6,7 +6,7 @@ mod cpu;
 mod tests;
 
 use super::copy::pass_gradient;
-use crate::device::cpu::{Launch, gemm};
+use crate::device::cpu::Launch;
 use crate::tape::{Gradient, Of, Op, Scratch, Shape, Signature, Spec, Tape, Var};
 
 /// Height and width of the filter.
@@ -110,7 +110,7 @@ impl Op for Conv2d {
     }
 
     fn scratch(&self) -> Scratch {
-        Scratch { arena: gemm::packed_len(self.out, TAPS * self.channels), thread: 0 }
+        Scratch { arena: cpu::forward_scratch(self), thread: 0 }
     }
 
     fn flops(&self) -> u64 {
@@ -152,7 +152,7 @@ impl Op for Conv2dInputGradient {
     }
 
     fn scratch(&self) -> Scratch {
-        Scratch { arena: gemm::packed_len(self.of.channels, TAPS * self.of.out), thread: 0 }
+        Scratch { arena: cpu::input_gradient_scratch(&self.of), thread: 0 }
     }
 
     fn flops(&self) -> u64 {

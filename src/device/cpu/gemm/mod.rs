@@ -11,6 +11,7 @@
 //! |---|---|---|
 //! | C = A·B, B packed | fprop and dgrad of convolutions and linear layers | [`pack_transposed`] or [`pack_rows`], [`rows_times_packed`] |
 //! | dW = dYᵀ·A | wgrad of the same | [`transposed_times_rows`] |
+//! | 3×3 convolutions of stride 1 with fewer products, and their gradients | fprop, dgrad and wgrad | [`winograd`] |
 //! | small products inside one task | attention | [`serial`] |
 //!
 //! [`window`] computes the row offsets of convolutions.
@@ -66,6 +67,7 @@ pub mod serial;
 mod tiling;
 mod vector;
 pub mod window;
+pub mod winograd;
 
 use std::ops::Range;
 

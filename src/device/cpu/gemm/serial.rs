@@ -147,7 +147,7 @@ pub(in super::super) fn gemm_at(
                 pack(form, alpha, (b, ldb), ks.clone(), &panel, width, block);
                 match form {
                     Form::Nn | Form::Nt => {
-                        row_tiles(tiling, rows.clone(), ks.clone(), (a, lda), block, &panel, (c, ldc));
+                        row_tiles(tiling, rows.clone(), ks.clone(), (a, lda), block, &panel, (c, ldc), true);
                     }
                     Form::Tn => {
                         for (offset, k) in d_rows.iter_mut().zip(ks.clone()) {
@@ -157,7 +157,7 @@ pub(in super::super) fn gemm_at(
                             *offset = i * width;
                         }
                         let lists = (&d_rows[..ks.len()], &x_rows[..ks.len()]);
-                        outer_tiles(tiling, rows.clone(), lists, a, block, &panel, (c, ldc));
+                        outer_tiles(tiling, rows.clone(), lists, a, block, &panel, (c, ldc), true);
                     }
                 }
             }
@@ -196,8 +196,9 @@ fn pack(
     }
 }
 
-/// `c[rows] += a[rows][ks] · block`.
-fn row_tiles(
+/// `c[rows] (+)= a[rows][ks] · block`.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn row_tiles(
     tiling: &Tiling,
     rows: Range<usize>,
     ks: Range<usize>,
@@ -205,6 +206,7 @@ fn row_tiles(
     block: &[f32],
     panel: &Panel,
     (c, ldc): (&mut [f32], usize),
+    accumulate: bool,
 ) {
     let tiles = rows.len().div_ceil(tiling.max_mr(panel.vectors));
     for tile in (0..tiles).map(|i| part(rows.len(), tiles, i)) {
@@ -222,7 +224,7 @@ fn row_tiles(
             c_rows: c_rows.as_ptr(),
             lanes: panel.lanes,
             bias: std::ptr::null(),
-            accumulate: true,
+            accumulate,
             residual: std::ptr::null(),
         };
         // SAFETY: the level was detected; `check` showed that these rows and columns lie inside a and c; the block holds
@@ -231,8 +233,9 @@ fn row_tiles(
     }
 }
 
-/// `c[rows] += (rows of a at d_rows)ᵀ[rows] · (rows of the block at x_rows)`.
-fn outer_tiles(
+/// `c[rows] (+)= (rows of a at d_rows)ᵀ[rows] · (rows of the block at x_rows)`.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn outer_tiles(
     tiling: &Tiling,
     rows: Range<usize>,
     (d_rows, x_rows): (&[usize], &[usize]),
@@ -240,6 +243,7 @@ fn outer_tiles(
     block: &[f32],
     panel: &Panel,
     (c, ldc): (&mut [f32], usize),
+    accumulate: bool,
 ) {
     let tiles = rows.len().div_ceil(tiling.max_mr(panel.vectors));
     for tile in (0..tiles).map(|i| part(rows.len(), tiles, i)) {
@@ -253,7 +257,7 @@ fn outer_tiles(
             c: c[first * ldc + panel.first_column..].as_mut_ptr(),
             ldc,
             lanes: panel.lanes,
-            accumulate: true,
+            accumulate,
         };
         // SAFETY: as in `row_tiles`.
         unsafe { tiling.outer_kernel(tile.len(), panel.vectors)(&outer_tile) };

@@ -17,6 +17,8 @@ pub(super) trait Vector: Copy {
     /// Only the first `lanes` (1 to `LANES`).
     unsafe fn store_first(self, to: *mut f32, lanes: usize);
     unsafe fn add(self, other: Self) -> Self;
+    unsafe fn sub(self, other: Self) -> Self;
+    unsafe fn times(self, other: Self) -> Self;
     /// `a * b + self`, rounded once where the instruction set has it.
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
     /// Of all lanes, halves added to halves.
@@ -58,6 +60,14 @@ impl Vector for Plain {
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         Plain(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Plain(std::array::from_fn(|i| self.0[i] - other.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn times(self, other: Self) -> Self {
+        Plain(std::array::from_fn(|i| self.0[i] * other.0[i]))
     }
     #[inline(always)]
     unsafe fn add_product(self, a: Self, b: Self) -> Self {
@@ -124,6 +134,16 @@ mod x86 {
             Avx2(unsafe { _mm256_add_ps(self.0, other.0) })
         }
         #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: the caller's.
+            Avx2(unsafe { _mm256_sub_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn times(self, other: Self) -> Self {
+            // SAFETY: the caller's.
+            Avx2(unsafe { _mm256_mul_ps(self.0, other.0) })
+        }
+        #[inline(always)]
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             // SAFETY: the caller's.
             Avx2(unsafe { _mm256_fmadd_ps(a.0, b.0, self.0) })
@@ -180,6 +200,16 @@ mod x86 {
         unsafe fn add(self, other: Self) -> Self {
             // SAFETY: the caller's.
             Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            // SAFETY: the caller's.
+            Avx512(unsafe { _mm512_sub_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        unsafe fn times(self, other: Self) -> Self {
+            // SAFETY: the caller's.
+            Avx512(unsafe { _mm512_mul_ps(self.0, other.0) })
         }
         #[inline(always)]
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
