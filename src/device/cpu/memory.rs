@@ -52,8 +52,8 @@ impl Cpu {
     /// The view of memory for one instruction.
     ///
     /// # Panics
-    /// If a slot lies outside its buffer, if a region has no buffer, or if an output overlaps another operand. All of these
-    /// would be errors of the planner.
+    /// If a slot lies outside its buffer or is not aligned for its elements, if a region has no buffer, or if an output overlaps another
+    /// operand. All of these would be errors of the planner.
     pub fn launch<'a>(
         &'a mut self,
         binding: &Binding,
@@ -63,16 +63,21 @@ impl Cpu {
         scratch: Option<Slot>,
     ) -> Launch<'a> {
         let mut bases = [std::ptr::null_mut(); Region::COUNT];
-        let all = || inputs.iter().chain(outputs).chain(scratch.as_ref());
-        for slot in all() {
+        for slot in inputs.iter().chain(outputs).chain(scratch.as_ref()) {
             let Some(id) = binding.get(slot.region) else { panic!("no buffer for region {}", slot.region.name()) };
             let buffer = &self.buffers[id.0];
-            assert!(slot.offset + slot.bytes() <= buffer.layout.size(), "slot outside its buffer: {slot:?}");
+            let end = slot.len.checked_mul(slot.dtype.size()).and_then(|bytes| bytes.checked_add(slot.offset));
+            assert!(end.is_some_and(|end| end <= buffer.layout.size()), "slot outside its buffer: {slot:?}");
+            assert!(slot.offset.is_multiple_of(slot.dtype.size()), "slot not aligned: {slot:?}");
             bases[slot.region as usize] = buffer.start.as_ptr();
         }
+        // Two regions may be bound to one buffer.
+        let overlap = |a: &Slot, b: &Slot| {
+            binding.get(a.region) == binding.get(b.region) && Slot { region: b.region, ..*a }.overlaps(b)
+        };
         for (i, written) in outputs.iter().chain(scratch.as_ref()).enumerate() {
             for (j, other) in outputs.iter().chain(scratch.as_ref()).chain(inputs).enumerate() {
-                assert!(i == j || !written.overlaps(other), "operands overlap: {written:?} and {other:?}");
+                assert!(i == j || !overlap(written, other), "operands overlap: {written:?} and {other:?}");
             }
         }
         Launch { pool: &self.pool, bases, inputs, outputs, scratch, updates, taken: Cell::new(0) }

@@ -1,6 +1,7 @@
 //! Tests of the device, and what those of the matrix kernels share.
 
 mod gemm;
+mod memory;
 mod pool;
 mod winograd;
 
