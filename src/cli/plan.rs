@@ -177,7 +177,8 @@ impl Plan {
         text += &table(&rows, 2);
 
         if let Some(listing) = &self.listing {
-            text += "\nProgram: number, phase, op, part of the model, FLOPs, bytes, reads -> writes (+: in place)\n";
+            text +=
+                "\nProgram: number, lane, phase, op, part of the model, FLOPs, bytes, reads -> writes (+: in place)\n";
             for line in listing {
                 let _ = writeln!(text, "{line}");
             }

@@ -1,6 +1,8 @@
 //! Sums between ranks. One rank for now: [`Solo`].
 
+use crate::device::{BufferId, Device};
 use std::fmt;
+use std::ops::Range;
 use thiserror::Error;
 
 /// What can go wrong between ranks.
@@ -18,7 +20,9 @@ pub enum CollectiveError {
 
 /// The ranks of a run, which add up their gradients bucket by bucket.
 ///
-/// A sum is begun and waited for separately, so that it can run while the backward pass computes the next gradients.
+/// A sum is begun and waited for separately, so that it can run while the backward pass computes the next gradients. Between the two,
+/// the program leaves the range alone, and the collective keeps no reference to it: on host memory it works on a copy, on an accelerator
+/// on the device's own queues.
 pub trait Collective: fmt::Debug {
     /// This process's number, from 0.
     fn rank(&self) -> usize;
@@ -26,11 +30,27 @@ pub trait Collective: fmt::Debug {
     /// Number of processes.
     fn world_size(&self) -> usize;
 
-    /// Begins to replace `data` (host memory) by its sum over all ranks.
-    fn all_reduce_start(&mut self, bucket: usize, data: &mut [f32]) -> Result<(), CollectiveError>;
+    /// Begins to replace `range` of `buffer` (f32) by its sum over all ranks.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn all_reduce_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError>;
 
-    /// Returns when the sum of `bucket` stands in `data`.
-    fn all_reduce_wait(&mut self, bucket: usize, data: &mut [f32]) -> Result<(), CollectiveError>;
+    /// Returns when the sum stands in `range` of `buffer`, or, on a device with queues, when what is launched next will find it there.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn all_reduce_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError>;
 }
 
 /// A world of one rank: every sum is already there.
@@ -46,11 +66,11 @@ impl Collective for Solo {
         1
     }
 
-    fn all_reduce_start(&mut self, _bucket: usize, _data: &mut [f32]) -> Result<(), CollectiveError> {
+    fn all_reduce_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
         Ok(())
     }
 
-    fn all_reduce_wait(&mut self, _bucket: usize, _data: &mut [f32]) -> Result<(), CollectiveError> {
+    fn all_reduce_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
         Ok(())
     }
 }

@@ -14,6 +14,8 @@ pub enum Of {
 /// Gradients of the loss with respect to the values of a tape, as far as they are known.
 struct Gradients {
     of: Vec<Option<Var>>,
+    /// Whether a gradient is written column by column; contributions to all of it cannot join those.
+    by_columns: Vec<bool>,
 }
 
 impl Tape {
@@ -21,7 +23,8 @@ impl Tape {
     /// parameters stand in the flat gradient buffer when the program has run.
     pub fn backward(&mut self, output: Var, gradient: Var) {
         self.phase = Phase::Backward;
-        let mut gradients = Gradients { of: vec![None; self.values.len()] };
+        let (of, by_columns) = (vec![None; self.values.len()], vec![false; self.values.len()]);
+        let mut gradients = Gradients { of, by_columns };
         gradients.of[output.index()] = Some(gradient);
         for id in (0..self.nodes.len()).rev() {
             let node = self.nodes[id].clone();
@@ -71,6 +74,9 @@ impl Gradient<'_> {
 
     /// Puts `op` on the tape; its outputs are the gradients that `of` names. Where a gradient has a contribution already, the op adds
     /// to it.
+    ///
+    /// # Panics
+    /// If some ops write columns of a gradient and others all of it: the sum would miss columns that are not written yet.
     pub fn emit(&mut self, op: impl Op, inputs: &[Var], of: &[Of]) {
         let mut outputs = Vec::with_capacity(of.len());
         let mut updates = 0;
@@ -80,13 +86,16 @@ impl Gradient<'_> {
                 Of::ColumnsOf(i) => (i, true),
             };
             let forward = self.node.inputs[input];
+            let by_columns = &mut self.gradients.by_columns[forward.index()];
             let var = match self.gradients.of[forward.index()] {
                 Some(var) => {
+                    assert_eq!(*by_columns, columns, "{}: a gradient by columns and as a whole", op.name());
                     updates |= u32::from(!columns) << k;
                     var
                 }
                 None => {
                     let value = &self.tape.values[forward.index()];
+                    *by_columns = columns;
                     let home = match value.home {
                         Home::Param(id) => Home::GradientOf(id),
                         _ => Home::Arena,
@@ -111,10 +120,12 @@ impl Gradient<'_> {
     #[must_use]
     pub fn pass_through(&mut self, i: usize) -> bool {
         let dy = self.of_output(0);
+        let (output, input) = (self.node.outputs[0].index(), self.node.inputs[i].index());
         let slot = &mut self.gradients.of[self.node.inputs[i].index()];
         let is_free = slot.is_none() && !matches!(self.tape.values[self.node.inputs[i].index()].home, Home::Param(_));
         if is_free {
             *slot = Some(dy);
+            self.gradients.by_columns[input] = self.gradients.by_columns[output];
         }
         is_free
     }

@@ -84,22 +84,29 @@ impl Program {
         groups
     }
 
-    /// One line per instruction: number, phase, op, part of the model, FLOPs, bytes, where it reads and writes.
+    /// One line per instruction: number, lane, phase, op, part of the model, FLOPs, bytes, where it reads and writes.
     pub fn listing(&self) -> String {
         let mut text = String::new();
         for (number, instruction) in self.instructions.iter().enumerate() {
             let places = |slots: &[Slot]| slots.iter().map(place).collect::<Vec<_>>().join(" ");
+            let operands = match &instruction.kind {
+                Kind::ReduceStart { bucket, range } | Kind::ReduceWait { bucket, range } => {
+                    format!("bucket {bucket}, gradients:{:#x}+{}f32", range.start * DType::F32.size(), range.len())
+                }
+                Kind::Launch(_) => {
+                    let adds = if instruction.updates != 0 { "+" } else { "" };
+                    format!("{} -> {adds}{}", places(&instruction.inputs), places(&instruction.outputs))
+                }
+            };
             let _ = writeln!(
                 text,
-                "{number:4} {:8} {:24} {:44} {:>9} {:>9}  {} -> {}{}",
+                "{number:4} {:7} {:8} {:24} {:44} {:>9} {:>9}  {operands}",
+                instruction.lane.name(),
                 instruction.phase.name(),
                 instruction.name(),
                 instruction.label,
                 human(instruction.flops() as f64, "F", 1000.0),
                 human(instruction.bytes() as f64, "B", 1024.0),
-                places(&instruction.inputs),
-                if instruction.updates != 0 { "+" } else { "" },
-                places(&instruction.outputs),
             );
         }
         text

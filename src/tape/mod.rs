@@ -20,7 +20,7 @@ mod tests;
 pub use backward::{Gradient, Of};
 pub use layout::{Param, ParamLayout, Part, Placed};
 pub use listing::{OpGroup, Summary, human_bytes, human_flops};
-pub use op::{Cost, Op, Scratch, Signature, Spec};
+pub use op::{Op, Scratch, Signature, Spec};
 pub use plan::{Buckets, plan};
 pub use program::{Instruction, IoSlot, Kind, Lane, Program, RunError};
 pub use record::{Phase, Tape, Var};

@@ -51,15 +51,6 @@ pub struct Scratch {
     pub thread: usize,
 }
 
-/// What an op must compute and move at the least.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Cost {
-    /// Floating-point operations; a multiply-add is two.
-    pub flops: u64,
-    /// Bytes read and written once each.
-    pub bytes: u64,
-}
-
 /// One operation: its operands, its gradient, its cost, and its code on every device.
 ///
 /// An op knows its own dimensions, so nothing is looked up or checked while a program runs. It lives in a folder of its own under
@@ -79,12 +70,10 @@ pub trait Op: Debug + Send + Sync + 'static {
     /// Multiply-adds and other arithmetic, counted twice and once.
     fn flops(&self) -> u64;
 
-    /// FLOPs, and the bytes of all operands.
-    fn cost(&self) -> Cost {
-        let signature = self.signature();
-        let operands = signature.inputs.iter().chain(&signature.outputs);
-        let bytes = operands.map(|s| s.shape.as_ref().map_or(0, |shape| shape.len() * s.dtype.size())).sum::<usize>();
-        Cost { flops: self.flops(), bytes: bytes as u64 }
+    /// The part of [`Op::flops`] that is matrix products (convolutions, linear layers, attention): what papers and PyTorch's
+    /// `FlopCounterMode` call the FLOPs of a network. By the definition of the op, however it is computed.
+    fn products(&self) -> u64 {
+        0
     }
 
     /// Puts the ops on the tape that compute the gradients of the inputs from those of the outputs.

@@ -47,7 +47,10 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>)
             Home::Param(id) => (Region::Weights, param(*id)),
             Home::GradientOf(id) => (Region::Gradients, param(*id)),
             Home::Flat(region) => (*region, 0),
-            Home::Io(name) => (Region::Io, io.iter().find(|i| &i.name == name).map_or(0, |i| i.slot.offset)),
+            Home::Io(name) => match io.iter().find(|i| &i.name == name) {
+                Some(io) => (Region::Io, io.slot.offset),
+                None => panic!("no place for {name}"),
+            },
         };
         Slot { region, offset, len: len(), dtype: value.dtype }
     };

@@ -10,8 +10,19 @@ use thiserror::Error;
 pub enum Lane {
     /// Computation, in order.
     Compute,
-    /// Communication, beside computation between its start and its wait.
+    /// Communication, beside computation between its start and its wait. It touches nothing but the gradients: all of the arena belongs to
+    /// the compute lane, so that a slot is free as soon as its last reader there is done.
     Comm,
+}
+
+impl Lane {
+    /// Name in listings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Lane::Compute => "compute",
+            Lane::Comm => "comm",
+        }
+    }
 }
 
 /// What an instruction does.
@@ -103,11 +114,17 @@ impl Program {
     }
 
     /// Runs all instructions in order.
+    ///
+    /// # Errors
+    /// As [`Program::run_observed`].
     pub fn run(&self, device: &mut Device, binding: &Binding, collective: &mut dyn Collective) -> Result<(), RunError> {
         self.run_observed(device, binding, collective, &mut |_| ())
     }
 
     /// Runs all instructions in order and calls `done` with the number of each that has been completed.
+    ///
+    /// # Errors
+    /// What the collective reports: the instructions after it have not run.
     pub fn run_observed(
         &self,
         device: &mut Device,
@@ -115,22 +132,21 @@ impl Program {
         collective: &mut dyn Collective,
         done: &mut dyn FnMut(usize),
     ) -> Result<(), RunError> {
-        let Device::Cpu(cpu) = device;
+        let Device::Cpu(cpu) = &mut *device;
         cpu.reserve_scratch(self.thread_scratch);
+        let gradients = || match binding.get(Region::Gradients) {
+            Some(buffer) => buffer,
+            None => panic!("no buffer for region {}", Region::Gradients.name()),
+        };
         for (number, instruction) in self.instructions.iter().enumerate() {
             match &instruction.kind {
                 Kind::Launch(op) => {
                     let Instruction { inputs, outputs, updates, scratch, .. } = instruction;
+                    let Device::Cpu(cpu) = &mut *device;
                     op.cpu(&cpu.launch(binding, inputs, outputs, *updates, *scratch));
                 }
-                Kind::ReduceStart { bucket, range } => {
-                    let Some(gradients) = binding.get(Region::Gradients) else { continue };
-                    collective.all_reduce_start(*bucket, &mut cpu.elements_mut(gradients)[range.clone()])?;
-                }
-                Kind::ReduceWait { bucket, range } => {
-                    let Some(gradients) = binding.get(Region::Gradients) else { continue };
-                    collective.all_reduce_wait(*bucket, &mut cpu.elements_mut(gradients)[range.clone()])?;
-                }
+                Kind::ReduceStart { range, .. } => collective.all_reduce_start(device, gradients(), range.clone())?,
+                Kind::ReduceWait { range, .. } => collective.all_reduce_wait(device, gradients(), range.clone())?,
             }
             done(number);
         }

@@ -50,19 +50,13 @@ pub enum BenchError {
     Run(#[from] RunError),
 }
 
-/// FLOPs of the matrix products in a forward pass (convolutions, linear layers, attention), a multiply-add counting as two: what papers
-/// and PyTorch's `FlopCounterMode` call the FLOPs of a network.
+/// FLOPs of the matrix products in a forward pass, a multiply-add counting as two ([`Op::products`](crate::tape::Op::products)).
 pub fn forward_products(program: &Program) -> u64 {
     let forward = program.instructions.iter().filter(|instruction| instruction.phase == Phase::Forward);
     forward
-        .map(|instruction| match (&instruction.kind, instruction.name()) {
-            (Kind::Launch(op), name) if name.starts_with("conv2d") || name.starts_with("linear") => op.flops(),
-            // q·kᵀ and p·v over all heads: 4 N (H W)² C, without the softmax that the op counts as well.
-            (Kind::Launch(op), "attention") => match op.signature().outputs[0].shape.as_ref().map(|s| s.dims()) {
-                Some(&[n, h, w, c]) => 4 * (n * h * w * h * w * c) as u64,
-                _ => op.flops(),
-            },
-            _ => 0,
+        .map(|instruction| match &instruction.kind {
+            Kind::Launch(op) => op.products(),
+            Kind::ReduceStart { .. } | Kind::ReduceWait { .. } => 0,
         })
         .sum()
 }

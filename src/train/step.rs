@@ -171,9 +171,7 @@ impl Trainer {
         step: u64,
         pixels: &[u8],
     ) -> Result<Metrics, RunError> {
-        self.prepare(device, config, step, pixels);
-        self.program.run(device, &self.binding, collective)?;
-        Ok(self.metrics(device))
+        self.step_observed(device, collective, config, step, pixels, &mut |_| ())
     }
 
     /// [`Trainer::step`], with `done` called after each instruction with its number.

@@ -11,7 +11,7 @@ pub use hyper::{Hyper, bias_correction};
 
 use crate::device::Region;
 use crate::device::cpu::Launch;
-use crate::tape::{Cost, Op, Signature, Spec, Tape, Var};
+use crate::tape::{Op, Signature, Spec, Tape, Var};
 use std::sync::Arc;
 
 /// Inputs: all gradients; norm [2] of [`grad_norm`](super::grad_norm::grad_norm); scalars [16] of [`Hyper::to_array`].
@@ -52,11 +52,6 @@ impl Op for AdamEma {
 
     fn flops(&self) -> u64 {
         20 * self.parameters as u64
-    }
-
-    /// Five buffers are read and four written.
-    fn cost(&self) -> Cost {
-        Cost { flops: self.flops(), bytes: 9 * 4 * self.parameters as u64 }
     }
 
     fn cpu(&self, launch: &Launch<'_>) {

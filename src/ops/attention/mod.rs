@@ -98,6 +98,11 @@ impl Op for Attention {
         self.scores() * (4 * (self.channels() / self.heads) as u64 + 4)
     }
 
+    fn products(&self) -> u64 {
+        // q·kᵀ and p·v.
+        self.scores() * 4 * (self.channels() / self.heads) as u64
+    }
+
     fn gradient(&self, gradient: &mut Gradient<'_>) {
         let (qkv, o, log_sums) = (gradient.input(0), gradient.output(0), gradient.output(1));
         let inputs = [qkv, o, log_sums, gradient.of_output(0)];

@@ -117,6 +117,10 @@ impl Op for Conv2d {
         self.multiply_adds()
     }
 
+    fn products(&self) -> u64 {
+        self.multiply_adds()
+    }
+
     fn gradient(&self, gradient: &mut Gradient<'_>) {
         let (x, weight, dy) = (gradient.input(0), gradient.input(1), gradient.of_output(0));
         let of = Conv2d { residual: false, ..self.clone() };

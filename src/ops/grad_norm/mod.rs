@@ -7,7 +7,7 @@ mod tests;
 
 use crate::device::Region;
 use crate::device::cpu::Launch;
-use crate::tape::{Cost, Op, Scratch, Signature, Spec, Tape, Var};
+use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 use std::sync::Arc;
 
 /// Input: all gradients. Output: norm [2] = the L2 norm, and 1 if every gradient is finite, else 0.
@@ -42,10 +42,6 @@ impl Op for GradNorm {
 
     fn flops(&self) -> u64 {
         2 * self.parameters as u64
-    }
-
-    fn cost(&self) -> Cost {
-        Cost { flops: self.flops(), bytes: 4 * self.parameters as u64 }
     }
 
     fn cpu(&self, launch: &Launch<'_>) {

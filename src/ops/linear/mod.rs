@@ -98,6 +98,10 @@ impl Op for Linear {
         self.multiply_adds(self.depth())
     }
 
+    fn products(&self) -> u64 {
+        self.multiply_adds(self.depth())
+    }
+
     fn gradient(&self, gradient: &mut Gradient<'_>) {
         let dy = gradient.of_output(0);
         let weight = self.sources.len();
