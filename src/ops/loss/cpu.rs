@@ -18,6 +18,9 @@ pub(super) fn mse_loss(op: &MseLoss, launch: &Launch<'_>) {
             sum += residual(&mut dout[range.clone()], &out[range], x_0, epsilon, target, scale);
         });
         loss[0] = (sum / elements as f64) as f32;
+        if !loss[0].is_finite() {
+            dout.fill(f32::NAN);
+        }
     });
 }
 

@@ -14,6 +14,8 @@ use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 /// Inputs: the network's output [N, H, W, C]; pixels u8 [N, H, W, C]; t u32 [N]; the target's coefficients of x_0 and of ε as table
 /// [T, 2]; clock u32 [4].
 /// Outputs: gradient [N, H, W, C] of the mean over `global_batch` images; each image's own mean squared error [N].
+///
+/// An image whose error is past f32 has a gradient of NaN, so that whoever adds up gradients, over shards and ranks too, learns of it.
 #[derive(Clone, Debug)]
 pub struct MseLoss {
     /// The images, drawn as for `q_sample`.
