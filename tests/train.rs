@@ -159,7 +159,7 @@ fn another_model_is_refused_by_name() {
     let project = Project::new();
     project.trained("run", &["--set", &steps(5)]);
     let before = project.content("run");
-    project.train("run", &["--set", "model.channels=[8, 24]"]).refused(4, &["step-00000005", "[model]"]);
+    project.train("run", &["--set", "model.channels=[8, 24]"]).refused(4, &["step-00000005", "model.channels"]);
     assert_eq!(project.content("run"), before);
 }
 
@@ -189,6 +189,57 @@ fn fresh_spares_a_run_unless_told_to_overwrite_it() {
     // A folder of something else is nobody's run.
     project.train("pictures", &["--fresh", "--overwrite"]).refused(4, &["pictures", "not a run directory"]);
     assert_eq!(std::fs::read_dir(project.path("pictures")).unwrap().count(), 12);
+}
+
+#[test]
+fn an_earlier_run_goes_only_when_the_next_one_can_start() {
+    let project = Project::new();
+    project.trained("run", &["--set", &steps(5)]);
+    let before = project.content("run");
+    let script = r#"ulimit -v 4000000; exec "$0" "$@""#;
+    let arguments =
+        ["train", "config.toml", "--run-dir", "run", "--fresh", "--overwrite", "--set", "train.batch=1048576"];
+    let mut limited = project.program_by("sh");
+    let output = limited.args(["-c", script, env!("CARGO_BIN_EXE_ddpm-dist")]).args(arguments).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(7), "{stderr}");
+    assert!(stderr.contains("train.batch"), "{stderr}");
+    assert_eq!(project.content("run"), before);
+}
+
+#[test]
+fn a_picture_that_breaks_in_the_middle_of_a_run_costs_no_step() {
+    let project = Project::new();
+    let good = project.read("pictures/07.png");
+    let mut broken = good.clone();
+    let middle = broken.len() / 2;
+    broken[middle] ^= 0xff;
+    // The headers are read at the start, the pixels when their turn comes.
+    let more = ["--set", "data.cache_limit=0", "--set", "checkpoint.every=1000", "--set", &steps(6)];
+    project.trained("straight", &more);
+    project.write("pictures/07.png", broken);
+    let ended = project.train("run", &more);
+    ended.refused(3, &["07.png"]);
+    let saved = project.checkpoints("run");
+    assert!(saved.len() == 1 && (1..6).contains(&saved[0]), "{saved:?}: {}", ended.stderr);
+    ended.warned(&[&format!("step {} is saved", saved[0])]);
+    assert_eq!(project.log("run").len() as u64, saved[0]);
+}
+
+#[test]
+fn what_a_resumed_run_does_not_do_is_said() {
+    let project = Project::new();
+    project.trained("run", &["--set", &steps(5)]);
+    let ended = project.trained("run", &["--set", &steps(10), "--init", "run"]);
+    ended.warned(&["begin with", "not used"]);
+    let arguments = ["train", "config.toml", "--run-dir", "run", "--set", "train.steps=15"];
+    let output = project.program().args(arguments).env("DDPM_DIST_SIMD", "portable").output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    if ddpm_dist::simd::level() == ddpm_dist::simd::Level::Portable {
+        return eprintln!("this machine has no level above portable: nothing to compare");
+    }
+    assert!(stderr.contains("going on with cpu (portable)") && stderr.contains("last bits"), "{stderr}");
 }
 
 #[test]

@@ -115,13 +115,16 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
 }
 
 fn failure(error: SampleError) -> Failure {
-    let code = match &error {
+    Failure::new(code_of(&error), error)
+}
+
+pub(super) fn code_of(error: &SampleError) -> Code {
+    match error {
         SampleError::Device(_) => Code::Device,
         SampleError::Run(_) => Code::PeerLost,
         SampleError::NotFinite { .. } => Code::Diverged,
         SampleError::InitialNoise { .. } => Code::Usage,
-    };
-    Failure::new(code, error)
+    }
 }
 
 fn read_noise(path: &std::path::Path, expected: [usize; 4]) -> Result<Vec<f32>, Failure> {

@@ -4,6 +4,7 @@ use super::exit::{Code, Failure, OrFail};
 use super::source::Source;
 use super::{Common, ConfigArguments, absolute, stop_on_signals};
 use crate::checkpoint::{Layout, Start, Want};
+use crate::collective::Solo;
 use crate::report::Console;
 use crate::train::{Config, Ended, Initial, Options, TrainError, differences, train};
 use crate::unet::UnetConfig;
@@ -57,7 +58,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         stop: &stop,
         console: &console,
     };
-    let ended = train(&mut config, &mut common.device(), &options).map_err(|error| {
+    let ended = train(&mut config, &mut common.device(), &mut Solo, &options).map_err(|error| {
         let code = code_of(&error);
         match error {
             // Said as a value of the file, with its line.
@@ -96,11 +97,13 @@ fn code_of(error: &TrainError) -> Code {
         | TrainError::Checkpoint(_)
         | TrainError::Layout(_)
         | TrainError::Contradiction { .. }
+        | TrainError::UnknownConfig { .. }
         | TrainError::OtherData { .. }
         | TrainError::Initial(_)
         | TrainError::NotSaved { .. }
         | TrainError::Report(_) => Code::State,
-        TrainError::Diverged { .. } | TrainError::Sample(_) => Code::Diverged,
+        TrainError::Diverged { .. } => Code::Diverged,
+        TrainError::Sample(error) => super::sample::code_of(error),
         TrainError::Device(_) => Code::Device,
         TrainError::Run(_) => Code::PeerLost,
     }

@@ -157,6 +157,15 @@ impl Config {
     /// The first key whose value is out of range.
     pub fn validate(&self) -> Result<(), OutOfRange> {
         self.data.validate()?;
+        // Without a size, the smallest that the levels divide: then nothing but the images' size is left to check.
+        let (height, width) = match self.data.size {
+            Some(size) => (size.height, size.width),
+            None => {
+                let side = 1 << self.model.channels.len().saturating_sub(1).min(20);
+                (side, side)
+            }
+        };
+        self.model.validate(height, width)?;
         // A process and a sampler that cannot be built say why.
         let schedule = Schedule::new(&self.diffusion)?;
         SamplerTable::new(&schedule, &self.sample.sampler(&self.diffusion))?;

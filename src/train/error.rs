@@ -40,6 +40,14 @@ pub enum TrainError {
         /// The keys that differ.
         differences: Vec<Difference>,
     },
+    /// The checkpoint does not say what it was trained with.
+    #[error(
+        "{} was trained with another config, which it does not hold: begin anew in another --run-dir", .checkpoint.display()
+    )]
+    UnknownConfig {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+    },
     /// The checkpoint was trained on other pixels.
     #[error(
         "{} was trained on other images than those of {}: restore the data set, or begin anew in another --run-dir",

@@ -1,9 +1,13 @@
 //! Which keys of a config make up the trajectory of a run, so that a resumed run is the run that never stopped.
 
-use super::Config;
+use super::state::Identity;
+use super::{Config, TrainError};
+use crate::checkpoint::{Meta, RunDir, inspect, list};
 use crate::config::{ConfigError, to_toml};
+use crate::data::Dataset;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Keys that may change between two parts of a run: how long it is, what it reports and keeps, where its data lies (the pixels
 /// themselves are compared), and how images are sampled from it.
@@ -82,9 +86,77 @@ pub fn differences(saved: &Config, now: &Config) -> Result<Vec<Difference>, Conf
         .collect())
 }
 
+/// Compares the config with that of the newest checkpoint whose manifest can be read, if there is one.
+pub(super) fn check_newest_config(config: &Config, run_dir: &RunDir, identity: &Identity) -> Result<(), TrainError> {
+    for (_, path) in list(&run_dir.checkpoints())?.into_iter().rev() {
+        if let Ok(manifest) = inspect(&path) {
+            return check_config(config, &path, &manifest.meta, identity);
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a config that would leave the trajectory of a checkpoint.
+fn check_config(config: &Config, checkpoint: &Path, meta: &Meta, identity: &Identity) -> Result<(), TrainError> {
+    if meta.config_hash == identity.config_hash {
+        return Ok(());
+    }
+    let differences = match &meta.config_toml {
+        // A key that this version has and that one had not stands there with its default.
+        Some(toml) => differences(&crate::config::parse(toml, &checkpoint.display().to_string(), &[])?, config)?,
+        None => return Err(TrainError::UnknownConfig { checkpoint: checkpoint.to_path_buf() }),
+    };
+    match differences.is_empty() {
+        true => Ok(()),
+        false => Err(TrainError::Contradiction { checkpoint: checkpoint.to_path_buf(), differences }),
+    }
+}
+
+/// Refuses to go on where the result would be neither the old trajectory nor a new run.
+pub(super) fn check_same_run(
+    config: &Config,
+    checkpoint: &Path,
+    meta: &Meta,
+    identity: &Identity,
+    dataset: &Dataset,
+) -> Result<(), TrainError> {
+    check_config(config, checkpoint, meta, identity)?;
+    if meta.data_fingerprint != identity.data_fingerprint {
+        return Err(TrainError::OtherData { checkpoint: checkpoint.to_path_buf(), data: dataset.path().to_path_buf() });
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::{Device, cpu::Cpu};
+
+    fn identity(config: &Config) -> Identity {
+        Identity::new(config, "pixels".into(), &Device::Cpu(Cpu::new(1))).unwrap()
+    }
+
+    #[test]
+    fn a_checkpoint_of_a_version_with_fewer_keys_goes_on() {
+        let config = Config::default();
+        let identity = identity(&config);
+        let mut meta = identity.meta(&config, 10);
+        let path = Path::new("checkpoints/step-00000010");
+        check_config(&config, path, &meta, &identity).unwrap();
+        // What it holds says the same without the key, though its hash is another.
+        let toml = to_toml(&config).unwrap();
+        let line = toml.lines().find(|line| line.starts_with("flip = ")).unwrap();
+        meta.config_toml = Some(toml.replace(line, ""));
+        meta.config_hash = "of fewer keys".into();
+        check_config(&config, path, &meta, &identity).unwrap();
+
+        let mut other = config.clone();
+        other.optim.lr *= 2.0;
+        let refused = check_config(&other, path, &meta, &identity).unwrap_err().to_string();
+        assert!(refused.contains("optim.lr"), "{refused}");
+        meta.config_toml = None;
+        assert!(matches!(check_config(&config, path, &meta, &identity), Err(TrainError::UnknownConfig { .. })));
+    }
 
     #[test]
     fn lengths_and_reports_may_change_and_nothing_else() {

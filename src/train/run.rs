@@ -2,10 +2,11 @@
 
 use super::grids::Grids;
 use super::reports::{DecodingBar, Reports};
+use super::resume::{check_newest_config, check_same_run};
 use super::state::{Identity, layout_for_checkpoints, restore, snapshot};
-use super::{Config, TrainConfig, TrainError, Trainer, differences};
-use crate::checkpoint::{Layout, Newest, RunDir, SaveReport, Saver, Snapshot, Start, Want, load_newest};
-use crate::collective::Solo;
+use super::{Config, TrainConfig, TrainError, Trainer};
+use crate::checkpoint::{Layout, Newest, RunDir, SaveReport, Saver, Start, Want, load_newest};
+use crate::collective::Collective;
 use crate::config::OutOfRange;
 use crate::data::{DataConfig, DataError, Dataset, ImageSize, Loader, LoaderConfig, Order};
 use crate::device::{Device, Region};
@@ -47,9 +48,16 @@ pub enum Ended {
 /// Trains as `config` says (and notes the size of the images in it) until all steps are done or `options.stop` is set.
 ///
 /// # Errors
-/// Whatever stands in the way, before the first step if possible. Failing to write a checkpoint, a log or a picture is no error but an
-/// alarm on the console, except for the last checkpoint.
-pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) -> Result<Ended, TrainError> {
+/// Whatever stands in the way, before the first step if possible; later, the state is saved first. Failing to write a checkpoint, a log
+/// or a picture is no error but an alarm on the console, except for the last checkpoint.
+pub fn train(
+    config: &mut Config,
+    device: &mut Device,
+    collective: &mut dyn Collective,
+    options: &Options<'_>,
+) -> Result<Ended, TrainError> {
+    // Refused now rather than after an hour of decoding.
+    RunDir::check(options.run_dir, options.start)?;
     let dataset = Arc::new(open_data(config, options)?);
     let [height, width, channels] = dataset.shape();
     config.model.validate(height, width)?;
@@ -57,28 +65,18 @@ pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) ->
     config.data.size = Some(ImageSize { height, width });
     config.data.channels = Some(channels);
 
-    let mut run = Run::open(config, device, options, &dataset)?;
-    let TrainConfig { batch, steps, seed } = config.train;
-    let slice = LoaderConfig { batch, offset: 0, count: batch, start: run.step, depth: 3 };
-    let mut loader = Loader::new(Arc::clone(&dataset), Order { seed, len: dataset.len() }, slice)?;
-    let ended = loop {
-        if run.step >= steps {
-            break Ended::Finished;
-        }
-        if options.stop.load(Ordering::Relaxed) {
-            break Ended::Stopped;
-        }
-        run.step(loader.next()?.pixels)?;
-        run.save_if_due();
-        run.draw_if_due()?;
-    };
-    run.close(ended)
+    let mut run = Run::open(config, device, collective, options, &dataset)?;
+    match run.all_steps(&dataset) {
+        Ok(ended) => run.close(ended),
+        Err(error) => Err(run.give_up(error)),
+    }
 }
 
 /// A run between two steps.
 struct Run<'a> {
     config: &'a Config,
     device: &'a mut Device,
+    collective: &'a mut dyn Collective,
     console: &'a Console,
     stop: &'a AtomicBool,
     run_dir: RunDir,
@@ -92,6 +90,8 @@ struct Run<'a> {
     step: u64,
     /// Step of the newest checkpoint that is known to be whole.
     saved: Option<u64>,
+    /// A checkpoint is due and waits for the one that is being written.
+    save_waits: bool,
 }
 
 impl<'a> Run<'a> {
@@ -99,6 +99,7 @@ impl<'a> Run<'a> {
     fn open(
         config: &'a Config,
         device: &'a mut Device,
+        collective: &'a mut dyn Collective,
         options: &Options<'a>,
         dataset: &Dataset,
     ) -> Result<Run<'a>, TrainError> {
@@ -106,38 +107,54 @@ impl<'a> Run<'a> {
         let [height, width, channels] = dataset.shape();
         let schedule = Schedule::new(&config.diffusion)?;
         let run_dir = RunDir::open(options.run_dir, options.start)?;
+        let identity = Identity::new(config, dataset.fingerprint(), device)?;
+        if options.start == Start::Resume {
+            // Keys say more than the shapes of tensors would, so the config is compared before those are read.
+            check_newest_config(config, &run_dir, &identity)?;
+        }
         let trainer = Trainer::new(device, config, &schedule, [height, width])?;
         let layout = layout_for_checkpoints(&trainer.program().layout)?;
-        let identity = Identity::new(config, dataset.fingerprint(), device)?;
-        let saved = match load_newest(&run_dir.checkpoints(), Some(&layout), Want::All)? {
-            Some(Newest { path, snapshot, skipped }) => {
-                skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
-                check_same_run(config, &path, &snapshot, &identity, dataset)?;
-                restore(&trainer, device, &snapshot);
-                console.say(format!("resuming from {}", path.display()));
-                Some(snapshot.meta.step)
-            }
-            None => {
-                if let Some(initial) = options.initial {
-                    trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
-                }
-                None
-            }
+        let newest = match options.start {
+            Start::Resume => load_newest(&run_dir.checkpoints(), Some(&layout), Want::All)?,
+            Start::Fresh { .. } => None,
         };
+        let saved = newest.as_ref().map(|newest| newest.snapshot.meta.step);
+        if let Some(Newest { path, snapshot, skipped }) = newest {
+            skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
+            check_same_run(config, &path, &snapshot.meta, &identity, dataset)?;
+            restore(&trainer, device, &snapshot);
+            console.say(format!("resuming from {}", path.display()));
+            if options.initial.is_some() {
+                console.alarm("the weights to begin with are not used: this run has begun already");
+            }
+            if snapshot.meta.device_kind != identity.device_kind {
+                let (then, now) = (&snapshot.meta.device_kind, &identity.device_kind);
+                console.alarm(format!(
+                    "saved on {then}, going on with {now}: same images and noise, but last bits differ"
+                ));
+            }
+        } else if let Some(initial) = options.initial {
+            trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
+        }
         let step = saved.unwrap_or(0);
+        let grids = Grids::new(config, device, &schedule, &trainer, [height, width])?;
+        // Nothing that is in memory can fail from here on: now an earlier run may go.
+        for path in run_dir.settle()? {
+            console.detail(format!("left in place, as no run makes it: {}", path.display()));
+        }
         run_dir.write_config(&identity.config_toml)?;
         let saver = Saver::new(&run_dir.checkpoints(), &config.checkpoint)?;
-        let grids = Grids::new(config, device, &schedule, &trainer, [height, width])?;
-        let (parameters, images, steps) = (layout.parameters(), dataset.len(), config.train.steps);
+        let (parameters, images) = (layout.parameters(), dataset.len());
+        let TrainConfig { steps, batch, .. } = config.train;
         console.say(format!(
-            "{parameters} parameters, {images} images of {height}×{width}×{channels}, steps {step} to {steps} of {}, in {}",
-            config.train.batch,
+            "{parameters} parameters, {images} images of {height}×{width}×{channels}, steps {step} to {steps}, batch {batch}, in {}",
             run_dir.root().display(),
         ));
         let reports = Reports::open(console, config, &run_dir, step)?;
         Ok(Run {
             config,
             device,
+            collective,
             console,
             stop,
             run_dir,
@@ -149,12 +166,29 @@ impl<'a> Run<'a> {
             grids,
             step,
             saved,
+            save_waits: false,
         })
+    }
+
+    /// Steps until all are done, or it is asked to stop.
+    fn all_steps(&mut self, dataset: &Arc<Dataset>) -> Result<Ended, TrainError> {
+        let TrainConfig { batch, steps, seed } = self.config.train;
+        let slice = LoaderConfig { batch, offset: 0, count: batch, start: self.step, depth: 3 };
+        let mut loader = Loader::new(Arc::clone(dataset), Order { seed, len: dataset.len() }, slice)?;
+        while self.step < steps {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(Ended::Stopped);
+            }
+            self.step(loader.next()?.pixels)?;
+            self.save_if_due();
+            self.draw_if_due()?;
+        }
+        Ok(Ended::Finished)
     }
 
     /// Algorithm 1, once.
     fn step(&mut self, pixels: &[u8]) -> Result<(), TrainError> {
-        let metrics = self.trainer.step(self.device, &mut Solo, self.config, self.step, pixels)?;
+        let metrics = self.trainer.step(self.device, self.collective, self.config, self.step, pixels)?;
         self.step += 1;
         if metrics.finite {
             self.reports.step(self.config, self.step, &metrics);
@@ -170,21 +204,39 @@ impl<'a> Run<'a> {
         Err(TrainError::Diverged { step: self.step, what, kept })
     }
 
-    /// Begins to write a checkpoint in the background if one is due, and says what became of the one before.
+    /// Begins to write a checkpoint in the background if one is due, and says what became of the one before. Where that is still being
+    /// written, the new one waits for it.
     fn save_if_due(&mut self) {
         let report = self.saver.poll();
         self.note_save(report);
-        if self.config.checkpoint.is_due(self.step) {
+        self.save_waits |= self.config.checkpoint.is_due(self.step);
+        if self.save_waits && !self.saver.is_busy() {
             self.save();
         }
     }
 
     fn save(&mut self) {
+        self.save_waits = false;
         let Run { trainer, device, saver, layout, identity, config, step, .. } = self;
         let state = snapshot(trainer, device, saver, layout, identity, config, *step);
         if let Err(refused) = saver.save(state) {
             self.console.alarm(format!("step {step} is not saved: {refused}"));
         }
+    }
+
+    /// Waits for what is being written, and then saves this step if it is not saved yet. An error is that of this step.
+    fn save_now(&mut self) -> Result<(), TrainError> {
+        let report = self.saver.wait();
+        self.note_save(report);
+        let step = self.step;
+        if step > 0 && self.saved != Some(step) {
+            self.save();
+            if let Some(report) = self.saver.wait() {
+                report.result.map_err(|source| TrainError::NotSaved { step, source })?;
+            }
+            self.saved = Some(step);
+        }
+        Ok(())
     }
 
     fn note_save(&mut self, report: Option<SaveReport>) {
@@ -230,23 +282,30 @@ impl<'a> Run<'a> {
 
     /// Saves what is not saved, draws the last grid, and says goodbye.
     fn close(mut self, ended: Ended) -> Result<Ended, TrainError> {
-        let report = self.saver.wait();
-        self.note_save(report);
-        let step = self.step;
-        if self.saved != Some(step) {
-            self.save();
-            if let Some(report) = self.saver.wait() {
-                report.result.map_err(|source| TrainError::NotSaved { step, source })?;
-            }
-        }
+        self.save_now()?;
         self.reports.end_bar();
         let picture = match ended {
             Ended::Finished => self.draw()?,
             Ended::Stopped => None,
         };
         self.reports.flush();
-        self.console.last(farewell(ended, step, self.config, &self.run_dir, picture.as_deref()));
+        self.console.last(farewell(ended, self.step, self.config, &self.run_dir, picture.as_deref()));
         Ok(ended)
+    }
+
+    /// Saves what can be saved of a run that cannot go on; gives back why it cannot.
+    fn give_up(mut self, error: TrainError) -> TrainError {
+        self.reports.end_bar();
+        // State that is not finite is worth less than the checkpoint before it.
+        if !matches!(error, TrainError::Diverged { .. }) {
+            match self.save_now() {
+                Ok(()) if self.step > 0 => self.console.alarm(format!("step {} is saved", self.step)),
+                Ok(()) => {}
+                Err(not_saved) => self.console.alarm(not_saved.to_string()),
+            }
+        }
+        self.reports.flush();
+        error
     }
 }
 
@@ -276,33 +335,13 @@ fn open_data(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainErr
     Ok(dataset)
 }
 
-/// Refuses to go on where the result would be neither the old trajectory nor a new run.
-fn check_same_run(
-    config: &Config,
-    checkpoint: &Path,
-    snapshot: &Snapshot,
-    identity: &Identity,
-    dataset: &Dataset,
-) -> Result<(), TrainError> {
-    let meta = &snapshot.meta;
-    if meta.config_hash != identity.config_hash {
-        let saved = match &meta.config_toml {
-            Some(toml) => crate::config::parse(toml, &checkpoint.display().to_string(), &[])?,
-            None => Config::default(),
-        };
-        let differences = differences(&saved, config)?;
-        return Err(TrainError::Contradiction { checkpoint: checkpoint.to_path_buf(), differences });
-    }
-    if meta.data_fingerprint != identity.data_fingerprint {
-        return Err(TrainError::OtherData { checkpoint: checkpoint.to_path_buf(), data: dataset.path().to_path_buf() });
-    }
-    Ok(())
-}
-
 fn farewell(ended: Ended, step: u64, config: &Config, run_dir: &RunDir, picture: Option<&Path>) -> String {
     let root = run_dir.root().display();
     let mut text = match ended {
         Ended::Finished => format!("done: {step} steps. The run is in {root}"),
+        Ended::Stopped if step == 0 => {
+            return "stopped before the first step; the same command begins again".to_string();
+        }
         Ended::Stopped => {
             return format!(
                 "stopped at step {step} of {}, state saved in {root}; the same command goes on from there",

@@ -26,7 +26,7 @@ impl Identity {
         })
     }
 
-    fn meta(&self, config: &Config, step: u64) -> Meta {
+    pub fn meta(&self, config: &Config, step: u64) -> Meta {
         Meta {
             step,
             images: step * config.train.batch as u64,

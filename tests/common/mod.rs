@@ -114,7 +114,12 @@ impl Project {
 
     /// The program, in this folder, with a cache folder of its own.
     pub fn program(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ddpm-dist"));
+        self.program_by(env!("CARGO_BIN_EXE_ddpm-dist"))
+    }
+
+    /// Another program that starts it.
+    pub fn program_by(&self, starter: &str) -> Command {
+        let mut command = Command::new(starter);
         command.current_dir(self.dir.path()).env("XDG_CACHE_HOME", self.path("cache")).stdin(Stdio::null());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command

@@ -77,7 +77,7 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> RunD
 #[derive(Debug)]
 pub struct RunDir {
     root: PathBuf,
-    left: Vec<PathBuf>,
+    start: Start,
     _lock: RunLock,
 }
 
@@ -88,39 +88,48 @@ const SAMPLES: &str = "samples";
 const CHECKPOINTS: &str = "checkpoints";
 
 impl RunDir {
-    /// Makes the directory where it is missing, locks it, and settles what it already holds as `start` says.
-    pub fn open(root: &Path, start: Start) -> Result<RunDir, RunDirError> {
-        fs::create_dir_all(root).map_err(io_error("create", root))?;
-        let entries = names(root)?;
+    /// Refuses a directory that [`RunDir::open`] would refuse for what it holds; touches nothing.
+    pub fn check(root: &Path, start: Start) -> Result<(), RunDirError> {
+        let entries = names_if_there(root)?;
         if let (false, Some(found)) = (is_run_dir(root), entries.first()) {
             return Err(RunDirError::NotARun { path: root.to_path_buf(), found: found.clone() });
         }
-        let lock = RunLock::acquire(root)?;
-        let mut left = Vec::new();
-        match start {
-            Start::Resume => {}
-            Start::Fresh { overwrite: true } => left = remove_run(root)?,
-            Start::Fresh { overwrite: false } => {
-                if let Some(found) = entries.into_iter().find(|n| n != lock::FILE && !is_empty_dir(&root.join(n))) {
-                    return Err(RunDirError::HoldsRun { path: root.to_path_buf(), found });
-                }
+        let holds = |name: &String| name != lock::FILE && !is_empty_dir(&root.join(name));
+        match entries.into_iter().find(holds) {
+            Some(found) if start == (Start::Fresh { overwrite: false }) => {
+                Err(RunDirError::HoldsRun { path: root.to_path_buf(), found })
             }
+            _ => Ok(()),
         }
+    }
+
+    /// Makes the directory where it is missing and locks it. What it holds stays until [`RunDir::settle`].
+    pub fn open(root: &Path, start: Start) -> Result<RunDir, RunDirError> {
+        fs::create_dir_all(root).map_err(io_error("create", root))?;
+        RunDir::check(root, start)?;
+        let lock = RunLock::acquire(root)?;
+        // Another process may have been faster.
+        RunDir::check(root, start)?;
+        Ok(RunDir { root: root.to_path_buf(), start, _lock: lock })
+    }
+
+    /// Removes the earlier run if it is to be overwritten, and makes the directories of this one: to be called when nothing else can
+    /// keep the run from starting. Gives what was left in place because no run makes such files.
+    pub fn settle(&self) -> Result<Vec<PathBuf>, RunDirError> {
+        let left = match self.start {
+            Start::Fresh { overwrite: true } => remove_run(&self.root)?,
+            Start::Fresh { overwrite: false } | Start::Resume => Vec::new(),
+        };
         for dir in [TENSORBOARD, SAMPLES, CHECKPOINTS] {
-            let path = root.join(dir);
+            let path = self.root.join(dir);
             fs::create_dir_all(&path).map_err(io_error("create", &path))?;
         }
-        Ok(RunDir { root: root.to_path_buf(), left, _lock: lock })
+        Ok(left)
     }
 
     /// The directory itself.
     pub fn root(&self) -> &Path {
         &self.root
-    }
-
-    /// What `--overwrite` left in place because no run makes such files.
-    pub fn left(&self) -> &[PathBuf] {
-        &self.left
     }
 
     /// The resolved config of the run.
@@ -265,7 +274,10 @@ mod tests {
     fn a_new_directory_is_made_and_can_be_resumed() {
         let tmp = tempfile::tempdir().unwrap();
         let root = tmp.path().join("runs/first");
+        RunDir::check(&root, Start::Resume).unwrap();
+        assert!(!root.exists(), "a check makes nothing");
         let run = RunDir::open(&root, Start::Resume).unwrap();
+        run.settle().unwrap();
         run.write_config("a = 1\n").unwrap();
         run.write_config("a = 2\n").unwrap();
         assert_eq!(fs::read_to_string(run.config()).unwrap(), "a = 2\n");
@@ -290,9 +302,11 @@ mod tests {
         assert!(matches!(&e, RunDirError::HoldsRun { .. }) && e.to_string().contains("--overwrite"), "{e}");
         assert!(RUN.iter().all(|f| root.join(f).exists()));
         let run = RunDir::open(root, Start::Fresh { overwrite: true }).unwrap();
+        assert!(RUN.iter().all(|f| root.join(f).exists()), "nothing is removed before the new run can start");
+        let left = run.settle().unwrap();
         assert!(RUN.iter().all(|f| !root.join(f).exists()));
         assert!(mine.iter().all(|f| root.join(f).exists()));
-        assert!(run.left().contains(&root.join("notes.txt")));
+        assert!(left.contains(&root.join("notes.txt")));
     }
 
     #[test]
