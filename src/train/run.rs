@@ -285,7 +285,13 @@ impl<'a> Run<'a> {
         self.save_now()?;
         self.reports.end_bar();
         let picture = match ended {
-            Ended::Finished => self.draw()?,
+            Ended::Finished => {
+                let picture = self.draw()?;
+                if picture.is_none() && self.stop.load(Ordering::Relaxed) {
+                    self.console.say("stopped while the last grid was drawn: it is left out");
+                }
+                picture
+            }
             Ended::Stopped => None,
         };
         self.reports.flush();
