@@ -98,6 +98,8 @@ pub(super) fn from_json(keys: &Keys) -> Result<(DiffusionConfig, SamplerConfig),
             SamplerKind::Ddpm => true,
             SamplerKind::Ddim => keys.flag("set_alpha_to_one", true)?,
         },
+        // Also where DDIM is asked for in place of this scheduler: diffusers would make its DDIMScheduler from the same file.
+        uniform_stride: true,
     };
     if sampler.steps_offset >= timesteps {
         return Err(keys.bad_value("steps_offset", &format!("less than num_train_timesteps = {timesteps}")));
