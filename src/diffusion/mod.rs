@@ -12,4 +12,4 @@ mod tests;
 
 pub use config::{BetaSchedule, DiffusionConfig, Objective, SamplerConfig, SamplerKind, Spacing, Variance};
 pub use sampler::{SamplerStep, SamplerTable, p_sample_step};
-pub use schedule::Schedule;
+pub use schedule::{BETA_RANGE, MAX_TIMESTEPS, Schedule, is_beta};
