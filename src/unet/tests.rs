@@ -187,7 +187,7 @@ fn initial_parameters_are_the_papers() {
     let t = tape.io("t", Spec::u32([1]));
     unet(&mut tape, &config, x, t, None);
     let layout = plan(&tape, None, None).layout;
-    let flat = initial_parameters(&tape, &layout, 7);
+    let flat = initial_parameters(&tape, &layout, 7).unwrap();
     let values = |name: &str| &flat[layout.get(name).unwrap().range.clone()];
     assert!(values("conv_norm_out.weight").iter().all(|&w| w == 1.0));
     assert!(values("conv_in.bias").iter().all(|&w| w == 0.0));
@@ -204,6 +204,6 @@ fn initial_parameters_are_the_papers() {
     let mut placed: Vec<_> = tape.params().to_vec();
     placed.reverse();
     let other = ParamLayout::new(placed.iter());
-    let moved = initial_parameters(&tape, &other, 7);
+    let moved = initial_parameters(&tape, &other, 7).unwrap();
     assert_eq!(values("conv_out.weight"), &moved[other.get("conv_out.weight").unwrap().range.clone()]);
 }
