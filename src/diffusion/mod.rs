@@ -3,6 +3,8 @@
 //! Equations are those of Ho, Jain & Abbeel 2020 unless another paper is named; `docs/equations.md` lists them all.
 
 mod config;
+#[cfg(test)]
+mod library_tests;
 mod process;
 mod sampler;
 mod schedule;
