@@ -64,6 +64,15 @@ fn overrides() {
         ("optim.lr=true", &["--set optim.lr=true", "`optim.lr`"]),
         ("optim.lr=2", &["--set optim.lr=2", "0 < lr ≤ 1"]),
         ("optim.lr=nan", &["--set optim.lr=nan", "`optim.lr`"]),
+        // Values that are in range, and in f32, in which they are used, 0 or 1.
+        ("optim.lr=1e-50", &["--set optim.lr=1e-50", "0 < lr ≤ 1 in f32"]),
+        ("optim.eps=1e-50", &["--set optim.eps=1e-50", "0 < eps < 1 in f32"]),
+        ("optim.clip=1e-60", &["--set optim.clip=1e-60", "clip > 0 in f32"]),
+        ("model.norm_eps=1e-50", &["--set model.norm_eps=1e-50", "0 < norm_eps < 1 in f32"]),
+        ("model.dropout=0.99999999", &["--set model.dropout=0.99999999", "0 ≤ dropout < 1 in f32"]),
+        ("diffusion.clip=1e-60", &["--set diffusion.clip=1e-60", "f32"]),
+        ("diffusion.beta_start=1e-17", &["--set diffusion.beta_start=1e-17", "above 2^-54"]),
+        ("model.channels=[131072]", &["--set model.channels=[131072]", "1 to 65536 channels"]),
         ("optim.rate=1e-3", &["--set optim.rate=1e-3", "unknown key `optim.rate`"]),
         ("model.channels=8", &["--set model.channels=8", "`model.channels`"]),
         ("model.attention_levels=[5]", &["`model.attention_levels`", "levels 0 to 1"]),
@@ -76,6 +85,14 @@ fn overrides() {
     project.run(&["train", "config.toml", "--threads", "0"]).refused_by_parser(&["--threads"]);
     project.run(&["train", "config.toml", "--set"]).refused_by_parser(&["--set"]);
     project.run(&["trian", "config.toml"]).refused_by_parser(&["trian", "train"]);
+}
+
+/// More than any address space holds, so that it is refused however generous the system is with memory.
+#[test]
+fn a_model_that_fits_no_machine() {
+    let project = Project::new();
+    let large = ["--set", "model.channels=[65536, 65536, 65536]", "--set", "model.blocks=64"];
+    project.train("run", &large).refused(7, &["memory", "`ddpm-dist plan`"]);
 }
 
 #[test]

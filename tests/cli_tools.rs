@@ -277,12 +277,25 @@ fn doctor_looks_at_everything() {
 }
 
 #[test]
+fn a_misspelt_level_of_vector_instructions_is_refused() {
+    let plan =
+        |level: &str| ddpm_dist(&["plan", "configs/quickstart.toml"]).env("DDPM_DIST_SIMD", level).output().unwrap();
+    let refused = plan("avx1024");
+    let stderr = String::from_utf8(refused.stderr).unwrap();
+    assert_eq!(refused.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("DDPM_DIST_SIMD=avx1024") && stderr.contains("portable, avx2 or avx512"), "{stderr}");
+    for level in ["", "portable", "avx2", "avx512"] {
+        assert!(plan(level).status.success(), "{level}");
+    }
+}
+
+#[test]
 fn doctor_says_what_the_environment_changes() {
     let folder = Folder::new();
     let (is_ok, text) = finding(&doctor(&[("DDPM_DIST_SIMD", Path::new("portable"))]), "SIMD");
     assert!(!is_ok && text.contains("unset DDPM_DIST_SIMD"), "{text}");
     let (is_ok, text) = finding(&doctor(&[("DDPM_DIST_SIMD", Path::new("fastest"))]), "SIMD");
-    assert!(!is_ok && text.contains("ignored"), "{text}");
+    assert!(!is_ok && text.contains("refuses"), "{text}");
     let (is_ok, text) = finding(&doctor(&[("NVCC", &folder.path("no-nvcc"))]), "nvcc");
     assert!(!is_ok && text.contains("no-nvcc"), "{text}");
     let nvcc = Path::new(env!("CARGO_BIN_EXE_ddpm-dist"));

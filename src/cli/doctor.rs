@@ -6,7 +6,7 @@ mod machine;
 use super::Common;
 use super::exit::Failure;
 use super::stdout::print;
-use crate::simd;
+use crate::simd::{self, Level};
 use crate::tape::human_bytes;
 use libraries::{Places, Search, find_nvcc};
 use std::path::{Path, PathBuf};
@@ -88,15 +88,15 @@ fn threads(common: &Common) -> Finding {
 
 fn vectors() -> Finding {
     let level = simd::level().name();
-    match std::env::var("DDPM_DIST_SIMD").as_deref() {
-        Ok(name @ ("portable" | "avx2")) if name == level => warning(
+    match simd::allowed() {
+        Ok(Some(most @ (Level::Portable | Level::Avx2))) if most.name() == level => warning(
             "SIMD",
-            format!("{level}, the most that DDPM_DIST_SIMD={name} allows"),
+            format!("{level}, the most that DDPM_DIST_SIMD={level} allows"),
             "unset DDPM_DIST_SIMD to use the best instructions of this machine",
         ),
-        Ok(name) if !["portable", "avx2", "avx512"].contains(&name) => warning(
+        Err(unknown) => warning(
             "SIMD",
-            format!("{level}; DDPM_DIST_SIMD={name} is ignored"),
+            format!("{level}; DDPM_DIST_SIMD={} is unknown, and every other command refuses it", unknown.found),
             "DDPM_DIST_SIMD is portable, avx2 or avx512; unset it",
         ),
         _ if level == "portable" && cfg!(target_arch = "x86_64") => warning(

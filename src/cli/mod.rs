@@ -146,6 +146,12 @@ fn absolute(path: &Path) -> PathBuf {
 /// Parses the command line, runs the command, and gives the exit code.
 pub fn main() -> ExitCode {
     let Cli { command, common } = Cli::parse();
+    // A misspelt name must not pass for the level asked for; `doctor` says it among its findings.
+    if !matches!(command, Command::Doctor)
+        && let Err(unknown) = crate::simd::allowed()
+    {
+        return Failure::new(Code::Usage, unknown).report();
+    }
     let result = match command {
         Command::Train(arguments) => train::run(arguments, &common),
         Command::Sample(arguments) => sample::run(arguments, &common),

@@ -113,6 +113,9 @@ pub struct SamplerConfig {
     pub steps_offset: usize,
     /// ᾱ of the state after the last step: 1 if true, ᾱ_0 if false (diffusers' `set_alpha_to_one`, DDIM only).
     pub final_alpha_one: bool,
+    /// Whether DDIM steps from t to t − ⌊T/K⌋, as diffusers' `DDIMScheduler` does, in place of the timestep visited next. Set for
+    /// imported schedulers alone: the two differ where timesteps are not ⌊T/K⌋ apart, and then only the latter ends at the data.
+    pub uniform_stride: bool,
 }
 
 impl Default for SamplerConfig {
@@ -124,6 +127,7 @@ impl Default for SamplerConfig {
             spacing: Spacing::Leading,
             steps_offset: 0,
             final_alpha_one: true,
+            uniform_stride: false,
         }
     }
 }

@@ -3,6 +3,8 @@
 //! Equations are those of Ho, Jain & Abbeel 2020 unless another paper is named; `docs/equations.md` lists them all.
 
 mod config;
+#[cfg(test)]
+mod library_tests;
 mod process;
 mod sampler;
 mod schedule;
@@ -12,4 +14,4 @@ mod tests;
 
 pub use config::{BetaSchedule, DiffusionConfig, Objective, SamplerConfig, SamplerKind, Spacing, Variance};
 pub use sampler::{SamplerStep, SamplerTable, p_sample_step};
-pub use schedule::Schedule;
+pub use schedule::{BETA_RANGE, MAX_TIMESTEPS, Schedule, is_beta};

@@ -1,4 +1,5 @@
-//! q, p and the three things a network can predict, one value at a time in f64: the formulas that kernels are tested against.
+//! q, p and the three things a network can predict, one value at a time in f64: what the kernels of
+//! `ops` (`q_sample`, `mse_loss`, `p_sample`) are tested against.
 
 use super::{Objective, Schedule, Variance};
 

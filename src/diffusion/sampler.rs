@@ -78,12 +78,17 @@ impl SamplerTable {
             "0 is deterministic and 1 has all the variance of the posterior; more has no square root",
         )?;
         let timesteps = visited_timesteps(config, schedule.timesteps())?;
+        let stride = (schedule.timesteps() / config.steps) as u32;
         let steps = timesteps
             .iter()
             .enumerate()
-            .map(|(i, &t)| match config.sampler {
-                SamplerKind::Ddpm => ddpm_step(schedule, t, timesteps.get(i + 1).copied()),
-                SamplerKind::Ddim => ddim_step(schedule, config, t),
+            .map(|(i, &t)| {
+                let next = timesteps.get(i + 1).copied();
+                match config.sampler {
+                    SamplerKind::Ddpm => ddpm_step(schedule, t, next),
+                    SamplerKind::Ddim if config.uniform_stride => ddim_step(schedule, config, t, t.checked_sub(stride)),
+                    SamplerKind::Ddim => ddim_step(schedule, config, t, next),
+                }
             })
             .collect();
         Ok(SamplerTable { steps, clip: schedule.clip_limit() })
@@ -116,14 +121,12 @@ fn ddpm_step(schedule: &Schedule, timestep: u32, next: Option<u32>) -> SamplerSt
 
 /// DDIM eq. 12, with σ_t of eq. 16 (Song, Meng, Ermon 2020): √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε̂ + σ z.
 ///
-/// s is t − ⌊T/K⌋, as in diffusers: the next timestep visited under the leading spacing, and nearly that under the others.
-/// Below 0, ᾱ_s is 1 (or ᾱ_0, if `final_alpha_one` is false). σ is 0 at the last step unless η > 0, `final_alpha_one` is false
-/// and the last timestep is not 0.
-fn ddim_step(schedule: &Schedule, config: &SamplerConfig, timestep: u32) -> SamplerStep {
-    let t = timestep as usize;
-    let alpha_bar = schedule.alphas_cumprod[t];
-    let alpha_bar_next = match t.checked_sub(schedule.timesteps() / config.steps) {
-        Some(next) => schedule.alphas_cumprod[next],
+/// s is `next`, the timestep visited afterwards, unless `uniform_stride` says otherwise. Where there is none, ᾱ_s is 1 and σ = 0: the
+/// next state is x̂_0. (An imported scheduler may want ᾱ_s = ᾱ_0 there, or end above 0 with an s of its own; then σ > 0 for η > 0.)
+fn ddim_step(schedule: &Schedule, config: &SamplerConfig, timestep: u32, next: Option<u32>) -> SamplerStep {
+    let alpha_bar = schedule.alphas_cumprod[timestep as usize];
+    let alpha_bar_next = match next {
+        Some(next) => schedule.alphas_cumprod[next as usize],
         None if config.final_alpha_one => 1.0,
         None => schedule.alphas_cumprod[0],
     };

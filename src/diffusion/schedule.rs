@@ -6,8 +6,10 @@
 use super::{BetaSchedule, DiffusionConfig};
 use crate::config::OutOfRange;
 
-/// The largest T: the timestep is an f32 on its way into the embedding, exact to 2²⁴.
-const MAX_TIMESTEPS: usize = 1_000_000;
+/// The largest T: more than anyone trains with, and few enough for a hostile number to take no memory worth the name.
+pub const MAX_TIMESTEPS: usize = 1_000_000;
+/// The β of [`is_beta`], in words.
+pub const BETA_RANGE: &str = "above 2^-54 and below 1";
 /// The smallest ᾱ_T: x̂_0 is scaled by 1/√ᾱ, which must leave room in f32.
 const MIN_ALPHA_CUMPROD: f64 = 1e-30;
 /// The largest β of the cosine schedule (Nichol & Dhariwal 2021, section 3.2).
@@ -31,8 +33,6 @@ pub struct Schedule {
     pub sqrt_alphas_cumprod: Vec<f64>,
     /// √(1−ᾱ_t).
     pub sqrt_one_minus_alphas_cumprod: Vec<f64>,
-    /// ln(1−ᾱ_t).
-    pub log_one_minus_alphas_cumprod: Vec<f64>,
     /// √(1/ᾱ_t).
     pub sqrt_recip_alphas_cumprod: Vec<f64>,
     /// √(1/ᾱ_t − 1).
@@ -54,11 +54,12 @@ impl Schedule {
     /// [`OutOfRange`] for a config that describes no process.
     pub fn new(config: &DiffusionConfig) -> Result<Schedule, OutOfRange> {
         let betas = betas(config)?;
+        let clip = config.clip as f32;
         OutOfRange::check(
-            config.clip >= 0.0 && config.clip.is_finite(),
+            config.clip == 0.0 || (clip > 0.0 && clip.is_finite()),
             "diffusion.clip",
             config.clip,
-            "0 (no clipping) or a positive number",
+            "0 (no clipping) or a positive number that f32 can hold",
             "predicted pixels are limited to [-clip, clip]",
         )?;
         let alphas: Vec<f64> = betas.iter().map(|beta| 1.0 - beta).collect();
@@ -92,7 +93,6 @@ impl Schedule {
             config: config.clone(),
             sqrt_alphas_cumprod: of_alpha_bar(f64::sqrt),
             sqrt_one_minus_alphas_cumprod: of_alpha_bar(|a| (1.0 - a).sqrt()),
-            log_one_minus_alphas_cumprod: of_alpha_bar(|a| (1.0 - a).ln()),
             sqrt_recip_alphas_cumprod: of_alpha_bar(|a| (1.0 / a).sqrt()),
             sqrt_recipm1_alphas_cumprod: of_alpha_bar(|a| (1.0 / a - 1.0).sqrt()),
             posterior_mean_coef1: of_step(|beta, bar, prev| prev.sqrt() * beta / (1.0 - bar)),
@@ -112,7 +112,13 @@ impl Schedule {
     }
 }
 
-/// β_0 … β_{T−1}, each in (0, 1).
+/// Whether a step with this β adds noise and leaves some of the image, as far as f64 can tell: below 2⁻⁵⁴ 1 − β is 1, and then 1 − ᾱ_0,
+/// by which eq. 7 and 11 divide, is 0.
+pub fn is_beta(beta: f64) -> bool {
+    beta < 1.0 && 1.0 - beta < 1.0
+}
+
+/// β_0 … β_{T−1}, each [one](is_beta).
 fn betas(config: &DiffusionConfig) -> Result<Vec<f64>, OutOfRange> {
     let n = config.timesteps;
     OutOfRange::check(
@@ -123,8 +129,8 @@ fn betas(config: &DiffusionConfig) -> Result<Vec<f64>, OutOfRange> {
         "it is the number of steps of the forward process",
     )?;
     let check = |key: String, beta: f64| {
-        let why = "each step must add some noise and leave some of the image";
-        OutOfRange::check(beta > 0.0 && beta < 1.0, &key, beta, "more than 0 and less than 1", why)
+        let why = "each step must add some noise (1 - beta must be less than 1 in f64) and leave some of the image";
+        OutOfRange::check(is_beta(beta), &key, beta, BETA_RANGE, why)
     };
     if let Some(betas) = &config.trained_betas {
         OutOfRange::check(
@@ -203,7 +209,6 @@ mod tests {
                 close(s.alphas[t], bar / prev, 1e-15);
                 close(s.sqrt_alphas_cumprod[t].powi(2) + s.sqrt_one_minus_alphas_cumprod[t].powi(2), 1.0, 1e-15);
                 close(s.sqrt_recipm1_alphas_cumprod[t], s.sqrt_one_minus_alphas_cumprod[t] / bar.sqrt(), 1e-11);
-                close(s.log_one_minus_alphas_cumprod[t].exp(), 1.0 - bar, 1e-12);
                 // μ̃ of the noiseless x_t = √ᾱ_t x_0 is the noiseless x_{t−1}.
                 close(s.posterior_mean_coef1[t] + s.posterior_mean_coef2[t] * bar.sqrt(), prev.sqrt(), 1e-11);
                 if t > 0 {
@@ -248,6 +253,7 @@ mod tests {
             (DiffusionConfig { beta_start: 0.0, ..base() }, "diffusion.beta_start", "0"),
             (DiffusionConfig { beta_start: f64::NAN, ..base() }, "diffusion.beta_start", "NaN"),
             (DiffusionConfig { beta_end: 1.0, ..base() }, "diffusion.beta_end", "1"),
+            (DiffusionConfig { beta_end: -0.5, ..base() }, "diffusion.beta_end", "-0.5"),
             (DiffusionConfig { clip: -1.0, ..base() }, "diffusion.clip", "-1"),
             (DiffusionConfig { clip: f64::INFINITY, ..base() }, "diffusion.clip", "inf"),
             (
@@ -265,6 +271,21 @@ mod tests {
             assert_eq!((error.key.as_str(), error.value.as_str()), (key, value));
             let message = error.to_string();
             assert!(message.contains(key) && !error.range.is_empty() && !error.why.is_empty(), "{message}");
+        }
+        // 1 − 2⁻⁵⁴ lies between two f64 and is rounded to 1. Kernels clip in f32, where 1e-60 is 0, no clipping, and 1e39 is ∞.
+        for (config, key) in [
+            (DiffusionConfig { beta_start: 0.5f64.powi(54), ..base() }, "diffusion.beta_start"),
+            (DiffusionConfig { clip: 1e-60, ..base() }, "diffusion.clip"),
+            (DiffusionConfig { clip: 1e39, ..base() }, "diffusion.clip"),
+        ] {
+            assert_eq!(Schedule::new(&config).unwrap_err().key, key);
+        }
+        // The smallest β that adds noise gives finite tables.
+        let config = DiffusionConfig { timesteps: 2, beta_start: 1e-16, beta_end: 1e-16, ..base() };
+        let s = Schedule::new(&config).unwrap();
+        for t in 0..2 {
+            assert!(s.sqrt_one_minus_alphas_cumprod[t] > 0.0 && s.noise_coefficients(t).iter().all(|c| c.is_finite()));
+            assert!(s.posterior_mean_coef1[t].is_finite() && s.posterior_mean_coef2[t].is_finite());
         }
         // 100 steps of β = 0.9 leave 1e-100 of the image.
         let config = DiffusionConfig { timesteps: 100, beta_start: 0.9, beta_end: 0.9, ..base() };

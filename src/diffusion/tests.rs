@@ -3,6 +3,8 @@
 use super::*;
 use serde::Deserialize;
 
+const SPACINGS: [Spacing; 3] = [Spacing::Leading, Spacing::Trailing, Spacing::Linspace];
+
 #[derive(Deserialize)]
 struct Fixture {
     /// (x_t, network output, z): three unit vectors, then values for the clipped steps.
@@ -48,7 +50,8 @@ fn steps_are_those_of_diffusers() {
         for (clip, probes, expected) in
             [(0.0, &fixture.probes[..3], &case.free), (1.0, &fixture.probes[3..], &case.clipped)]
         {
-            let table = table(&case.diffusion, &case.sampler, clip);
+            let sampler = SamplerConfig { uniform_stride: true, ..case.sampler.clone() };
+            let table = table(&case.diffusion, &sampler, clip);
             let timesteps: Vec<u32> = table.steps.iter().map(|step| step.timestep).collect();
             assert_eq!(timesteps, case.timesteps, "{:?}", case.sampler);
             for (&index, expected) in case.kept.iter().zip(expected) {
@@ -134,32 +137,43 @@ fn ddim_with_eta_1_is_algorithm_2_with_the_posterior_variance() {
     }
 }
 
-/// With one image in the data set the true ε is known at every x_t, and DDIM must arrive at that image.
+/// With one image in the data set the true ε is known at every x_t, and is the same at all of them: after each step DDIM must be where
+/// eq. 4 puts that image with that noise, and after the last one at the image.
 #[test]
-fn ddim_recovers_the_only_image() {
+fn ddim_stays_on_the_path_of_the_only_image() {
     let image = [-1.0, -0.37, 0.0, 0.52, 1.0];
     for objective in [Objective::Epsilon, Objective::X0, Objective::V] {
-        for (steps, spacing) in
-            [(1, Spacing::Trailing), (10, Spacing::Trailing), (50, Spacing::Leading), (1000, Spacing::Leading)]
-        {
-            for clip in [0.0, 1.0] {
+        for (clip, spacing) in [0.0, 1.0].into_iter().flat_map(|clip| SPACINGS.map(|spacing| (clip, spacing))) {
+            for steps in [1, 2, 7, 50, 61, 300, 600, 1000] {
                 let config = DiffusionConfig { objective, clip, ..Default::default() };
                 let schedule = Schedule::new(&config).unwrap();
                 let sampler = SamplerConfig { sampler: SamplerKind::Ddim, steps, spacing, ..Default::default() };
                 let table = SamplerTable::new(&schedule, &sampler).unwrap();
+                let visited: Vec<usize> = table.steps.iter().map(|step| step.timestep as usize).collect();
                 let mut x = vec![2.1, -0.3, 0.0, 1.1, -1.9];
-                for step in &table.steps {
-                    let t = step.timestep as usize;
+                let noise_of = |x: &[f64], t: usize| -> Vec<f64> {
+                    x.iter().zip(image).map(|(&x_t, x0)| schedule.predict_noise_from_start(x_t, t, x0)).collect()
+                };
+                let noise = noise_of(&x, visited[0]);
+                let mut bounds = [0.0; 5];
+                for (i, step) in table.steps.iter().enumerate() {
+                    let (t, next) = (visited[i], visited.get(i + 1));
                     let [of_start, of_noise] = schedule.target_coefficients(t);
-                    let out: Vec<f64> = x
-                        .iter()
-                        .zip(image)
-                        .map(|(&x_t, x0)| of_start * x0 + of_noise * schedule.predict_noise_from_start(x_t, t, x0))
-                        .collect();
+                    let out: Vec<f64> =
+                        noise_of(&x, t).iter().zip(image).map(|(e, x0)| of_start * x0 + of_noise * e).collect();
+                    // √(ᾱ_s/ᾱ_t) scales x_t; √(1/ᾱ_t − 1), the factor of ε, is known to ε_64/√(ᾱ_t(1−ᾱ_t)). Eight roundings
+                    // a step of terms of these sizes; those of earlier steps grow no more, for √(1−ᾱ) falls.
+                    let [signal, sqrt_one_minus] = schedule.q_sample_coefficients(t);
+                    let scale = next.map_or(1.0, |&s| schedule.q_sample_coefficients(s)[0]) / signal;
+                    for (bound, (x, e)) in bounds.iter_mut().zip(x.iter().zip(&noise)) {
+                        *bound += 8.0 * f64::EPSILON * scale * (1.0 + x.abs() + e.abs() / sqrt_one_minus);
+                    }
                     x = p_sample_step(step, table.clip, &x, &out, &[0.0; 5]);
-                }
-                for (found, expected) in x.iter().zip(image) {
-                    assert!((found - expected).abs() < 1e-11, "{objective:?} {steps}: {found} {expected}");
+                    for j in 0..5 {
+                        let expected = next.map_or(image[j], |&s| schedule.q_sample(image[j], s, noise[j]));
+                        let what = format!("{objective:?} {spacing:?}, {steps} steps, t = {t}");
+                        assert!((x[j] - expected).abs() <= bounds[j], "{what}: {} instead of {expected}", x[j]);
+                    }
                 }
             }
         }
@@ -196,37 +210,97 @@ fn algorithm_2_is_exact_where_the_paper_says_so() {
     }
 }
 
-/// For data between the two, the two variances bound the truth from both sides, closely when T is large.
+/// For data between the two, the two variances bound the truth from both sides, and by how much is known: all states are Gaussian,
+/// V_t = ᾱ_t s² + 1 − ᾱ_t is what their variance should be, and the mean of p_θ has the slope Cov(x_s, x_t)/V_t = √(ᾱ_t/ᾱ_s) V_s/V_t.
 #[test]
 fn algorithm_2_brackets_gaussian_data() {
     let (m, s) = (0.3, 0.5);
-    let all = SamplerConfig::default();
-    let (small_mean, small) = final_moments(Variance::FixedSmall, &all, m, s);
-    let (large_mean, large) = final_moments(Variance::FixedLarge, &all, m, s);
-    // x_T has mean 0 in place of √ᾱ_T m: what is left of that is the only error of the mean.
-    assert!((small_mean - m).abs() < 1e-4 && (large_mean - m).abs() < 1e-4, "{small_mean} {large_mean}");
-    assert!(small < s * s && s * s < large, "{small} {large}");
-    assert!(small > 0.97 * s * s && large < 1.03 * s * s, "{small} {large}");
-    // DDIM follows an ordinary differential equation to the same place with an error of first order in the step.
-    let ddim = |steps| SamplerConfig { sampler: SamplerKind::Ddim, steps, ..Default::default() };
-    let error = |steps| (final_moments(Variance::FixedLarge, &ddim(steps), m, s).1.sqrt() - s).abs();
-    let (half, tenth) = (error(100) / error(200), error(100) / error(1000));
-    assert!((1.8..2.2).contains(&half) && (8.5..11.5).contains(&tenth), "{half} {tenth}");
+    let alphas_cumprod = Schedule::new(&DiffusionConfig::default()).unwrap().alphas_cumprod;
+    for steps in [1000, 300, 50, 7] {
+        let sampler = SamplerConfig { steps, ..Default::default() };
+        // ᾱ of the states, from x_T to the image.
+        let visited = spacing::visited_timesteps(&sampler, 1000).unwrap();
+        let alpha_bars: Vec<f64> = visited.iter().map(|&t| alphas_cumprod[t as usize]).chain([1.0]).collect();
+        let exact = |variance: Variance| {
+            let (mut mean, mut var) = (0.0, 1.0);
+            for pair in alpha_bars.windows(2) {
+                let (bar, next) = (pair[0], pair[1]);
+                let alpha = bar / next;
+                let wanted = |bar: f64| bar * s * s + 1.0 - bar;
+                let slope = alpha.sqrt() * wanted(next) / wanted(bar);
+                let sigma2 = match variance {
+                    _ if next == 1.0 => 0.0,
+                    Variance::FixedLarge => 1.0 - alpha,
+                    Variance::FixedSmall => (1.0 - next) / (1.0 - bar) * (1.0 - alpha),
+                };
+                mean = next.sqrt() * m + slope * (mean - bar.sqrt() * m);
+                var = slope * slope * var + sigma2;
+            }
+            (mean, var)
+        };
+        let [small, large] = [Variance::FixedSmall, Variance::FixedLarge].map(|variance| {
+            let (found, expected) = (final_moments(variance, &sampler, m, s), exact(variance));
+            // 1 − ᾱ_0 is known to ε/(1 − ᾱ_0) = 2e-12, and so is the last step's slope.
+            assert!((found.0 - expected.0).abs() < 4e-12, "{steps} {variance:?}: mean {found:?} {expected:?}");
+            assert!((found.1 - expected.1).abs() < 4e-12, "{steps} {variance:?}: variance {found:?} {expected:?}");
+            found.1
+        });
+        assert!(small < s * s && s * s < large, "{steps}: {small} {large}");
+    }
+}
+
+/// DDIM on N(m, s²) turns the vector u_t = (√ᾱ_t s, √(1−ᾱ_t)), whose length is the standard deviation of x_t, from u_T to (s, 0), and
+/// projects it at each step: x_s − √ᾱ_s m = (u_s·u_t/|u_t|²) (x_t − √ᾱ_t m). So the standard deviation is short by the cosines of the
+/// angles between the states, an error of first order in the largest angle, whatever the spacing and the number of steps.
+#[test]
+fn ddim_ends_at_gaussian_data_for_every_number_of_steps() {
+    let (m, s) = (0.3, 0.5);
+    let schedule = Schedule::new(&DiffusionConfig::default()).unwrap();
+    for spacing in SPACINGS {
+        for steps in 1..=1000 {
+            let sampler = SamplerConfig { sampler: SamplerKind::Ddim, steps, spacing, ..Default::default() };
+            let visited = spacing::visited_timesteps(&sampler, 1000).unwrap();
+            let states = visited.iter().map(|&t| schedule.q_sample_coefficients(t as usize));
+            let angle = |[signal, noise]: [f64; 2]| noise.atan2(signal * s);
+            let angles: Vec<f64> = states.map(angle).chain([0.0]).collect();
+            let cosines: f64 = angles.windows(2).map(|a| (a[0] - a[1]).cos()).product();
+            let [signal, noise] = schedule.q_sample_coefficients(visited[0] as usize);
+            // x_T has the variance 1 and the mean 0 instead of |u_T|² and √ᾱ_T m.
+            let expected = s / (signal * s).hypot(noise) * cosines;
+            let (mean, var) = final_moments(Variance::FixedLarge, &sampler, m, s);
+            // A step's slope is the difference of terms of the size of √(ᾱ_s/ᾱ_t), with E[ε | x_t] divided by V_t ≥ s²: eight roundings
+            // of that, which the other steps, |u_s|/|u_t| ≤ 1/s together, multiply.
+            let signals = visited.iter().map(|&t| schedule.q_sample_coefficients(t as usize)[0]).chain([1.0]);
+            let signals: Vec<f64> = signals.collect();
+            let bound = 8.0 * f64::EPSILON / (s * s * s) * signals.windows(2).map(|a| a[1] / a[0]).sum::<f64>();
+            let std = var.sqrt();
+            assert!((std - expected).abs() < bound, "{spacing:?} {steps}: {std} instead of {expected}");
+            let expected = m - signal * m * expected;
+            assert!((mean - expected).abs() < bound, "{spacing:?} {steps}: {mean} instead of {expected}");
+            // 1 − ∏ cos θ_i ≤ Σ θ_i²/2 ≤ max θ_i · Σ θ_i/2, and the angles add up to at most π/2.
+            let largest = angles.windows(2).map(|a| a[0] - a[1]).fold(0.0, f64::max);
+            assert!(1.0 - cosines <= std::f64::consts::FRAC_PI_4 * largest, "{spacing:?} {steps}: {cosines}");
+        }
+    }
 }
 
 #[test]
 fn noise_is_added_at_every_step_but_the_last() {
-    for spacing in [Spacing::Leading, Spacing::Trailing, Spacing::Linspace] {
+    for spacing in SPACINGS {
         for variance in [Variance::FixedLarge, Variance::FixedSmall] {
             for (sampler, eta) in [(SamplerKind::Ddpm, 0.0), (SamplerKind::Ddim, 1.0)] {
                 let diffusion = DiffusionConfig { variance, ..Default::default() };
-                let config = SamplerConfig { sampler, eta, spacing, steps: 30, ..Default::default() };
-                let (last, rest) =
-                    table(&diffusion, &config, 1.0).steps.split_last().map(|(l, r)| (*l, r.to_vec())).unwrap();
-                assert_eq!(last.sigma, 0.0);
-                assert!(rest.iter().all(|step| step.sigma > 0.0));
-                // The last state is x̂_0 itself.
-                assert_eq!((last.c_x0, last.c_xt, last.c_eps), (1.0, 0.0, 0.0));
+                let schedule = Schedule::new(&diffusion).unwrap();
+                for steps in 1..=1000 {
+                    let config = SamplerConfig { sampler, eta, spacing, steps, ..Default::default() };
+                    let table = SamplerTable::new(&schedule, &config).unwrap();
+                    let (last, rest) = table.steps.split_last().unwrap();
+                    let what = format!("{sampler:?} {spacing:?} {variance:?}, {steps} steps");
+                    assert_eq!(last.sigma, 0.0, "{what}");
+                    assert!(rest.iter().all(|step| step.sigma > 0.0), "{what}");
+                    // The last state is x̂_0 itself.
+                    assert_eq!((last.c_x0, last.c_xt, last.c_eps), (1.0, 0.0, 0.0), "{what}");
+                }
             }
         }
     }

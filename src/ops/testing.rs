@@ -216,6 +216,12 @@ impl Reference {
         }
     }
 
+    /// Names of all tensors.
+    pub fn names(&self) -> Vec<String> {
+        let file = safetensors::SafeTensors::deserialize(&self.0).unwrap();
+        file.names().into_iter().map(String::from).collect()
+    }
+
     /// A tensor's shape.
     pub fn shape(&self, name: &str) -> Vec<usize> {
         safetensors::SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().shape().to_vec()
@@ -225,6 +231,11 @@ impl Reference {
     pub fn f32(&self, name: &str) -> Vec<f32> {
         self.f64(name).iter().map(|x| *x as f32).collect()
     }
+}
+
+/// Errors of a sum of `terms` products that point in random directions, for [`assert_close`].
+pub fn ulps(terms: usize) -> f64 {
+    4.0 * (terms as f64).sqrt() + 4.0
 }
 
 /// Compares with exact values; the tolerance is `ulps`·ε of the value's own size plus as much of the values' root mean square (sums

@@ -200,20 +200,20 @@ impl TrainConfig {
 impl OptimConfig {
     fn validate(&self) -> Result<(), OutOfRange> {
         OutOfRange::check(
-            self.lr > 0.0 && self.lr <= 1.0,
+            self.lr as f32 > 0.0 && self.lr <= 1.0,
             "optim.lr",
             self.lr,
-            "0 < lr ≤ 1",
+            "0 < lr ≤ 1 in f32",
             "Adam's step has about this size",
         )?;
         for (key, beta) in [("optim.beta1", self.beta1), ("optim.beta2", self.beta2)] {
             OutOfRange::check((0.0..1.0).contains(&beta), key, beta, "0 ≤ beta < 1", "decay of a moving average")?;
         }
         OutOfRange::check(
-            self.eps > 0.0 && self.eps < 1.0,
+            self.eps as f32 > 0.0 && self.eps < 1.0,
             "optim.eps",
             self.eps,
-            "0 < eps < 1",
+            "0 < eps < 1 in f32",
             "it keeps the division finite",
         )?;
         OutOfRange::check(
@@ -238,10 +238,10 @@ impl OptimConfig {
             "the decay goes down to it",
         )?;
         OutOfRange::check(
-            self.clip >= 0.0 && self.clip.is_finite(),
+            self.clip == 0.0 || (self.clip as f32 > 0.0 && (self.clip as f32).is_finite()),
             "optim.clip",
             self.clip,
-            "clip ≥ 0",
+            "clip = 0, or clip > 0 in f32",
             "largest global gradient norm; 0 turns clipping off",
         )
     }

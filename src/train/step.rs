@@ -100,7 +100,6 @@ impl Trainer {
         size: [usize; 2],
     ) -> Result<Trainer, DeviceError> {
         let (program, tape) = step_program(config, size);
-        let initial = initial_parameters(&tape, &program.layout, config.train.seed);
         let flat_bytes = program.layout.len() * size_of::<f32>();
         let io = device.allocate(program.io_bytes)?;
         let mut binding = Binding::default()
@@ -112,6 +111,9 @@ impl Trainer {
             *buffer = device.allocate(flat_bytes)?;
             binding = binding.with(region, *buffer);
         }
+        // After the device's share, which is the larger one: what does not fit is then refused before anything is drawn.
+        let initial = initial_parameters(&tape, &program.layout, config.train.seed)
+            .map_err(|_| DeviceError::OutOfMemory { device: "this machine".into(), bytes: flat_bytes })?;
         let slot = |name| program.io(name);
         let slots = Slots {
             pixels: slot("pixels"),

@@ -17,6 +17,7 @@ use crate::ops::silu::silu;
 use crate::ops::timestep_embedding::timestep_embedding;
 use crate::ops::upsample::upsample;
 use crate::tape::{Part, Shape, Tape, Var};
+use std::ops::Range;
 
 /// Dropout of a training pass: the run's seed, and the value that holds step and first sample.
 #[derive(Clone, Copy, Debug)]
@@ -31,18 +32,19 @@ pub struct Randomness {
 ///
 /// Dropout is active where `training` says how to draw it. The config must be [valid](UnetConfig::validate) for the size of `x`.
 pub fn unet(tape: &mut Tape, config: &UnetConfig, x: Var, t: Var, training: Option<Randomness>) -> Var {
-    let mut trace = Trace { config, training, temb: t, column: 0, dropouts: 0 };
-    trace.temb = trace.timestep_features(tape, t);
-    trace.body(tape, x)
+    let blocks = residual_blocks(config);
+    let timestep = timestep_features(tape, config, t, &blocks);
+    Trace { config, training, timestep, blocks, dropouts: 0 }.body(tape, x)
 }
 
-/// State of the trace: which columns of the timestep projections and which dropout mask come next.
+/// State of the trace: what all residual blocks read, and which dropout mask comes next.
 struct Trace<'c> {
     config: &'c UnetConfig,
     training: Option<Randomness>,
     /// The projections of the timestep embedding for all residual blocks, side by side.
-    temb: Var,
-    column: usize,
+    timestep: Var,
+    /// The residual blocks, each with its columns of these.
+    blocks: Vec<(String, Range<usize>)>,
     dropouts: u32,
 }
 
@@ -96,35 +98,12 @@ impl Trace<'_> {
         tape.scope("conv_out", |tape| conv3(tape, h, *image_channels, Stride::One))
     }
 
-    /// `[N, Σ channels]`: SiLU of the timestep embedding, projected for every residual block by one matrix.
-    fn timestep_features(&self, tape: &mut Tape, t: Var) -> Var {
-        let UnetConfig { channels, flip_sin_to_cos, freq_shift, .. } = self.config;
-        let width = 4 * channels[0];
-        let embedding = timestep_embedding(tape, t, channels[0], *freq_shift, *flip_sin_to_cos);
-        let features = tape.scope("time_embedding", |tape| {
-            let h = tape.scope("linear_1", |tape| dense(tape, &[embedding], width));
-            let h = silu(tape, h);
-            let h = tape.scope("linear_2", |tape| dense(tape, &[h], width));
-            silu(tape, h)
-        });
-        let blocks = residual_blocks(self.config);
-        let total = blocks.iter().map(|b| b.1).sum();
-        let part = |kind: &str, shape: &dyn Fn(usize) -> Shape| -> Vec<Part> {
-            let name = |block: &str| format!("{block}.time_emb_proj.{kind}");
-            blocks.iter().map(|(block, out)| Part { name: name(block), shape: shape(*out) }).collect()
-        };
-        let weight = tape.fused_param([total, width], part("weight", &|out| [out, width].into()));
-        let bias = tape.fused_param([total], part("bias", &|out| [out].into()));
-        tape.scope("time_emb_proj", |tape| linear(tape, &[features], weight, bias))
-    }
-
     /// Norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv, + input (through a 1×1 convolution where channels change).
     fn resnet(&mut self, tape: &mut Tape, number: usize, sources: &[Var], out: usize) -> Var {
         tape.scope(format!("resnets.{number}"), |tape| {
             let h = tape.scope("norm1", |tape| norm(tape, sources, self.norm(true), None, None));
             let h = tape.scope("conv1", |tape| conv3(tape, h, out, Stride::One));
-            let timestep = (self.temb, self.column);
-            self.column += out;
+            let timestep = (self.timestep, self.columns(&tape.path("")).start);
             let dropout = self.dropout();
             let h = tape.scope("norm2", |tape| norm(tape, &[h], self.norm(true), Some(timestep), dropout));
             let h = tape.scope("conv2", |tape| conv3(tape, h, out, Stride::One));
@@ -171,6 +150,17 @@ impl Trace<'_> {
         })
     }
 
+    /// The columns of the timestep projections that a residual block reads.
+    ///
+    /// # Panics
+    /// If [`residual_blocks`] does not know a block that [`Trace::body`] runs.
+    fn columns(&self, block: &str) -> Range<usize> {
+        match self.blocks.iter().find(|(name, _)| name == block) {
+            Some((_, columns)) => columns.clone(),
+            None => panic!("no timestep projection for {block}"),
+        }
+    }
+
     fn norm(&self, silu: bool) -> Norm {
         Norm { groups: self.config.groups, eps: self.config.norm_eps, silu }
     }
@@ -183,12 +173,36 @@ impl Trace<'_> {
     }
 }
 
-/// Names and output channels of all residual blocks in the order in which the network runs them.
-fn residual_blocks(config: &UnetConfig) -> Vec<(String, usize)> {
+/// `[N, Σ channels]`: SiLU of the timestep embedding, projected for every residual block by one matrix.
+fn timestep_features(tape: &mut Tape, config: &UnetConfig, t: Var, blocks: &[(String, Range<usize>)]) -> Var {
+    let UnetConfig { channels, flip_sin_to_cos, freq_shift, .. } = config;
+    let width = 4 * channels[0];
+    let embedding = timestep_embedding(tape, t, channels[0], *freq_shift, *flip_sin_to_cos);
+    let features = tape.scope("time_embedding", |tape| {
+        let h = tape.scope("linear_1", |tape| dense(tape, &[embedding], width));
+        let h = silu(tape, h);
+        let h = tape.scope("linear_2", |tape| dense(tape, &[h], width));
+        silu(tape, h)
+    });
+    let total = blocks.iter().map(|(_, columns)| columns.len()).sum();
+    let part = |kind: &str, shape: &dyn Fn(usize) -> Shape| -> Vec<Part> {
+        let name = |block: &str| format!("{block}.time_emb_proj.{kind}");
+        blocks.iter().map(|(block, columns)| Part { name: name(block), shape: shape(columns.len()) }).collect()
+    };
+    let weight = tape.fused_param([total, width], part("weight", &|out| [out, width].into()));
+    let bias = tape.fused_param([total], part("bias", &|out| [out].into()));
+    tape.scope("time_emb_proj", |tape| linear(tape, &[features], weight, bias))
+}
+
+/// Names of all residual blocks, each with its columns of the timestep projections, as many as it has output channels.
+fn residual_blocks(config: &UnetConfig) -> Vec<(String, Range<usize>)> {
     let lowest = config.channels.len() - 1;
-    let mut found = Vec::new();
+    let (mut found, mut column) = (Vec::new(), 0);
     let mut add = |block: String, count: usize, out: usize| {
-        found.extend((0..count).map(|number| (format!("{block}.resnets.{number}"), out)));
+        for number in 0..count {
+            found.push((format!("{block}.resnets.{number}"), column..column + out));
+            column += out;
+        }
     };
     for (level, &out) in config.channels.iter().enumerate() {
         add(format!("down_blocks.{level}"), config.blocks, out);

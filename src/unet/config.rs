@@ -5,6 +5,8 @@ use serde::{Deserialize, Serialize};
 
 /// More levels than any image could be halved.
 const MAX_LEVELS: usize = 16;
+/// More channels than any model has; keeps the sizes of weights far from overflow.
+const MAX_CHANNELS: usize = 1 << 16;
 
 /// The architecture of the denoising UNet, without the image size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,7 +94,14 @@ impl UnetConfig {
         )?;
         for &c in &self.channels {
             OutOfRange::check(
-                c > 0 && c <= 1 << 16 && c.is_multiple_of(self.groups),
+                (1..=MAX_CHANNELS).contains(&c),
+                "model.channels",
+                format!("{:?}", self.channels),
+                format!("1 to {MAX_CHANNELS} channels in each level"),
+                "the paper's largest level has 512",
+            )?;
+            OutOfRange::check(
+                c.is_multiple_of(self.groups),
                 "model.channels",
                 format!("{:?}", self.channels),
                 format!("multiples of model.groups = {}", self.groups),
@@ -137,18 +146,18 @@ impl UnetConfig {
             )?;
         }
         OutOfRange::check(
-            self.norm_eps > 0.0 && self.norm_eps < 1.0,
+            self.norm_eps as f32 > 0.0 && self.norm_eps < 1.0,
             "model.norm_eps",
             self.norm_eps,
-            "0 < norm_eps < 1",
+            "0 < norm_eps < 1 in f32",
             "it keeps the division by the standard deviation finite",
         )?;
         OutOfRange::check(
-            (0.0..1.0).contains(&self.dropout),
+            (0.0..1.0).contains(&self.dropout) && (self.dropout as f32) < 1.0,
             "model.dropout",
             self.dropout,
-            "0 ≤ dropout < 1",
-            "a probability",
+            "0 ≤ dropout < 1 in f32",
+            "a probability; at 1 nothing would be left",
         )?;
         let factor = 1 << lowest;
         OutOfRange::check(

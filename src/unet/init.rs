@@ -2,6 +2,7 @@
 
 use crate::rng::{Kind, Stream};
 use crate::tape::{ParamLayout, Part, Tape};
+use std::collections::TryReserveError;
 
 /// Variance scale of layers that should start as zero (the last of each residual branch, and the output).
 const ZERO_SCALE: f64 = 1e-10;
@@ -10,15 +11,20 @@ const ZERO_SCALE: f64 = 1e-10;
 ///
 /// Weights are Xavier uniform: U(−a, a) with a = √(6·scale/(fan_in + fan_out)), scale 1 or 1e-10. Norms start as the identity, biases at
 /// 0. The draw of a parameter depends on `seed` and its number in the trace, not on its place.
-pub fn initial_parameters(tape: &Tape, layout: &ParamLayout, seed: u64) -> Vec<f32> {
-    let mut flat = vec![0.0; layout.len()];
+///
+/// # Errors
+/// No memory for them on the host: the sizes come from a config, and may be any.
+pub fn initial_parameters(tape: &Tape, layout: &ParamLayout, seed: u64) -> Result<Vec<f32>, TryReserveError> {
+    let mut flat = Vec::new();
+    flat.try_reserve_exact(layout.len())?;
+    flat.resize(layout.len(), 0.0);
     let parts = tape.params().iter().flat_map(|p| &p.parts);
     for (number, part) in parts.enumerate() {
         if let Some(placed) = layout.get(&part.name) {
             initialise(part, seed, number as u32, &mut flat[placed.range.clone()]);
         }
     }
-    flat
+    Ok(flat)
 }
 
 fn initialise(part: &Part, seed: u64, number: u32, out: &mut [f32]) {

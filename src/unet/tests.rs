@@ -1,26 +1,14 @@
 //! The network against diffusers' `UNet2DModel` with the same weights: output, loss, and the gradient of every parameter. The values
 //! are made by `tests/reference/unet.py` in f64.
 
-use super::{UnetConfig, initial_parameters, unet};
-use crate::collective::Solo;
-use crate::device::{Binding, BufferId, Device, Region, cpu::Cpu};
+use super::{Randomness, UnetConfig, initial_parameters, unet};
+use crate::device::Region;
 use crate::ops::copy::Copy;
-use crate::tape::{ParamLayout, Program, Spec, Tape, plan};
-use safetensors::SafeTensors;
+use crate::ops::group_norm::Dropout;
+use crate::ops::testing::{Planned, Reference, random};
+use crate::tape::{Kind, ParamLayout, Spec, Tape, plan};
 use serde_json::Value;
 use std::sync::Arc;
-
-const REFERENCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference");
-
-fn read(name: &str) -> Vec<u8> {
-    std::fs::read(format!("{REFERENCE}/{name}")).unwrap()
-}
-
-fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
-    let tensor = file.tensor(name).unwrap();
-    assert_eq!(tensor.dtype(), safetensors::Dtype::F32, "{name}");
-    tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
-}
 
 fn config(json: &Value) -> UnetConfig {
     let number = |key: &str| json[key].as_u64().unwrap() as usize;
@@ -44,65 +32,34 @@ fn config(json: &Value) -> UnetConfig {
     }
 }
 
-struct Network {
-    program: Program,
-    device: Device,
-    binding: Binding,
+/// The network with inputs "x", "t" and "clock", output "y" and its gradient "dy"; `seed` of its dropout where it is trained.
+fn network(config: &UnetConfig, shape: [usize; 4], threads: usize, seed: Option<u64>) -> Planned {
+    config.validate(shape[1], shape[2]).unwrap();
+    let mut tape = Tape::new();
+    let x = tape.io("x", Spec::f32(shape));
+    let t = tape.io("t", Spec::u32([shape[0]]));
+    let clock = tape.io("clock", Spec::u32([4]));
+    let out = unet(&mut tape, config, x, t, seed.map(|seed| Randomness { seed, clock }));
+    tape.fuse_residuals(|op| op == "add");
+    let y = tape.io("y", Spec::f32(shape));
+    tape.push_into(Arc::new(Copy { shape: shape.into() }), &[out], &[y], 0);
+    let dy = tape.io("dy", Spec::f32(shape));
+    tape.backward(out, dy);
+    Planned::new(&tape, threads)
 }
 
-impl Network {
-    fn new(config: &UnetConfig, shape: [usize; 4], threads: usize) -> Network {
-        config.validate(shape[1], shape[2]).unwrap();
-        let mut tape = Tape::new();
-        let x = tape.io("x", Spec::f32(shape));
-        let t = tape.io("t", Spec::u32([shape[0]]));
-        let out = unet(&mut tape, config, x, t, None);
-        tape.fuse_residuals(|op| op == "add");
-        let y = tape.io("y", Spec::f32(shape));
-        tape.push_into(Arc::new(Copy { shape: shape.into() }), &[out], &[y], 0);
-        let dy = tape.io("dy", Spec::f32(shape));
-        tape.backward(out, dy);
-        let program = plan(&tape, None, None);
-        let mut device = Device::Cpu(Cpu::new(threads));
-        let mut binding = Binding::default();
-        for (region, bytes) in [
-            (Region::Weights, program.layout.len() * 4),
-            (Region::Gradients, program.layout.len() * 4),
-            (Region::Arena, program.arena_bytes),
-            (Region::Io, program.io_bytes),
-        ] {
-            let buffer = device.allocate(bytes).unwrap();
-            device.upload(buffer, 0, &vec![f32::NAN; bytes / 4]);
-            binding = binding.with(region, buffer);
-        }
-        Network { program, device, binding }
-    }
-
-    fn buffer(&self, region: Region) -> BufferId {
-        self.binding.get(region).unwrap()
-    }
-
-    fn put(&mut self, name: &str, data: &[f32]) {
-        self.device.upload(self.buffer(Region::Io), self.program.io(name).offset / 4, data);
-    }
-
-    /// Output for `x` and `t`, and the gradients of mean((output − target)²), in the flat buffer.
-    fn run(&mut self, x: &[f32], t: &[u32], target: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        self.put("x", x);
-        self.put("dy", &vec![0.0; x.len()]);
-        self.device.upload(self.buffer(Region::Io), self.program.io("t").offset / 4, t);
-        self.program.run(&mut self.device, &self.binding, &mut Solo).unwrap();
-        let mut y = vec![0.0; x.len()];
-        self.device.download(self.buffer(Region::Io), self.program.io("y").offset / 4, &mut y);
-        let scale = 2.0 / y.len() as f64;
-        let dy: Vec<f32> =
-            y.iter().zip(target).map(|(y, t)| (scale * (f64::from(*y) - f64::from(*t))) as f32).collect();
-        self.put("dy", &dy);
-        self.program.run(&mut self.device, &self.binding, &mut Solo).unwrap();
-        let mut gradients = vec![0.0; self.program.layout.len()];
-        self.device.download(self.buffer(Region::Gradients), 0, &mut gradients);
-        (y, gradients)
-    }
+/// Output for `x` and `t`, and the gradients of mean((output − target)²), in the flat buffer.
+fn run(network: &mut Planned, x: &[f32], t: &[u32], target: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    network.set("x", x);
+    network.set("t", t);
+    network.set("dy", &vec![0.0f32; x.len()]);
+    network.run();
+    let y: Vec<f32> = network.get("y");
+    let scale = 2.0 / y.len() as f64;
+    let dy: Vec<f32> = y.iter().zip(target).map(|(y, t)| (scale * (f64::from(*y) - f64::from(*t))) as f32).collect();
+    network.set("dy", &dy);
+    network.run();
+    (y, network.flat(Region::Gradients))
 }
 
 fn root_mean_square(values: &[f32]) -> f64 {
@@ -124,31 +81,30 @@ const TOLERANCE: f64 = 30.0 * 8.0 * f32::EPSILON as f64;
 #[test]
 fn matches_diffusers() {
     for name in ["unet_grey28", "unet_colour16", "unet_colour12x20", "unet_grey8"] {
-        let config = config(&serde_json::from_slice(&read(&format!("{name}.json"))).unwrap());
-        let bytes = read(&format!("{name}.safetensors"));
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let shape: [usize; 4] = file.tensor("x_t").unwrap().shape().try_into().unwrap();
-        let mut network = Network::new(&config, shape, 2);
+        let json = std::fs::read(format!("{}/tests/reference/{name}.json", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let config = config(&serde_json::from_slice(&json).unwrap());
+        let file = Reference::open(&format!("{name}.safetensors"));
+        let shape: [usize; 4] = file.shape("x_t").try_into().unwrap();
+        let mut network = network(&config, shape, 2, None);
         let layout = network.program.layout.clone();
         for placed in layout.iter() {
             let key = format!("weight/{}", placed.name);
-            assert_eq!(file.tensor(&key).unwrap().shape(), placed.shape.dims(), "{name}: {key}");
-            network.device.upload(network.buffer(Region::Weights), placed.range.start, &floats(&file, &key));
+            assert_eq!(file.shape(&key), placed.shape.dims(), "{name}: {key}");
+            network.set_part(Region::Weights, &placed.name, &file.f32(&key));
         }
         let count = file.names().iter().filter(|n| n.starts_with("weight/")).count();
         assert_eq!(layout.iter().count(), count, "{name}: number of parameters");
 
-        let t: Vec<u32> =
-            file.tensor("t").unwrap().data().chunks_exact(8).map(|b| b[0] as u32 | (b[1] as u32) << 8).collect();
-        let (y, gradients) = network.run(&floats(&file, "x_t"), &t, &floats(&file, "target"));
-        let error = relative_error(&y, &floats(&file, "output"), 0.0);
+        let t: Vec<u32> = file.f64("t").iter().map(|&t| t as u32).collect();
+        let (y, gradients) = run(&mut network, &file.f32("x_t"), &t, &file.f32("target"));
+        let error = relative_error(&y, &file.f32("output"), 0.0);
         assert!(error < TOLERANCE, "{name}: output is off by {error:e}");
         // Some gradients cancel to nothing (a key bias moves all logits alike): what is left is measured against the others.
-        let all: Vec<f32> = layout.iter().flat_map(|p| floats(&file, &format!("grad/{}", p.name))).collect();
+        let all: Vec<f32> = layout.iter().flat_map(|p| file.f32(&format!("grad/{}", p.name))).collect();
         let floor = 0.1 * root_mean_square(&all);
         let mut worst = 0.0f64;
         for placed in layout.iter() {
-            let exact = floats(&file, &format!("grad/{}", placed.name));
+            let exact = file.f32(&format!("grad/{}", placed.name));
             let error = relative_error(&gradients[placed.range.clone()], &exact, floor);
             assert!(error < TOLERANCE, "{name}: gradient of {} is off by {error:e}", placed.name);
             worst = worst.max(error);
@@ -187,7 +143,7 @@ fn initial_parameters_are_the_papers() {
     let t = tape.io("t", Spec::u32([1]));
     unet(&mut tape, &config, x, t, None);
     let layout = plan(&tape, None, None).layout;
-    let flat = initial_parameters(&tape, &layout, 7);
+    let flat = initial_parameters(&tape, &layout, 7).unwrap();
     let values = |name: &str| &flat[layout.get(name).unwrap().range.clone()];
     assert!(values("conv_norm_out.weight").iter().all(|&w| w == 1.0));
     assert!(values("conv_in.bias").iter().all(|&w| w == 0.0));
@@ -204,6 +160,82 @@ fn initial_parameters_are_the_papers() {
     let mut placed: Vec<_> = tape.params().to_vec();
     placed.reverse();
     let other = ParamLayout::new(placed.iter());
-    let moved = initial_parameters(&tape, &other, 7);
+    let moved = initial_parameters(&tape, &other, 7).unwrap();
     assert_eq!(values("conv_out.weight"), &moved[other.get("conv_out.weight").unwrap().range.clone()]);
+}
+
+/// Dropout of a training pass: one layer of its own for each residual block, numbered as the network runs them, with the config's
+/// probability and the run's seed; none elsewhere, and none where there is no training.
+#[test]
+fn every_residual_block_has_a_dropout_of_its_own() {
+    let (shape, seed) = ([2, 8, 8, 3], 77);
+    let config = UnetConfig {
+        channels: vec![8, 16],
+        blocks: 2,
+        attention_levels: vec![0],
+        groups: 4,
+        dropout: 0.3,
+        ..UnetConfig::default()
+    };
+    let dropouts = |network: &Planned| -> Vec<(String, String)> {
+        let instructions = network.program.instructions.iter().filter_map(|instruction| match &instruction.kind {
+            Kind::Launch(op) if op.name() == "group_norm" => Some((instruction.label.clone(), format!("{op:?}"))),
+            _ => None,
+        });
+        instructions.filter(|(_, op)| op.contains("Dropout {")).collect()
+    };
+    let found = dropouts(&network(&config, shape, 1, Some(seed)));
+    // Two blocks a level down, two in the middle, three a level up.
+    let down = (0..2).flat_map(|level| (0..2).map(move |block| format!("down_blocks.{level}.resnets.{block}")));
+    let middle = (0..2).map(|block| format!("mid_block.resnets.{block}"));
+    let up = (0..2).flat_map(|level| (0..3).map(move |block| format!("up_blocks.{level}.resnets.{block}")));
+    let blocks: Vec<String> = down.chain(middle).chain(up).collect();
+    assert_eq!(found.len(), blocks.len());
+    for (layer, ((label, op), block)) in found.iter().zip(&blocks).enumerate() {
+        assert_eq!(*label, format!("{block}.norm2"));
+        let expected = Dropout { probability: 0.3, seed, layer: layer as u32 };
+        assert!(op.contains(&format!("{expected:?}")), "{label}: {op}");
+    }
+    assert!(dropouts(&network(&config, shape, 1, None)).is_empty());
+    let without = UnetConfig { dropout: 0.0, ..config };
+    assert!(dropouts(&network(&without, shape, 1, Some(seed))).is_empty());
+}
+
+#[test]
+fn training_draws_the_same_dropout_for_the_same_step_alone() {
+    let (shape, t) = ([2, 8, 8, 3], [3, 800]);
+    let config = UnetConfig { channels: vec![8, 16], blocks: 1, groups: 4, dropout: 0.3, ..UnetConfig::default() };
+    let without = UnetConfig { dropout: 0.0, ..config.clone() };
+    let (x, target) = (random(1, 2 * 192), random(2, 2 * 192));
+    let pass = |config: &UnetConfig, seed: Option<u64>, clock: [u32; 2]| {
+        let mut network = network(config, shape, 2, seed);
+        let weights: Vec<f32> = random(3, network.program.layout.len()).iter().map(|w| 0.1 * w).collect();
+        network.set_flat(Region::Weights, &weights);
+        network.set("clock", &[clock[0], clock[1], 0, 0]);
+        run(&mut network, &x, &t, &target)
+    };
+    let trained = pass(&config, Some(7), [5, 40]);
+    // Output and gradients, but for the gaps between parameters, which hold NaN.
+    let same = |a: &(Vec<f32>, Vec<f32>), b: &(Vec<f32>, Vec<f32>)| {
+        let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        (bits(&a.0) == bits(&b.0), bits(&a.1) == bits(&b.1))
+    };
+    assert_eq!(same(&trained, &pass(&config, Some(7), [5, 40])), (true, true));
+    for (what, other) in [
+        ("seed", pass(&config, Some(8), [5, 40])),
+        ("step", pass(&config, Some(7), [6, 40])),
+        ("image", pass(&config, Some(7), [5, 42])),
+        ("no dropout", pass(&config, None, [5, 40])),
+    ] {
+        assert_eq!(same(&trained, &other), (false, false), "{what}");
+    }
+    // Nothing else is different in training.
+    assert_eq!(same(&pass(&without, Some(7), [5, 40]), &pass(&config, None, [5, 40])), (true, true));
+    // The second image alone is drawn as beside the first.
+    let mut alone = network(&config, [1, 8, 8, 3], 2, Some(7));
+    let weights: Vec<f32> = random(3, alone.program.layout.len()).iter().map(|w| 0.1 * w).collect();
+    alone.set_flat(Region::Weights, &weights);
+    alone.set("clock", &[5u32, 41, 0, 0]);
+    let (y, _) = run(&mut alone, &x[192..], &t[1..], &target[192..]);
+    assert!(relative_error(&y, &trained.0[192..], 0.0) < TOLERANCE);
 }

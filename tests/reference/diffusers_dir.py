@@ -1,6 +1,4 @@
-"""Writes the fixtures of the diffusers import: directories as diffusers saves them, and what must be read from them.
-
-    python tests/reference/diffusers_dir.py            # needs torch, diffusers, safetensors
+"""`diffusers_dir/`: directories as diffusers saves them, and what must be read from them.
 
 diffusers_dir/f32/          a pipeline with DDPMScheduler, f32 weights
 diffusers_dir/f16_ddim/     one with DDIMScheduler, f16 weights, trained betas
@@ -8,7 +6,7 @@ diffusers_dir/old/          a UNet2DModel alone with attention's old names and s
 diffusers_dir/*.expected.safetensors    the weights in f32, convolutions as OHWI, 1x1 shortcuts as [O, I]
 diffusers_dir/names.json    whole models: [config of UNet2DModel, {name: shape} (of the largest, null), tensors, parameters]
 
-    python tests/reference/diffusers_dir.py check DIR COPY      # DIR as `ddpm-dist export` writes it
+    python diffusers_dir.py check DIR COPY      # DIR as `ddpm-dist export` writes it
 
 loads DIR as a user would, samples two steps, and saves what was loaded to COPY, which must hold equal weights.
 """
@@ -22,7 +20,9 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parent / "diffusers_dir"
+from common import FOLDER, save, to_our_layout
+
+ROOT = FOLDER / "diffusers_dir"
 
 PAPER = dict(
     center_input_sample=False, time_embedding_type="positional", freq_shift=1, flip_sin_to_cos=False,
@@ -36,13 +36,6 @@ def blocks(channels, attention):
     return dict(block_out_channels=channels, down_block_types=down, up_block_types=up)
 
 
-def ours(name, tensor):
-    tensor = tensor.float()
-    if tensor.ndim == 4:
-        tensor = tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) else tensor.permute(0, 2, 3, 1)
-    return tensor.contiguous().clone()
-
-
 def model(seed, **config):
     torch.manual_seed(seed)
     unet = UNet2DModel(**{**PAPER, **config})
@@ -52,10 +45,11 @@ def model(seed, **config):
 
 
 def expect(unet, name):
-    save_file({k: ours(k, v) for k, v in unet.state_dict().items()}, ROOT / f"{name}.expected.safetensors")
+    weights = {key: to_our_layout(value) for key, value in unet.state_dict().items()}
+    save(f"{ROOT.name}/{name}.expected.safetensors", weights)
 
 
-def main():
+def make():
     shutil.rmtree(ROOT, ignore_errors=True)
     ROOT.mkdir()
 
@@ -113,7 +107,7 @@ def check(directory, copy):
     print(f"{len(mine)} equal tensors")
 
 
-if len(sys.argv) == 4 and sys.argv[1] == "check":
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] != "check":
+        sys.exit(__doc__)
     check(*sys.argv[2:])
-else:
-    main()

@@ -1,21 +1,19 @@
-"""What diffusers' DDPM and DDIM schedulers do, in f64, for src/diffusion/tests.rs.
+"""`src/diffusion/fixtures/schedulers.json`: what diffusers' DDPM and DDIM schedulers do, in f64.
 
-    python tests/reference/schedulers.py
-
-writes src/diffusion/fixtures/schedulers.json (made with diffusers 0.42.1, torch 2.15.0, numpy 2.4.6; all on the CPU).
 A step without clipping is linear in (x_t, network output, z), so its coefficients are read off by feeding unit vectors
 to `scheduler.step`; a clipped step is kept with its inputs and result.
 """
 
 import json
-import pathlib
 from unittest import mock
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-OUT = pathlib.Path(__file__).parents[2] / "src/diffusion/fixtures/schedulers.json"
+from common import FOLDER, double_precision
+
+OUT = FOLDER.parents[1] / "src/diffusion/fixtures/schedulers.json"
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 OBJECTIVES = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -36,8 +34,7 @@ def scheduler(diffusion, sampler, clip):
         timestep_spacing=sampler["spacing"],
         steps_offset=sampler["steps_offset"],
     )
-    # The schedulers ask for float32 by name.
-    with mock.patch.object(torch, "float32", torch.float64):
+    with double_precision():
         if sampler["sampler"] == "ddpm":
             made = DDPMScheduler(variance_type=diffusion["variance"], **common)
         else:
@@ -99,7 +96,7 @@ def digests():
     return found
 
 
-def main():
+def make():
     cases = [
         case(steps=1000),
         case(steps=1000, variance="fixed_small"),
@@ -118,8 +115,4 @@ def main():
         case("ddim", steps=13, eta=0.7, objective="v", timesteps=100, beta_end=0.15),
     ]
     OUT.write_text(json.dumps(dict(probes=PROBES.tolist(), cases=cases, digests=digests()), separators=(",", ":")) + "\n")
-    print(OUT, OUT.stat().st_size, "bytes")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{OUT.name:32} {len(cases):5} cases {OUT.stat().st_size / 1024:10.1f} KiB")

@@ -3,7 +3,10 @@
 use super::DIFFUSERS_VERSION;
 use super::error::DiffusersError;
 use super::json::Keys;
-use crate::diffusion::{BetaSchedule, DiffusionConfig, Objective, SamplerConfig, SamplerKind, Spacing, Variance};
+use crate::diffusion::{
+    BETA_RANGE, BetaSchedule, DiffusionConfig, MAX_TIMESTEPS, Objective, SamplerConfig, SamplerKind, Spacing, Variance,
+    is_beta,
+};
 use serde_json::{Value, json};
 
 const SCHEDULES: [(&str, BetaSchedule); 3] = [
@@ -20,9 +23,6 @@ const KINDS: [(&str, SamplerKind); 2] = [("DDPMScheduler", SamplerKind::Ddpm), (
 
 /// The steps diffusers' DDIMPipeline takes when it is not told.
 const DDIM_STEPS: usize = 50;
-
-/// More timesteps than anyone trains with; keeps hostile numbers from taking memory.
-const MAX_TIMESTEPS: usize = 1_000_000;
 
 fn name_of<T: PartialEq>(table: &[(&'static str, T)], value: &T) -> &'static str {
     table.iter().find(|(_, v)| v == value).map_or("", |(name, _)| name)
@@ -98,6 +98,8 @@ pub(super) fn from_json(keys: &Keys) -> Result<(DiffusionConfig, SamplerConfig),
             SamplerKind::Ddpm => true,
             SamplerKind::Ddim => keys.flag("set_alpha_to_one", true)?,
         },
+        // Also where DDIM is asked for in place of this scheduler: diffusers would make its DDIMScheduler from the same file.
+        uniform_stride: true,
     };
     if sampler.steps_offset >= timesteps {
         return Err(keys.bad_value("steps_offset", &format!("less than num_train_timesteps = {timesteps}")));
@@ -119,18 +121,14 @@ fn choice<T: Copy>(
     })
 }
 
-fn is_beta(x: f64) -> bool {
-    x > 0.0 && x < 1.0
-}
-
 fn beta(keys: &Keys, key: &'static str, default: f64) -> Result<f64, DiffusersError> {
     let value = keys.number(key, default)?;
-    if is_beta(value) { Ok(value) } else { Err(keys.bad_value(key, "a number between 0 and 1")) }
+    if is_beta(value) { Ok(value) } else { Err(keys.bad_value(key, &format!("a number {BETA_RANGE}"))) }
 }
 
 fn trained_betas(keys: &Keys, timesteps: usize) -> Result<Option<Vec<f64>>, DiffusersError> {
     const KEY: &str = "trained_betas";
-    let expected = format!("null or num_train_timesteps = {timesteps} numbers between 0 and 1");
+    let expected = format!("null or num_train_timesteps = {timesteps} numbers {BETA_RANGE}");
     if matches!(keys.get(KEY), None | Some(Value::Null)) {
         return Ok(None);
     }

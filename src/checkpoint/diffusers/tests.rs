@@ -95,7 +95,7 @@ fn half_weights_and_a_ddim_scheduler_are_imported() {
     assert_eq!(diffusion.trained_betas.as_deref(), Some(&[0.1, 0.2, 0.3, 0.4, 0.5][..]));
     assert_eq!((diffusion.objective, diffusion.clip, diffusion.timesteps), (Objective::X0, 0.0, 5));
     assert_eq!((sampler.sampler, sampler.steps, sampler.steps_offset), (SamplerKind::Ddim, 5, 1));
-    assert!(!sampler.final_alpha_one);
+    assert!(!sampler.final_alpha_one && sampler.uniform_stride);
     assert_tensors(&found, "f16_ddim");
 }
 

@@ -3,7 +3,7 @@
 use super::Attention;
 use crate::device::cpu::{Launch, gemm::serial};
 use crate::multiversion;
-use crate::ops::silu::exp;
+use crate::simd::exp;
 use std::array::from_fn;
 
 /// Scores are worked on in groups of this many: a vector register, or two. Rows of scores are padded to a multiple.

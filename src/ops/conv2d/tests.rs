@@ -1,6 +1,6 @@
 use super::{Stride, conv2d};
 use crate::ops::add::add;
-use crate::ops::testing::{Case, Input, Outcome, Reference, assert_close, random};
+use crate::ops::testing::{Case, Input, Outcome, Reference, assert_close, random, ulps};
 use crate::tape::{Tape, Var};
 
 /// The sizes of a convolution.
@@ -43,11 +43,6 @@ impl Size {
 
 fn itertools(a: usize, b: usize, c: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     (0..a * b * c).map(move |i| (i / (b * c), i / c % b, i % c))
-}
-
-/// Errors of a sum of `terms` products that point in random directions.
-fn ulps(terms: usize) -> f64 {
-    4.0 * (terms as f64).sqrt() + 4.0
 }
 
 fn stride(stride: usize) -> Stride {

@@ -1,6 +1,6 @@
 use super::linear;
 use crate::ops::add::add;
-use crate::ops::testing::{Case, Input, Reference, assert_close, random};
+use crate::ops::testing::{Case, Input, Reference, assert_close, random, ulps};
 use crate::tape::{Tape, Var};
 
 /// y = Σ_s x_s·W_sᵀ + b in f64.
@@ -20,11 +20,6 @@ fn exact(sources: &[(&[f32], usize)], w: &[f32], b: &[f32]) -> Vec<f64> {
 
 fn dot(a: &[f64], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * f64::from(*b)).sum()
-}
-
-/// Errors of a sum of `terms` products that point in random directions.
-fn ulps(terms: usize) -> f64 {
-    4.0 * (terms as f64).sqrt() + 4.0
 }
 
 #[test]

@@ -1,6 +1,7 @@
 use super::cpu::residual;
 use super::{LossInputs, mse_loss};
 use crate::device::Region;
+use crate::diffusion::{DiffusionConfig, Objective, Schedule};
 use crate::ops::add::add;
 use crate::ops::copy::Copy;
 use crate::ops::q_sample::tests::draws;
@@ -47,10 +48,14 @@ fn program(
 }
 
 fn run(planned: &mut Planned, pixels: &[u8], w: &[f32], noising: &[f32], clock: [u32; 2]) {
+    run_to(planned, pixels, w, noising, &table(), clock);
+}
+
+fn run_to(planned: &mut Planned, pixels: &[u8], w: &[f32], noising: &[f32], target: &[f32], clock: [u32; 2]) {
     planned.set_part(Region::Weights, "w", w);
     planned.set("pixels", pixels);
     planned.set("noising", noising);
-    planned.set("target", &table());
+    planned.set("target", target);
     planned.set("clock", &[clock[0], clock[1], 0, 0]);
     planned.run();
 }
@@ -83,6 +88,39 @@ fn gradient_is_that_of_the_f64_loss_by_finite_differences() {
         // The network is out = w + w.
         let twice: Vec<f32> = dout.iter().map(|d| 2.0 * d).collect();
         assert!(planned.part(Region::Gradients, "w") == twice);
+    }
+}
+
+/// The loss of each objective is to what the formulas of `diffusion` call its target.
+#[test]
+fn targets_are_those_of_the_objectives() {
+    let batch = batch(3, 5, 7, 3);
+    let image = batch.elements();
+    let (pixels, out) = (pixels(4, 3 * image), random(5, 3 * image));
+    for objective in [Objective::Epsilon, Objective::X0, Objective::V] {
+        let config = DiffusionConfig { timesteps: T, objective, ..DiffusionConfig::default() };
+        let schedule = Schedule::new(&config).unwrap();
+        let mut planned = program(&batch, 3, 2, |_, _, w| w);
+        let (noising, target) = (schedule.q_sample_table(), schedule.target_table());
+        run_to(&mut planned, &pixels, &out, noising.as_flattened(), target.as_flattened(), [12, 40]);
+        let differences: Vec<f64> = (0..3)
+            .flat_map(|j| {
+                let (x_0, epsilon, t) = draws(&batch, &pixels[j * image..][..image], 12, 40 + j as u32);
+                let target = |x_0: f64, noise: f64| match objective {
+                    Objective::Epsilon => noise,
+                    Objective::X0 => x_0,
+                    Objective::V => schedule.predict_v(x_0, t as usize, noise),
+                };
+                let targets: Vec<f64> = x_0.iter().zip(&epsilon).map(|(x, e)| target(*x, f64::from(*e))).collect();
+                let out = &out[j * image..][..image];
+                out.iter().zip(targets).map(|(out, target)| f64::from(*out) - target).collect::<Vec<_>>()
+            })
+            .collect();
+        let gradient = differences.iter().map(|d| 2.0 * d / (3 * image) as f64);
+        // As in the test by differences, and one rounding of the target's coefficients.
+        assert_close("dout", &planned.get::<f32>("dout"), gradient, 5.0);
+        let losses = differences.chunks(image).map(|d| d.iter().map(|d| d * d).sum::<f64>() / image as f64);
+        assert_close("loss", &planned.get::<f32>("loss"), losses, 5.0);
     }
 }
 

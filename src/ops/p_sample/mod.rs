@@ -14,11 +14,11 @@ use crate::tape::{Op, Scratch, Shape, Signature, Spec, Tape, Var};
 use std::sync::Arc;
 
 /// Inputs: the network's output [N, …]; the row [9] = x0_from_xt, x0_from_out, eps_from_xt, eps_from_out, c_x0, c_xt, c_eps, sigma,
-/// clip (x̂_0 is clipped to [−clip, clip]; 0 or +∞ means not at all); clock u32 [4] (clock[0] the sampling step, so that each step has noise of
+/// clip (x̂_0 is clipped to [−clip, clip]; 0 or +∞ means not at all); clock u32 [4] (clock[0] the timestep, so that each step has noise of
 /// its own; clock[1] the index of the first image); seed u32 [2] (low word, high word).
 /// Output, changed in place: x [N, …].
 ///
-/// The noise of an image is a function of seed, image index and step. None is drawn where sigma is 0.
+/// The noise of an image is a function of seed, image index and timestep. None is drawn where sigma is 0.
 #[derive(Clone, Debug)]
 pub struct PSample {
     /// Shape of x: images first.

@@ -1,5 +1,7 @@
 use super::{StepInputs, p_sample, row};
-use crate::diffusion::{DiffusionConfig, Objective, SamplerConfig, SamplerKind, SamplerTable, Schedule, p_sample_step};
+use crate::diffusion::{
+    DiffusionConfig, Objective, SamplerConfig, SamplerKind, SamplerTable, Schedule, Variance, p_sample_step,
+};
 use crate::ops::testing::{Planned, Reference, random};
 use crate::rng::{Kind, Stream};
 use crate::tape::{Shape, Spec, Tape};
@@ -138,10 +140,11 @@ fn runs_every_step_of_every_sampler() {
             let config = SamplerConfig { sampler, steps: 10, eta, ..Default::default() };
             let table = SamplerTable::new(&schedule, &config).unwrap();
             let mut x = random(1, 90);
-            for (k, step) in table.steps.iter().enumerate() {
-                let out = random(10 + k as u64, 90);
-                let next = run(&shape, 2, &x, &out, row(step, table.clip), [k as u32, 0], SEED);
-                let z = [0, 1].map(|image| noise(SEED, k as u32, image, 45)).concat();
+            for step in &table.steps {
+                let t = step.timestep;
+                let out = random(u64::from(10 + t), 90);
+                let next = run(&shape, 2, &x, &out, row(step, table.clip), [t, 0], SEED);
+                let z = [0, 1].map(|image| noise(SEED, t, image, 45)).concat();
                 let [x64, out64, z64] = [&x, &out, &z].map(|v| v.iter().map(|v| f64::from(*v)).collect::<Vec<_>>());
                 let expected = p_sample_step(step, table.clip, &x64, &out64, &z64);
                 for i in 0..90 {
@@ -150,11 +153,37 @@ fn runs_every_step_of_every_sampler() {
                     let error = (f64::from(next[i]) - expected[i]).abs();
                     assert!(
                         error <= 4.5 * EPS * size,
-                        "{objective:?} {sampler:?} step {k} [{i}]: {} {error:e}",
+                        "{objective:?} {sampler:?} t = {t} [{i}]: {} {error:e}",
                         next[i]
                     );
                 }
                 x = next;
+            }
+        }
+    }
+}
+
+/// Over all T steps, a step of Algorithm 2 is p_θ(x_{t−1} | x_t) as the formulas of `diffusion` have it: mean + σ_t z, without z at t = 0.
+#[test]
+fn a_step_of_algorithm_2_is_p() {
+    let shape = Shape::from([2, 3, 5, 3]);
+    for objective in [Objective::Epsilon, Objective::X0, Objective::V] {
+        for variance in [Variance::FixedLarge, Variance::FixedSmall] {
+            let schedule = Schedule::new(&DiffusionConfig { objective, variance, ..Default::default() }).unwrap();
+            let table = SamplerTable::new(&schedule, &SamplerConfig::default()).unwrap();
+            for t in [0, 1, 250, 999] {
+                let row = row(&table.steps[999 - t], table.clip);
+                let (x, out) = (random(t as u64, 90), random(7, 90));
+                let found = run(&shape, 2, &x, &out, row, [t as u32, 3], SEED);
+                let z = [3, 4].map(|image| noise(SEED, t as u32, image, 45)).concat();
+                for i in 0..90 {
+                    let (mean, variance) = schedule.p_mean_variance(x[i].into(), t, out[i].into());
+                    let sigma = if t > 0 { variance.sqrt() } else { 0.0 };
+                    let (_, size) = exact(x[i], out[i], z[i], row);
+                    // As below: seven roundings, and two of coefficients. The tables differ by ε_64/(1 − ᾱ_0).
+                    let error = (f64::from(found[i]) - (mean + sigma * f64::from(z[i]))).abs();
+                    assert!(error <= 4.5 * EPS * size + 4e-12, "{objective:?} t = {t} [{i}]: {} {error:e}", found[i]);
+                }
             }
         }
     }

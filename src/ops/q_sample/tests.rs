@@ -1,5 +1,6 @@
 use super::cpu::blend;
 use super::{TrainingBatch, q_sample};
+use crate::diffusion::{DiffusionConfig, Schedule};
 use crate::ops::testing::{Planned, Reference, assert_close, pixels};
 use crate::rng::{Kind, Stream};
 use crate::tape::{Spec, Tape};
@@ -8,10 +9,13 @@ fn batch(images: usize, height: usize, width: usize, channels: usize) -> Trainin
     TrainingBatch { images, height, width, channels, timesteps: 1000, flip: true, seed: 0xDEAD_BEEF_0123_4567 }
 }
 
-/// √ᾱ and √(1−ᾱ) of T steps.
-fn table(timesteps: usize) -> Vec<f32> {
-    let alpha_bar = |t: usize| 1.0 - (t as f64 + 0.5) / timesteps as f64;
-    (0..timesteps).flat_map(|t| [alpha_bar(t).sqrt() as f32, (1.0 - alpha_bar(t)).sqrt() as f32]).collect()
+fn schedule() -> Schedule {
+    Schedule::new(&DiffusionConfig::default()).unwrap()
+}
+
+/// √ᾱ and √(1−ᾱ) of the paper's T = 1000 steps.
+fn table() -> Vec<f32> {
+    schedule().q_sample_table().as_flattened().to_vec()
 }
 
 /// x_t and t.
@@ -51,15 +55,16 @@ fn matches_equation_4_with_the_draws_of_each_image() {
     // Odd sizes; grey, colour and other; rows longer than a block; images of several blocks, the last one short.
     for (n, h, w, c) in [(7, 5, 7, 3), (4, 1, 1, 1), (5, 28, 28, 1), (6, 3, 5, 4), (4, 3, 701, 3), (3, 61, 33, 3)] {
         let batch = batch(n, h, w, c);
-        let (image, table) = (batch.elements(), table(1000));
+        let (image, schedule) = (batch.elements(), schedule());
         let pixels = pixels(9, n * image);
-        let (x_t, t) = run(&batch, 2, &pixels, &table, [17, 1000]);
+        let (x_t, t) = run(&batch, 2, &pixels, &table(), [17, 1000]);
         for j in 0..n {
             let (x_0, epsilon, expected_t) = draws(&batch, &pixels[j * image..][..image], 17, 1000 + j as u32);
             assert_eq!(t[j], expected_t);
-            let [a, b] = [0, 1].map(|k| f64::from(table[2 * t[j] as usize + k]));
-            let exact = x_0.iter().zip(&epsilon).map(|(x_0, epsilon)| a * x_0 + b * f64::from(*epsilon));
-            assert_close(&format!("{h}×{w}×{c} image {j}"), &x_t[j * image..][..image], exact, 2.0);
+            let t = t[j] as usize;
+            let exact = x_0.iter().zip(&epsilon).map(|(x_0, epsilon)| schedule.q_sample(*x_0, t, f64::from(*epsilon)));
+            // Half an ulp each: x_0 and its coefficient, ε's, the two products, the sum.
+            assert_close(&format!("{h}×{w}×{c} image {j}"), &x_t[j * image..][..image], exact, 3.0);
         }
     }
 }
@@ -122,7 +127,7 @@ fn timesteps_are_uniform_and_half_of_the_images_flipped() {
 fn an_image_depends_on_its_place_in_the_global_batch_and_the_step_alone() {
     let (whole, part) = (batch(6, 5, 7, 3), batch(2, 5, 7, 3));
     let image = whole.elements();
-    let (pixels, table) = (pixels(1, 6 * image), table(1000));
+    let (pixels, table) = (pixels(1, 6 * image), table());
     let (x_t, t) = run(&whole, 1, &pixels, &table, [5, 100]);
     for shard in 0..3 {
         let range = shard * 2 * image..(shard + 1) * 2 * image;

@@ -5,8 +5,6 @@ mod cpu;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use cpu::{exp, sigmoid};
-
 use crate::device::cpu::Launch;
 use crate::tape::{Gradient, Of, Op, Shape, Signature, Spec, Tape, Var};
 

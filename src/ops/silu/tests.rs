@@ -1,15 +1,5 @@
-use super::{cpu::exp, silu};
-use crate::ops::testing::{Case, Input, assert_close, random};
-
-#[test]
-fn exp_is_within_two_ulp() {
-    for i in -860_000..=870_000 {
-        let x = i as f32 * 1e-4;
-        let exact = f64::from(x).exp();
-        let error = (f64::from(exp(x)) - exact).abs() / exact;
-        assert!(error <= 2.0 * f64::from(f32::EPSILON), "exp({x}) = {} is off by {error:e}", exp(x));
-    }
-}
+use super::silu;
+use crate::ops::testing::{Case, Input, Reference, assert_close, random};
 
 #[test]
 fn matches_f64_and_its_derivative() {
@@ -24,4 +14,24 @@ fn matches_f64_and_its_derivative() {
     };
     assert_close("y", &result.y, x.iter().map(exact), 4.0);
     assert_close("dx", &result.gradient("x"), x.iter().zip(&dy).map(|(x, dy)| derivative(x) * f64::from(*dy)), 8.0);
+}
+
+/// From −200 to 200, where e^x is no f32. The values of PyTorch are rounded to f32: one rounding more.
+#[test]
+fn matches_pytorch() {
+    let file = Reference::open("ops.safetensors");
+    let (x, dy) = (file.f32("silu/x"), file.f32("silu/dy"));
+    let result = Case::new(vec![Input::f32("x", [x.len()], &x)]).run(&dy, |tape, v| silu(tape, v[0]));
+    assert_close("y", &result.y, file.f64("silu/y"), 5.0);
+    assert_close("dx", &result.gradient("x"), file.f64("silu/dx"), 9.0);
+}
+
+/// A network that has diverged is not made to look well: what is not finite stays so.
+#[test]
+fn infinities_and_nan_are_not_hidden() {
+    let x = [f32::NEG_INFINITY, f32::NAN, f32::INFINITY, 3.0];
+    let result = Case::new(vec![Input::f32("x", [4], &x)]).run(&[1.0; 4], |tape, v| silu(tape, v[0]));
+    assert!(!result.y[0].is_finite() && result.y[1].is_nan() && result.y[2] == f32::INFINITY, "{:?}", result.y);
+    assert!(result.gradient("x")[..3].iter().all(|dx| !dx.is_finite()), "{:?}", result.gradient("x"));
+    assert!(result.y[3].is_finite() && result.gradient("x")[3].is_finite());
 }

@@ -2,7 +2,7 @@
 //! keeps what it needs of them in registers, and walks over the pixels.
 
 use crate::multiversion;
-use crate::ops::silu::sigmoid;
+use crate::simd::sigmoid;
 use std::array::from_fn;
 
 /// Most pixels that are summed in f32 before the sum is added to a compensated one.

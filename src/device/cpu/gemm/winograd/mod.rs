@@ -73,10 +73,11 @@ struct Pixels<'a> {
 }
 
 impl Convolution {
-    /// Whether this is the faster way: the channels fill vectors, and there are tiles enough to make up for transforming the filters.
-    /// Decided by shape alone, as it shows in the bits.
+    /// Whether this is the faster way: the channels fill vectors, and the tiles of a usual batch (16 images of at least 4×4 pixels) make
+    /// up for transforming the filters. Decided by the shape of one image, as it shows in the bits: an image is the same in any batch.
     pub fn pays(&self) -> bool {
-        (16..=4096).contains(&self.channels) && (16..=4096).contains(&self.out) && self.tiles() >= 64
+        let is_wide = [self.channels, self.out].iter().all(|channels| (16..=4096).contains(channels));
+        is_wide && Convolution { images: 1, ..*self }.tiles() >= 4
     }
 
     /// The same pictures the other way: the convolution that makes dx of dy.
