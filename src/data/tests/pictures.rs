@@ -163,7 +163,10 @@ fn a_bad_picture_is_named_or_left_out() {
     };
     let jpeg = jpeg(&good[0], 20, 20);
     let mut bomb = png.clone();
-    bomb[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]); // claims 65536×65536
+    bomb[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]); // claims 65536×65536, with a checksum that holds
+    let mut crc = flate2::Crc::new();
+    crc.update(&bomb[12..29]);
+    bomb[29..33].copy_from_slice(&crc.sum().to_be_bytes());
     let small = {
         let place = Place::new();
         save_picture(&place.path("x.png"), &good[0][..19 * 20 * 3], 19, 20);
@@ -181,7 +184,7 @@ fn a_bad_picture_is_named_or_left_out() {
             },
             "cannot be decoded",
         ),
-        ("bomb.png", bomb, "cannot be decoded"),
+        ("bomb.png", bomb, "claims 65536×65536 pixels"),
         ("truncated.jpg", jpeg[..jpeg.len() * 3 / 4].to_vec(), "cannot be decoded"),
         ("headless.jpg", jpeg[..30].to_vec(), "cannot be decoded"),
         ("garbage.jpg", b"<html>404</html>".to_vec(), "starts with [3c, 68, 74, 6d]"),
@@ -205,6 +208,13 @@ fn a_bad_picture_is_named_or_left_out() {
             assert_eq!((dataset.len(), dataset.skipped(), log.decoded()), (3, 1, !again), "{name}");
             assert_eq!(all(&dataset), good.concat(), "{name}");
             assert!(dataset.skipped_names()[0].contains(name), "{:?}", dataset.skipped_names());
+        }
+        // A header that is wrong is found out without decoding too.
+        if ["headless.png", "bomb.png", "headless.jpg", "gif.png", "empty.png", "small.png"].contains(&name) {
+            let lazy = |config: &DataConfig| DataConfig { cache_limit: ByteSize(0), ..config.clone() };
+            assert!(Dataset::open(&lazy(&stop), None, &()).unwrap_err().to_string().contains(why), "{name}");
+            let dataset = Dataset::open(&lazy(&skip), None, &()).unwrap();
+            assert_eq!((dataset.len(), dataset.skipped()), (3, 1), "{name}");
         }
         // A cache made by skipping is not taken for one made without.
         assert!(Dataset::open(&stop, None, &()).is_err(), "{name}");
