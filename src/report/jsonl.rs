@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::append::Append;
 use super::{ReportError, write_atomically};
+use crate::files::Durability;
 
 /// A log of which every line is whole.
 #[derive(Debug)]
@@ -32,7 +33,9 @@ impl JsonLines {
             Ok(bytes) => {
                 let kept = keep(&bytes, done);
                 if kept != bytes {
-                    write_atomically(path, |file| file.write_all(&kept).map_err(ReportError::io("write", path)))?;
+                    write_atomically(path, Durability::Kill, |file| {
+                        file.write_all(&kept).map_err(ReportError::io("write", path))
+                    })?;
                 }
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => super::atomic::create_parent(path)?,
@@ -47,7 +50,7 @@ impl JsonLines {
     /// # Errors
     /// The file cannot be written.
     pub fn create(path: &Path) -> Result<JsonLines, ReportError> {
-        write_atomically(path, |_| Ok(()))?;
+        write_atomically(path, Durability::Kill, |_| Ok(()))?;
         JsonLines::resume(path, 0)
     }
 

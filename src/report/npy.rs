@@ -11,6 +11,7 @@ use zip::{CompressionMethod, ZipWriter};
 
 use super::grid::to_u8;
 use super::{Images, ReportError, write_atomically};
+use crate::files::Durability;
 
 const MAGIC: &[u8] = b"\x93NUMPY";
 
@@ -23,7 +24,7 @@ pub fn write_npy(path: &Path, values: &[f32], shape: &[usize]) -> Result<(), Rep
         let message = format!("{} values are not an array of shape {shape:?}", values.len());
         return Err(ReportError::Encode { path: path.to_owned(), message });
     }
-    write_atomically(path, |file| {
+    write_atomically(path, Durability::Kill, |file| {
         let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(ReportError::io("write", path));
         write(&header("<f4", shape))?;
         values.iter().try_for_each(|value| write(&value.to_le_bytes()))
@@ -43,7 +44,7 @@ pub fn write_npz(path: &Path, images: &Images) -> Result<(), ReportError> {
     // 4 GiB is where a zip entry needs its large form.
     let large = header.len() + images.pixels().len() >= u32::MAX as usize;
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated).large_file(large);
-    write_atomically(path, |file| {
+    write_atomically(path, Durability::Kill, |file| {
         let mut archive = ZipWriter::new(file);
         archive.start_file("arr_0.npy", options).map_err(encode)?;
         archive.write_all(&header).map_err(ReportError::io("write", path))?;
