@@ -24,7 +24,7 @@ impl JsonLines {
     ///
     /// An earlier start may have logged further than the checkpoint from which the run goes on. Lines whose `step` is
     /// greater than `done` are removed, so that every step is there once, and so is a last line torn by a kill. The
-    /// file is rewritten atomically, and only if there is something to remove.
+    /// file is rewritten atomically and synced, and only if there is something to remove.
     ///
     /// # Errors
     /// The file cannot be read or written.
@@ -33,7 +33,8 @@ impl JsonLines {
             Ok(bytes) => {
                 let kept = keep(&bytes, done);
                 if kept != bytes {
-                    write_atomically(path, Durability::Kill, |file| {
+                    // A power failure must not cost the log of all the steps before.
+                    write_atomically(path, Durability::PowerFailure, |file| {
                         file.write_all(&kept).map_err(ReportError::io("write", path))
                     })?;
                 }
@@ -50,7 +51,7 @@ impl JsonLines {
     /// # Errors
     /// The file cannot be written.
     pub fn create(path: &Path) -> Result<JsonLines, ReportError> {
-        write_atomically(path, Durability::Kill, |_| Ok(()))?;
+        write_atomically(path, Durability::PowerFailure, |_| Ok(()))?;
         JsonLines::resume(path, 0)
     }
 
