@@ -13,9 +13,9 @@ pub enum Fault {
     /// The first bytes are not those of the format.
     #[error("not {format}: expected {expected}, found {found}; {help}")]
     Magic { format: &'static str, expected: String, found: String, help: &'static str },
-    /// Elements are not unsigned bytes.
-    #[error("elements of type {found}, expected unsigned bytes; {help}")]
-    Dtype { found: String, help: &'static str },
+    /// Elements of another type.
+    #[error("elements of type {found}, expected {expected}; {help}")]
+    Dtype { found: String, expected: &'static str, help: &'static str },
     /// The header cannot be read.
     #[error("unreadable header: expected {expected}, found {found}; {help}")]
     Header { expected: &'static str, found: String, help: &'static str },

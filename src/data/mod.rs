@@ -33,6 +33,7 @@ pub use config::{DataConfig, Format, OnBadImage};
 pub use dataset::{Dataset, Storage};
 pub use error::{DataError, Fault};
 pub use loader::{Batch, Loader, LoaderConfig};
+pub use npy::{NpyHeader, npy_header};
 pub use order::Order;
 pub use progress::{Phase, Progress};
 pub use units::{ByteSize, ImageSize};
