@@ -24,6 +24,7 @@ const FLUSH_BYTES: usize = 1 << 20;
 pub struct TensorBoard {
     file: Append,
     last_flush: Instant,
+    behind: bool,
 }
 
 impl TensorBoard {
@@ -52,7 +53,7 @@ impl TensorBoard {
                 Err(error) => return Err(ReportError::io("create", &path)(error)),
             }
         };
-        let mut this = TensorBoard { file, last_flush: Instant::now() };
+        let mut this = TensorBoard { file, last_flush: Instant::now(), behind: false };
         this.push(0, What::FileVersion("brain.Event:2"))?;
         if restarted {
             this.push(done + 1, What::Restart)?;
@@ -91,7 +92,14 @@ impl TensorBoard {
     /// The file cannot be written.
     pub fn flush(&mut self) -> Result<(), ReportError> {
         self.last_flush = Instant::now();
-        self.file.flush()
+        let outcome = self.file.flush();
+        self.behind = outcome.is_err();
+        outcome
+    }
+
+    /// Whether the file could not be written when that was last tried: events wait, and a call that did not try may still have succeeded.
+    pub fn is_behind(&self) -> bool {
+        self.behind
     }
 
     fn flush_if_due(&mut self) -> Result<(), ReportError> {
