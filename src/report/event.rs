@@ -1,7 +1,7 @@
 //! TensorBoard's `Event` message, made of the types that `tensorboard-rs` is made of.
 //!
-//! Scalars are its summaries. Its image summary takes colour alone, panics on anything else and encodes with its own decoder's age, so that
-//! pictures, which are PNGs already, are put into the message here.
+//! Scalars are its summaries. Its image summary takes colour alone, panics on anything else, and encodes again what is a PNG already, so
+//! that pictures are put into the message here.
 
 use protobuf::{Message, ProtobufResult};
 use tensorboard_proto::event::{Event, SessionLog, SessionLog_SessionStatus};
