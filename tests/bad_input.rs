@@ -12,6 +12,11 @@ fn refused(project: &Project, more: &[&str], code: i32, words: &[&str]) {
     assert!(!project.path("run").exists(), "{more:?} left a run directory");
 }
 
+fn pipe(path: &Path) {
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+}
+
 fn config_of(project: &Project) -> String {
     String::from_utf8(project.read("config.toml")).unwrap()
 }
@@ -25,8 +30,12 @@ fn configs() {
     std::fs::remove_file(project.path("config.toml")).unwrap();
     train(&["config.toml", "does not exist"]);
     std::fs::create_dir(project.path("config.toml")).unwrap();
-    train(&["config.toml", "cannot read"]);
+    train(&["config.toml", "cannot read", "a folder"]);
     std::fs::remove_dir(project.path("config.toml")).unwrap();
+    // A pipe would be waited for without end.
+    pipe(&project.path("config.toml"));
+    train(&["config.toml", "cannot read", "a named pipe"]);
+    std::fs::remove_file(project.path("config.toml")).unwrap();
     project.write("config.toml", [0xff, 0xfe, 0x00]);
     train(&["config.toml"]);
 
@@ -91,6 +100,8 @@ fn data_sets_that_are_not_there() {
     refused(&project, &["--set", &set("notes.txt")], 3, &["notes.txt"]);
     project.write("none.npy", npy(&[0, 8, 8, 3], &[]));
     refused(&project, &["--set", &set("none.npy")], 3, &["none.npy", "no images"]);
+    pipe(&project.path("pipe"));
+    refused(&project, &["--set", &set("pipe")], 3, &["pipe", "a named pipe", "expected a regular file"]);
     project.write("void.npy", []);
     refused(&project, &["--set", &set("void.npy")], 3, &["void.npy"]);
 }

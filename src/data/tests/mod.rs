@@ -152,6 +152,12 @@ pub(super) fn cifar_record(label: u8, pixels: &[u8]) -> Vec<u8> {
     record
 }
 
+/// A named pipe.
+pub(super) fn pipe(path: &Path) {
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+}
+
 /// Saves [H, W, 1 or 3] as the format of the name's extension.
 pub(super) fn save_picture(path: &Path, pixels: &[u8], height: u32, width: u32) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
