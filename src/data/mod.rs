@@ -12,6 +12,7 @@ mod cache;
 mod cifar10;
 mod compressed;
 mod config;
+mod contents;
 mod dataset;
 mod error;
 mod folder;
@@ -29,6 +30,7 @@ mod source;
 mod tests;
 mod units;
 
+pub use cache::user_cache_dir;
 pub use config::{DataConfig, Format, OnBadImage};
 pub use dataset::{Dataset, Storage};
 pub use error::{DataError, Fault};

@@ -6,12 +6,15 @@ use crate::data::{Phase, Progress};
 use crate::report::{Bar, Console, FileAlarm, JsonLines, Picture, ReportError, TensorBoard, TrainingBar};
 use serde::Serialize;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Progress of opening a data set as a bar.
 pub(super) struct DecodingBar<'a> {
     pub console: &'a Console,
     pub bar: Mutex<Option<(Phase, Bar)>>,
+    /// Set by a signal.
+    pub stop: &'a AtomicBool,
 }
 
 impl Progress for DecodingBar<'_> {
@@ -28,6 +31,10 @@ impl Progress for DecodingBar<'_> {
 
     fn notice(&self, message: &str) {
         self.console.say(message);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 }
 

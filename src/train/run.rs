@@ -251,7 +251,7 @@ impl<'a> Run<'a> {
 }
 
 fn open_data(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
-    let progress = DecodingBar { console: options.console, bar: Mutex::new(None) };
+    let progress = DecodingBar { console: options.console, bar: Mutex::new(None), stop: options.stop };
     // Pictures of a folder become grey or coloured as the model wants them, unless `data.channels` says otherwise.
     let channels = config.data.channels.unwrap_or(config.model.image_channels);
     let data = DataConfig { channels: Some(channels), ..config.data.clone() };

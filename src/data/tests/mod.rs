@@ -5,6 +5,7 @@ mod caching;
 mod loading;
 mod malformed;
 mod pictures;
+mod stopping;
 
 use std::fs;
 use std::io::Write;

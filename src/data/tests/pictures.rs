@@ -53,6 +53,15 @@ fn pictures_come_in_the_order_of_their_paths_and_others_are_left_alone() {
     std::os::unix::fs::symlink(place.path("nowhere"), place.path("q/e")).unwrap();
     let error = Dataset::open(&moved, None, &()).unwrap_err().to_string();
     assert!(error.contains("q/e") && error.contains("follow the link"), "{error}");
+    for cache_limit in [ByteSize(0), ByteSize(1 << 20)] {
+        let skip = DataConfig { on_bad_image: OnBadImage::Skip, cache_limit, ..moved.clone() };
+        for _ in 0..2 {
+            let dataset = Dataset::open(&skip, None, &()).unwrap();
+            assert_eq!((dataset.len(), dataset.skipped()), (5, 1));
+            let name = &dataset.skipped_names()[0];
+            assert!(name.contains("q/e") && name.contains("a link to nothing"), "{name}");
+        }
+    }
 }
 
 #[test]
@@ -244,4 +253,26 @@ fn headers_are_checked_up_front_where_pictures_are_decoded_on_demand() {
     }
     let error = Dataset::open(&skip, None, &()).unwrap_err().to_string();
     assert!(error.contains("none of them usable") && error.contains("b.png"), "{error}");
+}
+
+#[test]
+fn every_byte_of_a_picture_counts() {
+    // A JPEG large enough that its middle is far from both ends.
+    let place = Place::new();
+    let bytes = jpeg(&noise(300 * 300 * 3, 1), 300, 300);
+    assert!(bytes.len() > 60_000);
+    let path = place.write("p/a.jpg", &bytes);
+    for cache_limit in [ByteSize(0), ByteSize(1 << 30)] {
+        let config = DataConfig { cache_limit, ..config(&place, 64, 3) };
+        let fingerprint = || Dataset::open(&config, None, &()).unwrap().fingerprint();
+        fs::write(&path, &bytes).unwrap();
+        let before = fingerprint();
+        let mut changed = bytes.clone();
+        let middle = bytes.len() / 2;
+        changed[middle] = if bytes[middle] == 0x11 { 0x12 } else { 0x11 };
+        fs::write(&path, &changed).unwrap();
+        assert_ne!(fingerprint(), before);
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(fingerprint(), before);
+    }
 }
