@@ -15,6 +15,7 @@ use super::cifar10;
 use super::compressed::Container;
 use super::config::expand_home;
 use super::folder::{Bad, Folder, Skipped};
+use super::on_demand::OnDemand;
 use super::picture::Target;
 use super::pixels::{Bytes, FieldHasher, Hash, digest, map};
 use super::source::{Source, detect};
@@ -57,7 +58,7 @@ enum Store {
     },
     /// Batches with the numbers of their first images.
     Cifar10(Vec<(u64, Mmap)>),
-    Folder(Folder, Target),
+    Pictures(OnDemand),
 }
 
 impl std::fmt::Debug for Dataset {
@@ -102,7 +103,7 @@ impl Dataset {
             Source::Images(folder) => Opened::images(folder, config, progress),
         })?;
         let Opened { len, shape, store, fingerprint, skipped } = opened;
-        let pool = matches!(store, Store::Folder(..)).then_some(pool);
+        let pool = matches!(store, Store::Pictures(_)).then_some(pool);
         Ok(Dataset { path, len, shape, store, fingerprint, skipped, pool })
     }
 
@@ -132,7 +133,7 @@ impl Dataset {
         match &self.store {
             Store::Array { storage, .. } => *storage,
             Store::Cifar10(_) => Storage::File,
-            Store::Folder(..) => Storage::OnDemand,
+            Store::Pictures(_) => Storage::OnDemand,
         }
     }
 
@@ -151,6 +152,23 @@ impl Dataset {
     /// The first few skipped pictures, each with what is wrong with it.
     pub fn skipped_names(&self) -> &[String] {
         &self.skipped.names
+    }
+
+    /// How many pictures turned out to be bad when they were needed, so that others stand in for them
+    /// ([`OnBadImage::Skip`](super::OnBadImage::Skip)).
+    pub fn replaced(&self) -> u64 {
+        match &self.store {
+            Store::Pictures(pictures) => pictures.replaced(),
+            _ => 0,
+        }
+    }
+
+    /// What a person should be told about such pictures since the last call: the first few one by one, then each doubling of their number.
+    pub fn replacements(&self) -> Vec<String> {
+        match &self.store {
+            Store::Pictures(pictures) => pictures.news(),
+            _ => Vec::new(),
+        }
     }
 
     /// Writes image `i` to `out`, `[H, W, C]`. With `data.on_bad_image = "skip"`, a picture that is decoded when it is needed and cannot be
@@ -172,7 +190,7 @@ impl Dataset {
                 let (first, map) = &batches[batches.partition_point(|(first, _)| *first <= i) - 1];
                 cifar10::interleave(&map[(i - first) as usize * cifar10::RECORD..][..cifar10::RECORD], out);
             }
-            Store::Folder(folder, target) => folder.decode(i as usize, *target, out)?,
+            Store::Pictures(pictures) => pictures.image(i as usize, out)?,
         }
         Ok(())
     }
@@ -291,7 +309,7 @@ impl Opened {
         if bytes > config.cache_limit.0 {
             let (folder, fingerprint, skipped) = folder.check_all(target, config.on_bad_image, progress)?;
             let len = folder.files.len() as u64;
-            let store = Store::Folder(folder, target);
+            let store = Store::Pictures(OnDemand::new(folder, target, config.on_bad_image));
             return Ok(Opened { len, shape: target.shape(), store, fingerprint, skipped });
         }
         let options = format!("{:?} {:?}", target.shape(), config.on_bad_image);

@@ -20,6 +20,7 @@ mod idx;
 mod jpeg;
 mod loader;
 mod npy;
+mod on_demand;
 mod order;
 mod picture;
 mod pixels;

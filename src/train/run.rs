@@ -69,9 +69,13 @@ pub fn train(config: &mut Config, device: &mut Device, options: &Options<'_>) ->
             break Ended::Stopped;
         }
         run.step(loader.next()?.pixels)?;
+        dataset.replacements().iter().for_each(|text| options.console.alarm(text));
         run.save_if_due();
         run.draw_if_due()?;
     };
+    if dataset.replaced() > 0 {
+        options.console.alarm(format!("{} images were bad and others stood in for them", dataset.replaced()));
+    }
     run.close(ended)
 }
 

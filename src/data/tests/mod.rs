@@ -5,6 +5,7 @@ mod caching;
 mod loading;
 mod malformed;
 mod pictures;
+mod replacing;
 mod stopping;
 
 use std::fs;
