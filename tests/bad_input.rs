@@ -161,6 +161,42 @@ fn truncated_pictures() {
 }
 
 #[test]
+fn a_picture_that_turns_out_to_be_bad_while_training() {
+    let project = Project::new();
+    // A whole header, so that it is found out when it is decoded.
+    let whole = project.read("pictures/05.png");
+    project.write("pictures/05.png", &whole[..whole.len() - 25]);
+    let on_demand = ["--set", "data.cache_limit=0"];
+    project.train("stop", &on_demand).refused(3, &["05.png", "cannot be decoded", "data.on_bad_image = \"skip\""]);
+    let skip = [&on_demand[..], &["--set", "data.on_bad_image=\"skip\""]].concat();
+    let ended = project.trained("skip", &skip);
+    ended.warned(&["05.png", "cannot be decoded", "the next good picture stands in"]);
+    ended.warned(&["1 images were bad"]);
+    assert!(!ended.stderr.contains("data.on_bad_image"), "no advice to set what is set: {}", ended.stderr);
+    assert_eq!(project.checkpoints("skip").last(), Some(&20));
+    // What stands in for it is a matter of the pictures, not of when it was needed.
+    project.trained("parts", &[&skip[..], &["--set", "train.steps=5"]].concat());
+    project.trained("parts", &skip);
+    assert_eq!(project.hashes("parts", 20), project.hashes("skip", 20));
+}
+
+#[test]
+fn a_picture_that_claims_more_than_memory() {
+    let project = Project::new();
+    let mut bomb = project.read("pictures/05.png");
+    bomb[16..24].copy_from_slice(&[0, 1, 0x86, 0xa0, 0, 1, 0x86, 0xa0]); // 100000×100000
+    let mut crc = flate2::Crc::new();
+    crc.update(&bomb[12..29]);
+    bomb[29..33].copy_from_slice(&crc.sum().to_be_bytes());
+    project.write("pictures/05.png", bomb);
+    for limit in ["data.cache_limit=0", "data.cache_limit=\"1GiB\""] {
+        refused(&project, &["--set", limit], 3, &["05.png", "claims 100000×100000 pixels"]);
+        let skip = ["--set", limit, "--set", "data.on_bad_image=\"skip\"", "--fresh", "--overwrite"];
+        project.trained("skip", &skip).warned(&["1 images were skipped", "05.png", "claims"]);
+    }
+}
+
+#[test]
 fn sizes_that_do_not_fit_the_model() {
     let project = Project::new();
     project.picture("pictures/small.png", [8, 7], 1);

@@ -54,7 +54,8 @@ mod tests {
         let lost = || Err(ReportError::Backlog { path: PathBuf::from("log") });
         let (console, screen) = plain(Verbosity::Quiet, Duration::ZERO);
         let mut alarm = FileAlarm::new("log.jsonl");
-        let rounds: [(fn() -> Result<(), ReportError>, bool, &str); 9] = [
+        type Outcome = fn() -> Result<(), ReportError>;
+        let rounds: [(Outcome, bool, &str); 9] = [
             (|| Ok(()), false, ""),
             (full, false, "warning: cannot write `log`"),
             (full, true, ""),
