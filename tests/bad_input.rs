@@ -285,6 +285,27 @@ fn a_file_that_cannot_grow() {
 }
 
 #[test]
+fn a_log_that_cannot_grow_is_one_alarm() {
+    let project = Project::new();
+    project.trained("straight", &["--set", "train.steps=60"]);
+    let log = std::fs::metadata(project.path("straight/log.jsonl")).unwrap().len();
+    let config = std::fs::metadata(project.path("straight/config.toml")).unwrap().len();
+    // Files end at 4 KiB, which is more than a config and less than a log (and a checkpoint).
+    assert!(config < 4096 && log > 2 * 4096, "{config} and {log} bytes");
+    let script = r#"trap '' XFSZ; ulimit -f 8; exec "$0" train config.toml --run-dir run --set train.steps=60"#;
+    let output = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_ddpm-dist")])
+        .current_dir(project.path(""))
+        .env("XDG_CACHE_HOME", project.path("cache"))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let is_alarm = |line: &&str| line.starts_with("warning: cannot write") && line.contains("log.jsonl");
+    assert_eq!(stderr.lines().filter(is_alarm).count(), 1, "{stderr}");
+    assert_eq!(output.status.code(), Some(4), "the last state is not saved: {stderr}");
+}
+
+#[test]
 fn a_full_disk() {
     // A small file system of its own, seen by one process tree alone.
     let mount = "mount -t tmpfs -o size=8m none disk";
