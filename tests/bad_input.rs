@@ -307,8 +307,9 @@ fn a_log_that_cannot_grow_is_one_alarm() {
 
 #[test]
 fn a_full_disk() {
-    // A small file system of its own, seen by one process tree alone.
-    let mount = "mount -t tmpfs -o size=8m none disk";
+    // A small file system of its own, seen by one process tree alone. Ten checkpoints (0.7 MiB each) and the room that is asked for one
+    // (1.8 MiB) fit, so that it is full only with the filler.
+    let mount = "mount -t tmpfs -o size=16m none disk";
     let project = Project::new();
     std::fs::create_dir(project.path("disk")).unwrap();
     let allowed = Command::new("unshare").args(["-m", "sh", "-c", mount]).current_dir(project.path("")).output();
