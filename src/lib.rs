@@ -3,6 +3,7 @@
 //! The modules are listed in the order in which they may depend on each other: each uses only those above it.
 
 pub mod simd;
+pub mod files;
 pub mod config;
 pub mod rng;
 pub mod diffusion;

@@ -12,6 +12,11 @@ fn refused(project: &Project, more: &[&str], code: i32, words: &[&str]) {
     assert!(!project.path("run").exists(), "{more:?} left a run directory");
 }
 
+fn pipe(path: &Path) {
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+}
+
 fn config_of(project: &Project) -> String {
     String::from_utf8(project.read("config.toml")).unwrap()
 }
@@ -25,8 +30,12 @@ fn configs() {
     std::fs::remove_file(project.path("config.toml")).unwrap();
     train(&["config.toml", "does not exist"]);
     std::fs::create_dir(project.path("config.toml")).unwrap();
-    train(&["config.toml", "cannot read"]);
+    train(&["config.toml", "cannot read", "a folder"]);
     std::fs::remove_dir(project.path("config.toml")).unwrap();
+    // A pipe would be waited for without end.
+    pipe(&project.path("config.toml"));
+    train(&["config.toml", "cannot read", "a named pipe"]);
+    std::fs::remove_file(project.path("config.toml")).unwrap();
     project.write("config.toml", [0xff, 0xfe, 0x00]);
     train(&["config.toml"]);
 
@@ -108,6 +117,8 @@ fn data_sets_that_are_not_there() {
     refused(&project, &["--set", &set("notes.txt")], 3, &["notes.txt"]);
     project.write("none.npy", npy(&[0, 8, 8, 3], &[]));
     refused(&project, &["--set", &set("none.npy")], 3, &["none.npy", "no images"]);
+    pipe(&project.path("pipe"));
+    refused(&project, &["--set", &set("pipe")], 3, &["pipe", "a named pipe", "expected a regular file"]);
     project.write("void.npy", []);
     refused(&project, &["--set", &set("void.npy")], 3, &["void.npy"]);
 }
@@ -164,6 +175,42 @@ fn truncated_pictures() {
         project.write(&format!("pictures/{i:02}.png"), b"not a picture");
     }
     refused(&project, &["--set", "data.on_bad_image=\"skip\""], 3, &["pictures", "no images"]);
+}
+
+#[test]
+fn a_picture_that_turns_out_to_be_bad_while_training() {
+    let project = Project::new();
+    // A whole header, so that it is found out when it is decoded.
+    let whole = project.read("pictures/05.png");
+    project.write("pictures/05.png", &whole[..whole.len() - 25]);
+    let on_demand = ["--set", "data.cache_limit=0"];
+    project.train("stop", &on_demand).refused(3, &["05.png", "cannot be decoded", "data.on_bad_image = \"skip\""]);
+    let skip = [&on_demand[..], &["--set", "data.on_bad_image=\"skip\""]].concat();
+    let ended = project.trained("skip", &skip);
+    ended.warned(&["05.png", "cannot be decoded", "the next good picture stands in"]);
+    ended.warned(&["1 images were bad"]);
+    assert!(!ended.stderr.contains("data.on_bad_image"), "no advice to set what is set: {}", ended.stderr);
+    assert_eq!(project.checkpoints("skip").last(), Some(&20));
+    // What stands in for it is a matter of the pictures, not of when it was needed.
+    project.trained("parts", &[&skip[..], &["--set", "train.steps=5"]].concat());
+    project.trained("parts", &skip);
+    assert_eq!(project.hashes("parts", 20), project.hashes("skip", 20));
+}
+
+#[test]
+fn a_picture_that_claims_more_than_memory() {
+    let project = Project::new();
+    let mut bomb = project.read("pictures/05.png");
+    bomb[16..24].copy_from_slice(&[0, 1, 0x86, 0xa0, 0, 1, 0x86, 0xa0]); // 100000×100000
+    let mut crc = flate2::Crc::new();
+    crc.update(&bomb[12..29]);
+    bomb[29..33].copy_from_slice(&crc.sum().to_be_bytes());
+    project.write("pictures/05.png", bomb);
+    for limit in ["data.cache_limit=0", "data.cache_limit=\"1GiB\""] {
+        refused(&project, &["--set", limit], 3, &["05.png", "claims 100000×100000 pixels"]);
+        let skip = ["--set", limit, "--set", "data.on_bad_image=\"skip\"", "--fresh", "--overwrite"];
+        project.trained("skip", &skip).warned(&["1 images were skipped", "05.png", "claims"]);
+    }
 }
 
 #[test]
@@ -255,9 +302,31 @@ fn a_file_that_cannot_grow() {
 }
 
 #[test]
+fn a_log_that_cannot_grow_is_one_alarm() {
+    let project = Project::new();
+    project.trained("straight", &["--set", "train.steps=60"]);
+    let log = std::fs::metadata(project.path("straight/log.jsonl")).unwrap().len();
+    let config = std::fs::metadata(project.path("straight/config.toml")).unwrap().len();
+    // Files end at 4 KiB, which is more than a config and less than a log (and a checkpoint).
+    assert!(config < 4096 && log > 2 * 4096, "{config} and {log} bytes");
+    let script = r#"trap '' XFSZ; ulimit -f 8; exec "$0" train config.toml --run-dir run --set train.steps=60"#;
+    let output = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_ddpm-dist")])
+        .current_dir(project.path(""))
+        .env("XDG_CACHE_HOME", project.path("cache"))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let is_alarm = |line: &&str| line.starts_with("warning: cannot write") && line.contains("log.jsonl");
+    assert_eq!(stderr.lines().filter(is_alarm).count(), 1, "{stderr}");
+    assert_eq!(output.status.code(), Some(4), "the last state is not saved: {stderr}");
+}
+
+#[test]
 fn a_full_disk() {
-    // A small file system of its own, seen by one process tree alone.
-    let mount = "mount -t tmpfs -o size=8m none disk";
+    // A small file system of its own, seen by one process tree alone. Ten checkpoints (0.7 MiB each) and the room that is asked for one
+    // (1.8 MiB) fit, so that it is full only with the filler.
+    let mount = "mount -t tmpfs -o size=16m none disk";
     let project = Project::new();
     std::fs::create_dir(project.path("disk")).unwrap();
     let allowed = Command::new("unshare").args(["-m", "sh", "-c", mount]).current_dir(project.path("")).output();

@@ -114,6 +114,40 @@ fn a_signal_saves_and_leaves() {
 }
 
 #[test]
+fn a_signal_ends_the_wait_for_a_data_cache() {
+    let project = Project::new();
+    project.trained("first", &["--set", &steps(1)]);
+    let in_cache = |extension: &str| {
+        let entries = std::fs::read_dir(project.path("cache/ddpm-dist")).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.extension().is_some_and(|e| e == extension)).collect::<Vec<_>>()
+    };
+    std::fs::remove_file(&in_cache("pixels")[0]).unwrap();
+    // This test is the process that builds the cache and does not get on with it.
+    let lock = std::fs::File::options().write(true).open(&in_cache("lock")[0]).unwrap();
+    lock.lock().unwrap();
+    let mut running = project.train_on("run", &[]);
+    let stderr = project.path("run.stderr");
+    running.until("the wait", || std::fs::read_to_string(&stderr).unwrap().contains("waiting for it"));
+    running.signal(Signal::TERM);
+    let (code, stderr) = running.wait();
+    assert_eq!(code, Some(75), "{stderr}");
+    assert!(stderr.contains("stopped while the data set was being opened"), "{stderr}");
+    assert!(!project.path("run").exists() && in_cache("pixels").is_empty());
+    drop(lock);
+    project.trained("run", &["--set", &steps(1)]);
+}
+
+#[test]
+fn the_first_step_is_shown_however_rarely_steps_are_logged() {
+    let project = Project::new();
+    let ended = project.trained("run", &["--set", "log.every=1000000"]);
+    let line =
+        ended.stderr.lines().find(|line| line.starts_with("step 1/20 ")).unwrap_or_else(|| panic!("{}", ended.stderr));
+    assert!(line.contains("loss ") && line.contains(" img/s") && line.ends_with(" left"), "{line}");
+    assert_eq!(project.log("run").len(), 1, "the last step");
+}
+
+#[test]
 fn a_killed_run_goes_on_from_its_last_checkpoint() {
     let project = Project::new();
     let mut end = 10;

@@ -1,9 +1,10 @@
 //! The file operations of a save, behind a trait so that a test can stop the program at each of them.
 
 use std::fs::{self, File, OpenOptions};
-use std::hash::{BuildHasher, Hasher};
 use std::io::{self, Write};
 use std::path::Path;
+
+pub(crate) use crate::files::unique_id;
 
 /// Every operation that changes the disk while a checkpoint is written.
 pub(crate) trait Io: Send + Sync + 'static {
@@ -79,30 +80,4 @@ impl Io for Disk {
         let s = rustix::fs::statvfs(path)?;
         Ok(s.f_bavail.saturating_mul(s.f_frsize))
     }
-}
-
-/// 32 hexadecimal digits that no other call, process or machine draws again: the `<uuid>` of temporary names. Each
-/// `RandomState` has fresh keys from the system's random source.
-pub(crate) fn unique_id() -> String {
-    let word = || std::collections::hash_map::RandomState::new().build_hasher().finish();
-    format!("{:016x}{:016x}", word(), word().rotate_left(17) ^ u64::from(std::process::id()))
-}
-
-/// Writes a small file so that a reader sees the old content or the new, never a part.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let name = path.file_name().and_then(|n| n.to_str()).ok_or(io::ErrorKind::InvalidInput)?;
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temporary = parent.join(format!("{name}.tmp-{}", unique_id()));
-    let written = (|| {
-        let mut file = Disk.create_file(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    })();
-    if let Err(e) = written {
-        // The first error is the one to report; the temporary name is recognised and removed by the next start.
-        let _ = fs::remove_file(&temporary);
-        return Err(e);
-    }
-    Disk.sync_dir(parent)
 }

@@ -16,9 +16,7 @@ const CHUNK: usize = 1 << 20;
 /// The largest header the safetensors format allows.
 const MAX_HEADER: u64 = 100_000_000;
 
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
+pub(crate) use crate::files::hex;
 
 /// The header of a file of f32 tensors that follow in the given order, padded so that the data begins at a multiple of 64 bytes.
 pub(super) fn header(tensors: &[(String, Vec<usize>)], format: &str) -> Result<Vec<u8>, safetensors::SafeTensorError> {

@@ -4,6 +4,7 @@ use super::exit::{Code, Failure, OrFail};
 use super::stdout::{json, print, table};
 use super::{Common, ConfigArguments, stop_on_signals};
 use crate::device::Device;
+use crate::files::Durability;
 use crate::report::{ReportError, write_atomically};
 use crate::simd;
 use crate::tape::human_bytes;
@@ -210,5 +211,6 @@ fn peak_memory() -> Option<u64> {
 
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
     let failed = |source| ReportError::Io { action: "write", path: path.to_path_buf(), source };
-    write_atomically(path, |file| file.write_all(text.as_bytes()).map_err(failed)).or_fail(Code::Failed)
+    write_atomically(path, Durability::Kill, |file| file.write_all(text.as_bytes()).map_err(failed))
+        .or_fail(Code::Failed)
 }

@@ -6,10 +6,11 @@ mod machine;
 use super::Common;
 use super::exit::Failure;
 use super::stdout::print;
+use crate::data::user_cache_dir;
 use crate::simd::{self, Level};
 use crate::tape::human_bytes;
 use libraries::{Places, Search, find_nvcc};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Below this much memory the paper's CIFAR-10 model does not train at a batch that is worth it.
@@ -211,12 +212,6 @@ fn cache_dir() -> Finding {
         Some(dir) => folder("data cache", &dir, advice),
         None => warning("data cache", "neither XDG_CACHE_HOME nor HOME is set", advice),
     }
-}
-
-/// Where decoded pixels are cached if `data.cache_dir` is not given.
-fn user_cache_dir() -> Option<PathBuf> {
-    let dir = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|home| home.join(".cache"))).map(|dir| dir.join("ddpm-dist"))
 }
 
 fn folder(subject: &'static str, dir: &Path, advice: &str) -> Finding {

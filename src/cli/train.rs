@@ -92,6 +92,7 @@ fn code_of(error: &TrainError) -> Code {
     match error {
         TrainError::Config(_) | TrainError::OutOfRange(_) => Code::Usage,
         TrainError::Data(crate::data::DataError::Config(_)) => Code::Usage,
+        TrainError::Data(crate::data::DataError::Stopped) => Code::Preempted,
         TrainError::Data(_) => Code::Data,
         TrainError::RunDir(_)
         | TrainError::Checkpoint(_)

@@ -18,6 +18,8 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::files::open_regular;
+
 pub use error::{Choices, ConfigError, OutOfRange, Place};
 pub use position::locate;
 
@@ -44,7 +46,7 @@ pub fn load_with<T>(
 where
     T: DeserializeOwned + Serialize + Default,
 {
-    let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
+    let text = open_regular(path).and_then(std::io::read_to_string).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => ConfigError::Missing { path: path.to_owned() },
         _ => ConfigError::Read { path: path.to_owned(), source },
     })?;

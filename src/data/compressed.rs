@@ -10,6 +10,8 @@ use zip::ZipArchive;
 use super::array::{ArrayHeader, copy_pixels, read_head};
 use super::cache::{Built, Sink};
 use super::dataset::array_fingerprint;
+use super::folder::Bad;
+use super::progress::go_on;
 use super::{DataError, Fault, Phase, Progress, idx, npy};
 
 /// What is around the array.
@@ -52,6 +54,7 @@ impl Container {
             let image = header.shape.iter().product::<usize>() as u64;
             let mut bytes = 0;
             copy_pixels(path, &header, &head, reader, &mut |pixels| {
+                go_on(progress)?;
                 sink.append(pixels)?;
                 bytes += pixels.len() as u64;
                 progress.update(Phase::Decode, bytes / image, header.count);
@@ -59,7 +62,7 @@ impl Container {
             })?;
             let (count, shape) = (header.count, header.shape);
             let fingerprint = Box::new(move |pixels: &_| array_fingerprint(count, shape, pixels));
-            Ok(Built { count, shape, fingerprint, skipped: 0, skipped_names: Vec::new() })
+            Ok(Built { count, shape, fingerprint, bad: Bad::default() })
         })
     }
 

@@ -30,7 +30,9 @@ pub enum Format {
 pub enum OnBadImage {
     /// Stop and name it.
     Error,
-    /// Leave it out; skipped pictures are counted and reported.
+    /// Leave it out; skipped pictures are counted and reported. Above `data.cache_limit` only headers are read before the first step: a
+    /// picture that turns out to be bad later is replaced, wherever its turn comes, by the next good one in the order of paths. A link
+    /// to nothing counts as a picture.
     Skip,
 }
 
@@ -53,7 +55,7 @@ pub struct DataConfig {
     pub channels: Option<usize>,
     /// Each image is mirrored left to right with probability ½ whenever it is used.
     pub flip: bool,
-    /// Where decoded pixels are cached (`~/` is the home folder); if not given, `ddpm-dist` in the user's cache folder (`$XDG_CACHE_HOME`, else
+    /// Where decoded pixels are cached, and what pictures hold is noted (`~/` is the home folder); if not given, `ddpm-dist` in the user's cache folder (`$XDG_CACHE_HOME`, else
     /// `~/.cache`), and where that cannot be written pixels are kept in memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache_dir: Option<PathBuf>,

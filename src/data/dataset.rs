@@ -7,15 +7,17 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use crate::config::OutOfRange;
+use crate::files::hex;
 
 use super::array::{ArrayHeader, MAX_HEADER, Parse};
-use super::cache::{self, Cached, Request};
+use super::cache::{self, Cached, Request, Sink};
 use super::cifar10;
 use super::compressed::Container;
 use super::config::expand_home;
-use super::folder::{Folder, Skipped};
+use super::folder::{Bad, Folder, Skipped};
+use super::on_demand::OnDemand;
 use super::picture::Target;
-use super::pixels::{Bytes, FieldHasher, Hash, digest, hex, map};
+use super::pixels::{Bytes, FieldHasher, Hash, digest, map};
 use super::source::{Source, detect};
 use super::{DataConfig, DataError, Fault, ImageSize, Progress, idx, npy};
 
@@ -56,7 +58,7 @@ enum Store {
     },
     /// Batches with the numbers of their first images.
     Cifar10(Vec<(u64, Mmap)>),
-    Folder(Folder, Target),
+    Pictures(OnDemand),
 }
 
 impl std::fmt::Debug for Dataset {
@@ -94,14 +96,14 @@ impl Dataset {
             .build()
             .map_err(|e| DataError::Threads { threads: config.decode_threads, reason: e.to_string() })?;
         let opened = pool.install(|| match &source {
-            Source::Idx(file) => Opened::mapped(file, idx::parse, config),
-            Source::Npy(file) => Opened::mapped(file, npy::parse, config),
+            Source::Idx(file) => Opened::mapped(file, idx::parse, config, progress),
+            Source::Npy(file) => Opened::mapped(file, npy::parse, config, progress),
             Source::Compressed(file, container) => Opened::compressed(file, *container, config, progress),
-            Source::Cifar10(files) => Opened::cifar10(&path, files, config),
+            Source::Cifar10(files) => Opened::cifar10(&path, files, config, progress),
             Source::Images(folder) => Opened::images(folder, config, progress),
         })?;
         let Opened { len, shape, store, fingerprint, skipped } = opened;
-        let pool = matches!(store, Store::Folder(..)).then_some(pool);
+        let pool = matches!(store, Store::Pictures(_)).then_some(pool);
         Ok(Dataset { path, len, shape, store, fingerprint, skipped, pool })
     }
 
@@ -131,12 +133,13 @@ impl Dataset {
         match &self.store {
             Store::Array { storage, .. } => *storage,
             Store::Cifar10(_) => Storage::File,
-            Store::Folder(..) => Storage::OnDemand,
+            Store::Pictures(_) => Storage::OnDemand,
         }
     }
 
-    /// 64 hexadecimal digits that are equal for equal images in equal order (and, with overwhelming probability, only
-    /// then): a resume compares them. Where and under which names the files lie does not matter, nor do their times.
+    /// 64 hexadecimal digits that are equal for equal images in equal order and, with overwhelming probability, only then: a resume
+    /// compares them. They come from every byte of the pixels or (for pictures and CIFAR-10) of the files. Where and under which names the
+    /// files lie does not matter, nor do their times.
     pub fn fingerprint(&self) -> String {
         hex(&self.fingerprint)
     }
@@ -151,10 +154,28 @@ impl Dataset {
         &self.skipped.names
     }
 
-    /// Writes image `i` to `out`, `[H, W, C]`.
+    /// How many pictures turned out to be bad when they were needed, so that others stand in for them
+    /// ([`OnBadImage::Skip`](super::OnBadImage::Skip)).
+    pub fn replaced(&self) -> u64 {
+        match &self.store {
+            Store::Pictures(pictures) => pictures.replaced(),
+            _ => 0,
+        }
+    }
+
+    /// What a person should be told about such pictures since the last call: the first few one by one, then each doubling of their number.
+    pub fn replacements(&self) -> Vec<String> {
+        match &self.store {
+            Store::Pictures(pictures) => pictures.news(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Writes image `i` to `out`, `[H, W, C]`. With `data.on_bad_image = "skip"`, a picture that is decoded when it is needed and cannot be
+    /// is replaced by the next good one of the data set, the same one at every time.
     ///
     /// # Errors
-    /// Only where pictures are decoded when they are needed: one that cannot be read or decoded.
+    /// Only where pictures are decoded when they are needed: one that cannot be read, or cannot be decoded and is not to be skipped.
     ///
     /// # Panics
     /// If `i` is not below [`Dataset::len`] or `out` has not the bytes of an image.
@@ -169,7 +190,7 @@ impl Dataset {
                 let (first, map) = &batches[batches.partition_point(|(first, _)| *first <= i) - 1];
                 cifar10::interleave(&map[(i - first) as usize * cifar10::RECORD..][..cifar10::RECORD], out);
             }
-            Store::Folder(folder, target) => folder.decode(i as usize, *target, out)?,
+            Store::Pictures(pictures) => pictures.image(i as usize, out)?,
         }
         Ok(())
     }
@@ -206,7 +227,7 @@ struct Opened {
 
 impl Opened {
     /// A file that is one array of pixels.
-    fn mapped(path: &Path, parse: Parse, config: &DataConfig) -> Result<Opened, DataError> {
+    fn mapped(path: &Path, parse: Parse, config: &DataConfig, progress: &dyn Progress) -> Result<Opened, DataError> {
         let map = map(path)?;
         let check = |map: &[u8]| -> Result<ArrayHeader, Fault> {
             let header = parse(&map[..map.len().min(MAX_HEADER)])?;
@@ -216,7 +237,7 @@ impl Opened {
         let header = check(&map).map_err(DataError::malformed(path))?;
         require_shape(path, header.shape, config)?;
         let offset = header.offset as usize;
-        let fingerprint = array_fingerprint(header.count, header.shape, &digest(&map[offset..]));
+        let fingerprint = array_fingerprint(header.count, header.shape, &digest(&map[offset..], progress)?);
         let store = Store::Array { bytes: Bytes::Mapped(map), offset, storage: Storage::File };
         Ok(Opened { len: header.count, shape: header.shape, store, fingerprint, skipped: Skipped::default() })
     }
@@ -234,19 +255,27 @@ impl Opened {
         if header.bytes > limit {
             return Err(DataError::TooLarge { path: path.to_path_buf(), bytes: header.bytes, limit });
         }
-        let key = || -> Result<Hash, DataError> {
-            Ok(FieldHasher::new("compressed cache 1").field(&digest(&map(path)?)).finish())
-        };
         let options = format!("{container:?}");
-        let request = request(path, options, key()?, header.bytes, config, progress);
+        let key = || -> Result<Hash, DataError> {
+            Ok(FieldHasher::new("compressed cache 2")
+                .field(options.as_bytes())
+                .field(&digest(&map(path)?, progress)?)
+                .finish())
+        };
+        let request = request(path, options.clone(), key()?, header.bytes, config, progress);
         let cached = cache::open_or_build(&request, &|sink| {
             let built = container.unpack(path, progress, sink)?;
             if key()? != request.key { Err(DataError::Changed { path: path.to_path_buf() }) } else { Ok(built) }
         })?;
-        Opened::cached(cached, path)
+        Opened::cached(cached, path, |_| Skipped::default())
     }
 
-    fn cifar10(path: &Path, files: &[PathBuf], config: &DataConfig) -> Result<Opened, DataError> {
+    fn cifar10(
+        path: &Path,
+        files: &[PathBuf],
+        config: &DataConfig,
+        progress: &dyn Progress,
+    ) -> Result<Opened, DataError> {
         require_shape(path, cifar10::SHAPE, config)?;
         let mut len = 0;
         let mut batches = Vec::new();
@@ -254,7 +283,7 @@ impl Opened {
         for file in files {
             let map = map(file)?;
             let count = cifar10::check(&map).map_err(DataError::malformed(file))?;
-            fingerprint.push(&digest(&map));
+            fingerprint.push(&digest(&map, progress)?);
             batches.push((len, map));
             len += count;
         }
@@ -273,33 +302,36 @@ impl Opened {
             )
         })?;
         let target = Target { size, channels: config.channels.unwrap_or(3) };
-        let folder = Folder::scan(path)?;
+        let index = cache_dir(config).map(|dir| dir.join(format!("{}.index", cache::place(path, ""))));
+        let folder = Folder::open(path, config.on_bad_image, index.as_deref(), progress)?;
         let image = target.shape().iter().product::<usize>() as u64;
         let bytes = image.saturating_mul(folder.files.len() as u64);
         if bytes > config.cache_limit.0 {
             let (folder, fingerprint, skipped) = folder.check_all(target, config.on_bad_image, progress)?;
             let len = folder.files.len() as u64;
-            let store = Store::Folder(folder, target);
+            let store = Store::Pictures(OnDemand::new(folder, target, config.on_bad_image));
             return Ok(Opened { len, shape: target.shape(), store, fingerprint, skipped });
         }
         let options = format!("{:?} {:?}", target.shape(), config.on_bad_image);
-        let key = folder.key(&options)?;
-        let request = request(path, options.clone(), key, bytes, config, progress);
-        let cached = cache::open_or_build(&request, &|sink| {
-            let built = folder.decode_all(target, config.on_bad_image, progress, sink)?;
-            if folder.key(&options)? != key { Err(DataError::Changed { path: path.to_path_buf() }) } else { Ok(built) }
-        })?;
-        Opened::cached(cached, path)
+        let key = folder.key(&options);
+        let request = request(path, options, key, bytes, config, progress);
+        let decode = |sink: &mut Sink| folder.decode_all(target, config.on_bad_image, progress, sink);
+        let cached = cache::open_or_build(&request, &decode)?;
+        Opened::cached(cached, path, |bad| folder.broken.clone().and(folder.skipped(bad)))
     }
 
-    fn cached(cached: Cached, path: &Path) -> Result<Opened, DataError> {
+    fn cached(cached: Cached, path: &Path, skipped: impl Fn(&Bad) -> Skipped) -> Result<Opened, DataError> {
         let Cached { header, bytes, offset } = cached;
         let storage = if matches!(bytes, Bytes::Mapped(_)) { Storage::Cache } else { Storage::Memory };
         let fingerprint = unhex(&header.fingerprint).ok_or_else(|| DataError::Changed { path: path.to_path_buf() })?;
-        let skipped = Skipped { count: header.skipped, names: header.skipped_names };
+        let skipped = skipped(&header.bad);
         let store = Store::Array { bytes, offset, storage };
         Ok(Opened { len: header.count, shape: header.shape, store, fingerprint, skipped })
     }
+}
+
+fn cache_dir(config: &DataConfig) -> Option<PathBuf> {
+    config.cache_dir.as_deref().map(expand_home).or_else(cache::user_cache_dir)
 }
 
 fn request<'a>(
@@ -310,7 +342,7 @@ fn request<'a>(
     config: &DataConfig,
     progress: &'a dyn Progress,
 ) -> Request<'a> {
-    let dir = config.cache_dir.as_deref().map(expand_home).or_else(cache::user_cache_dir);
+    let dir = cache_dir(config);
     Request { source, options, key, bytes, dir, required: config.cache_dir.is_some(), progress }
 }
 

@@ -13,9 +13,9 @@ pub enum Fault {
     /// The first bytes are not those of the format.
     #[error("not {format}: expected {expected}, found {found}; {help}")]
     Magic { format: &'static str, expected: String, found: String, help: &'static str },
-    /// Elements are not unsigned bytes.
-    #[error("elements of type {found}, expected unsigned bytes; {help}")]
-    Dtype { found: String, help: &'static str },
+    /// Elements of another type.
+    #[error("elements of type {found}, expected {expected}; {help}")]
+    Dtype { found: String, expected: &'static str, help: &'static str },
     /// The header cannot be read.
     #[error("unreadable header: expected {expected}, found {found}; {help}")]
     Header { expected: &'static str, found: String, help: &'static str },
@@ -54,6 +54,17 @@ pub enum Fault {
     /// A picture or an archive that its decoder refuses.
     #[error("cannot be decoded: {found}; expected {expected}; {help}")]
     Undecodable { expected: &'static str, found: String, help: &'static str },
+}
+
+impl Fault {
+    /// What is wrong with a picture that is left out, without the advice to leave it out.
+    pub(super) fn reason(&self) -> String {
+        match self {
+            Fault::Undecodable { found, .. } => format!("cannot be decoded: {found}"),
+            Fault::TooSmall { need, found } => format!("a picture of {found}, expected at least {need} (data.size)"),
+            fault => fault.to_string(),
+        }
+    }
 }
 
 fn length_message(expected: u64, found: u64) -> String {
@@ -99,9 +110,9 @@ pub enum DataError {
     #[error(
         "data.cache_dir = {}: cannot {action}: {source}; name a writable directory with {bytes} bytes free, or leave \
          data.cache_dir out",
-        .path.display()
+        .dir.display()
     )]
-    CacheDir { path: PathBuf, action: &'static str, bytes: u64, source: io::Error },
+    CacheDir { dir: PathBuf, action: &'static str, bytes: u64, source: io::Error },
     /// A file changed while it was being read.
     #[error("{}: changed while it was being read; start again when nothing writes to it", .path.display())]
     Changed { path: PathBuf },
@@ -113,6 +124,9 @@ pub enum DataError {
     Slice { batch: usize, offset: usize, count: usize },
     /// The loader's thread ended; its first error was returned before.
     #[error("the data loader has stopped after an earlier error")]
+    LoaderEnded,
+    /// [`Progress::stopped`](super::Progress::stopped) said so.
+    #[error("stopped while the data set was being opened; the same command begins again")]
     Stopped,
 }
 

@@ -1,16 +1,20 @@
 //! A folder of pictures: finding them, checking them, decoding them.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use super::cache::{Built, Sink};
+use super::contents::contents;
 use super::picture::{self, Target};
 use super::pixels::{FieldHasher, Hash};
+use super::progress::{Meter, go_on};
 use super::{DataError, Fault, OnBadImage, Phase, Progress};
 
 /// Pictures of a folder in the order of their paths.
@@ -19,6 +23,10 @@ pub(super) struct Folder {
     pub root: PathBuf,
     /// Relative to `root`, sorted.
     pub files: Vec<PathBuf>,
+    /// SHA-256 of each file.
+    contents: Vec<Hash>,
+    /// Links to nothing.
+    pub broken: Skipped,
 }
 
 /// Pictures that were left out, and what a person is told about the first few.
@@ -28,32 +36,59 @@ pub(super) struct Skipped {
     pub names: Vec<String>,
 }
 
-/// As many skipped pictures are named; names are cut so that they fit a cache's header.
-const NAMED: usize = 5;
-const NAME_LENGTH: usize = 1000;
+/// The same without the folder's path, as a cache keeps it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Bad {
+    pub count: u64,
+    /// Places in the sorted list of files, and what is wrong there; cut so that they fit a cache's header.
+    pub first: Vec<(usize, String)>,
+}
+
+/// As many skipped pictures are named.
+pub(super) const NAMED: usize = 5;
+const REASON_LENGTH: usize = 1000;
 /// Enough of a picture for its header, EXIF thumbnails and colour profiles included, in all but rare files.
 const HEAD: u64 = 256 * 1024;
-/// Bytes at either end of a picture that go into the fingerprint.
-const SAMPLE: usize = 4096;
 /// Decoded pixels that wait for the ones before them.
 const CHUNK_BYTES: usize = 32 << 20;
 
 impl Skipped {
-    fn add(&mut self, error: &DataError) {
+    fn add(&mut self, name: impl FnOnce() -> String) {
         self.count += 1;
         if self.names.len() < NAMED {
-            self.names.push(error.to_string().chars().take(NAME_LENGTH).collect());
+            self.names.push(name());
         }
+    }
+
+    /// Both, these first.
+    pub fn and(mut self, more: Skipped) -> Skipped {
+        self.count += more.count;
+        self.names.extend(more.names);
+        self.names.truncate(NAMED);
+        self
     }
 }
 
 impl Folder {
-    /// Finds every `.png`, `.jpg` and `.jpeg` under `root`. Links are followed; names that start with a dot are not.
-    pub fn scan(root: &Path) -> Result<Folder, DataError> {
-        let mut files = Vec::new();
-        let mut others = 0;
-        let mut ancestors = Vec::new();
-        scan_into(root, Path::new(""), &mut ancestors, &mut files, &mut others)?;
+    /// Finds every `.png`, `.jpg` and `.jpeg` under `root`, and reads them to know their content (see [`contents`] for `index`). Links
+    /// are followed; names that start with a dot are not.
+    pub fn open(
+        root: &Path,
+        on_bad_image: OnBadImage,
+        index: Option<&Path>,
+        progress: &dyn Progress,
+    ) -> Result<Folder, DataError> {
+        let mut scan = Scan {
+            root,
+            on_bad_image,
+            progress,
+            ancestors: vec![],
+            files: vec![],
+            others: 0,
+            broken: Skipped::default(),
+        };
+        scan.folder(Path::new(""))?;
+        let Scan { mut files, others, broken, .. } = scan;
         // By bytes, so that the order is the same whatever the locale and the file system's own order.
         files.sort_unstable_by(|a, b| a.as_os_str().as_bytes().cmp(b.as_os_str().as_bytes()));
         if files.is_empty() {
@@ -61,41 +96,32 @@ impl Folder {
             let help = "let data.path name a folder that holds .png, .jpg or .jpeg files (at any depth)";
             return Err(DataError::malformed(root)(Fault::Empty { found, help }));
         }
-        Ok(Folder { root: root.to_path_buf(), files })
+        let contents = contents(root, &files, index, progress)?;
+        Ok(Folder { root: root.to_path_buf(), files, contents, broken })
     }
 
-    /// Digest of names, sizes, times and inodes: any of them differs when a picture is replaced, also by one of the same
-    /// size (its times then differ), or by one with the times of the old (its change time then differs).
-    pub fn key(&self, options: &str) -> Result<Hash, DataError> {
-        let stats: Result<Vec<[u64; 6]>, DataError> = self
-            .files
-            .par_iter()
-            .map(|file| {
-                let path = self.root.join(file);
-                let m = fs::metadata(&path).map_err(DataError::io("look at a picture", &path))?;
-                let times = [m.mtime() as u64, m.mtime_nsec() as u64, m.ctime() as u64, m.ctime_nsec() as u64];
-                Ok([m.size(), m.ino(), times[0], times[1], times[2], times[3]])
-            })
-            .collect();
-        let mut hasher = FieldHasher::new("folder cache 1").field(options.as_bytes());
-        for (file, stat) in self.files.iter().zip(stats?) {
-            hasher.push(file.as_os_str().as_bytes());
-            stat.iter().for_each(|number| hasher.push(&number.to_le_bytes()));
-        }
-        Ok(hasher.finish())
+    /// Digest of what all pictures hold, in order. Where they lie, under which names and since when does not matter.
+    pub fn key(&self, options: &str) -> Hash {
+        let mut hasher = FieldHasher::new("folder cache 2").field(options.as_bytes());
+        self.contents.iter().for_each(|hash| hasher.push(hash));
+        hasher.finish()
     }
 
     /// Decodes picture `i` into `out`.
     pub fn decode(&self, i: usize, target: Target, out: &mut [u8]) -> Result<(), DataError> {
-        self.decode_sampled(i, target, out).map(|_| ())
-    }
-
-    fn decode_sampled(&self, i: usize, target: Target, out: &mut [u8]) -> Result<Hash, DataError> {
         let path = self.root.join(&self.files[i]);
         let bytes = fs::read(&path).map_err(DataError::io("read a picture", &path))?;
-        picture::decode(&bytes, target, out).map_err(DataError::malformed(&path))?;
-        let ends = bytes.len().min(SAMPLE);
-        Ok(sample(bytes.len() as u64, &bytes[..ends], &bytes[bytes.len() - ends..]))
+        picture::decode(&bytes, target, out).map_err(DataError::malformed(&path))
+    }
+
+    /// The same for the cache, whose key says which bytes these are.
+    fn decode_known(&self, i: usize, target: Target, out: &mut [u8]) -> Result<(), DataError> {
+        let path = self.root.join(&self.files[i]);
+        let bytes = fs::read(&path).map_err(DataError::io("read a picture", &path))?;
+        if Sha256::digest(&bytes)[..] != self.contents[i] {
+            return Err(DataError::Changed { path });
+        }
+        picture::decode(&bytes, target, out).map_err(DataError::malformed(&path))
     }
 
     /// Decodes all pictures into the cache.
@@ -111,30 +137,29 @@ impl Folder {
         let per_chunk = (CHUNK_BYTES / image).max(rayon::current_num_threads());
         let mut buffer = vec![0; image * per_chunk.min(self.files.len())];
         let mut fingerprint = fingerprint(shape);
-        let (mut skipped, mut count) = (Skipped::default(), 0);
+        let (mut bad, mut count) = (Bad::default(), 0);
         let indices: Vec<usize> = (0..self.files.len()).collect();
         let meter = Meter::new(progress, Phase::Decode, self.files.len());
         for chunk in indices.chunks(per_chunk) {
-            let results: Vec<Result<Hash, DataError>> = chunk
+            let results: Vec<Result<(), DataError>> = chunk
                 .par_iter()
                 .zip(buffer.par_chunks_mut(image))
-                .map(|(i, out)| meter.count(self.decode_sampled(*i, target, out)))
+                .map(|(i, out)| meter.count(|| self.decode_known(*i, target, out)))
                 .collect();
-            for (result, pixels) in results.into_iter().zip(buffer.chunks(image)) {
-                if let Some(hash) = keep(result, on_bad_image, &mut skipped)? {
-                    fingerprint.push(&hash);
+            for ((i, result), pixels) in chunk.iter().zip(results).zip(buffer.chunks(image)) {
+                if keep(*i, result, on_bad_image, &mut bad)? {
+                    fingerprint.push(&self.contents[*i]);
                     sink.append(pixels)?;
                     count += 1;
                 }
             }
         }
-        self.require_some(count, &skipped)?;
+        self.require_some(count, &bad)?;
         let fingerprint = fingerprint.finish();
-        let (skipped, skipped_names) = (skipped.count, skipped.names);
-        Ok(Built { count, shape, fingerprint: Box::new(move |_| fingerprint), skipped, skipped_names })
+        Ok(Built { count, shape, fingerprint: Box::new(move |_| fingerprint), bad })
     }
 
-    /// Checks the header of every picture; returns the folder without skipped pictures, and the fingerprint.
+    /// Checks the header of every picture; returns the folder without skipped pictures, the fingerprint, and what was skipped.
     pub fn check_all(
         mut self,
         target: Target,
@@ -142,44 +167,56 @@ impl Folder {
         progress: &dyn Progress,
     ) -> Result<(Folder, Hash, Skipped), DataError> {
         let meter = Meter::new(progress, Phase::Check, self.files.len());
-        let results: Vec<Result<Hash, DataError>> =
-            self.files.par_iter().map(|file| meter.count(inspect(&self.root.join(file), target))).collect();
+        let check = |file: &PathBuf| meter.count(|| inspect(&self.root.join(file), target));
+        let results: Vec<Result<(), DataError>> = self.files.par_iter().map(check).collect();
         let mut fingerprint = fingerprint(target.shape());
-        let mut skipped = Skipped::default();
+        let mut bad = Bad::default();
         let mut good = Vec::new();
-        for (file, result) in std::mem::take(&mut self.files).into_iter().zip(results) {
-            if let Some(hash) = keep(result, on_bad_image, &mut skipped)? {
-                fingerprint.push(&hash);
-                good.push(file);
+        for (i, result) in results.into_iter().enumerate() {
+            if keep(i, result, on_bad_image, &mut bad)? {
+                fingerprint.push(&self.contents[i]);
+                good.push(i);
             }
         }
-        self.files = good;
-        self.require_some(self.files.len() as u64, &skipped)?;
+        self.require_some(good.len() as u64, &bad)?;
+        let skipped = self.broken.clone().and(self.skipped(&bad));
+        self.files = good.iter().map(|i| std::mem::take(&mut self.files[*i])).collect();
+        self.contents = good.iter().map(|i| self.contents[*i]).collect();
         Ok((self, fingerprint.finish(), skipped))
     }
 
-    fn require_some(&self, count: u64, skipped: &Skipped) -> Result<(), DataError> {
+    /// Names and reasons of bad pictures.
+    pub fn skipped(&self, bad: &Bad) -> Skipped {
+        let name = |(i, reason): &(usize, String)| {
+            let file = self.files.get(*i).map(|file| self.root.join(file)).unwrap_or_default();
+            format!("{}: {reason}", file.display())
+        };
+        Skipped { count: bad.count, names: bad.first.iter().map(name).collect() }
+    }
+
+    fn require_some(&self, count: u64, bad: &Bad) -> Result<(), DataError> {
         if count > 0 {
             return Ok(());
         }
-        let found = format!("{} pictures, none of them usable: {}", skipped.count, skipped.names.join("; "));
-        Err(DataError::malformed(&self.root)(Fault::Empty { found, help: "replace them or lower data.size" }))
+        Err(none_usable(&self.root, &self.skipped(bad)))
     }
 }
 
-/// The fingerprint of a folder: the shape and, for each picture in order, its size and the bytes at both ends. Those hold
-/// the header and, in a PNG, checksums of all pixels; names and times are left out, so that a copied or renamed data set
-/// is the same one. It is the same whether pictures are cached or decoded when needed.
-fn fingerprint(shape: [usize; 3]) -> FieldHasher {
-    FieldHasher::new("pictures 1").shape(shape)
+/// No picture is left.
+pub(super) fn none_usable(root: &Path, skipped: &Skipped) -> DataError {
+    let found = format!("{} pictures, none of them usable: {}", skipped.count, skipped.names.join("; "));
+    DataError::malformed(root)(Fault::Empty { found, help: "replace them or lower data.size" })
 }
 
-fn sample(length: u64, head: &[u8], tail: &[u8]) -> Hash {
-    FieldHasher::new("picture 1").field(&length.to_le_bytes()).field(head).field(tail).finish()
+/// The fingerprint of a folder: the shape and, for each picture in order, the digest of its file. Names and times are left out, so that a
+/// copied or renamed data set is the same one. It is the same whether pictures are cached or decoded when needed, unless some are bad
+/// (then they are left out of a cache, and replaced when needed: other images are seen).
+fn fingerprint(shape: [usize; 3]) -> FieldHasher {
+    FieldHasher::new("pictures 2").shape(shape)
 }
 
 /// Reads the header of one picture.
-fn inspect(path: &Path, target: Target) -> Result<Hash, DataError> {
+fn inspect(path: &Path, target: Target) -> Result<(), DataError> {
     let error = || DataError::io("read a picture", path);
     let mut file = File::open(path).map_err(error())?;
     let length = file.metadata().map_err(error())?.len();
@@ -190,89 +227,78 @@ fn inspect(path: &Path, target: Target) -> Result<Hash, DataError> {
         Err(_) if length > HEAD => picture::probe(&fs::read(path).map_err(error())?),
         result => result,
     };
-    size.and_then(|size| picture::require(size, target.size)).map_err(DataError::malformed(path))?;
-    let ends = head.len().min(SAMPLE);
-    let mut tail = vec![0; ends];
-    file.seek(SeekFrom::Start(length.saturating_sub(ends as u64))).map_err(error())?;
-    file.read_exact(&mut tail).map_err(error())?;
-    Ok(sample(length, &head[..ends], &tail))
+    size.and_then(|size| picture::require(size, target.size)).map_err(DataError::malformed(path))
 }
 
-/// Decides about one picture: a bad one stops or is counted, a file that the system cannot read always stops.
-fn keep(
-    result: Result<Hash, DataError>,
-    on_bad_image: OnBadImage,
-    skipped: &mut Skipped,
-) -> Result<Option<Hash>, DataError> {
+/// Decides about picture `i`: a bad one stops or is counted, a file that the system cannot read always stops.
+fn keep(i: usize, result: Result<(), DataError>, on_bad_image: OnBadImage, bad: &mut Bad) -> Result<bool, DataError> {
     match result {
-        Ok(hash) => Ok(Some(hash)),
-        Err(error @ DataError::Malformed { .. }) if on_bad_image == OnBadImage::Skip => {
-            skipped.add(&error);
-            Ok(None)
+        Ok(()) => Ok(true),
+        Err(DataError::Malformed { fault, .. }) if on_bad_image == OnBadImage::Skip => {
+            bad.count += 1;
+            if bad.first.len() < NAMED {
+                bad.first.push((i, fault.reason().chars().take(REASON_LENGTH).collect()));
+            }
+            Ok(false)
         }
         Err(error) => Err(error),
     }
 }
 
-/// Counts finished pictures of all threads and reports about a hundred times.
-struct Meter<'a> {
+/// A walk through a folder.
+struct Scan<'a> {
+    root: &'a Path,
+    on_bad_image: OnBadImage,
     progress: &'a dyn Progress,
-    phase: Phase,
-    done: std::sync::atomic::AtomicU64,
-    total: u64,
+    /// Device and inode of the folders on the way down.
+    ancestors: Vec<(u64, u64)>,
+    files: Vec<PathBuf>,
+    others: u64,
+    broken: Skipped,
 }
 
-impl Meter<'_> {
-    fn new(progress: &dyn Progress, phase: Phase, total: usize) -> Meter<'_> {
-        Meter { progress, phase, done: 0.into(), total: total as u64 }
-    }
-
-    fn count<T>(&self, result: T) -> T {
-        let done = 1 + self.done.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        if done == self.total || done.is_multiple_of(self.total.div_ceil(100)) {
-            self.progress.update(self.phase, done, self.total);
+impl Scan<'_> {
+    fn folder(&mut self, relative: &Path) -> Result<(), DataError> {
+        go_on(self.progress)?;
+        let folder = self.root.join(relative);
+        let error = || DataError::io("list the folder", &folder);
+        let metadata = fs::metadata(&folder).map_err(error())?;
+        let id = (metadata.dev(), metadata.ino());
+        if self.ancestors.contains(&id) {
+            return Ok(()); // a link to a folder above itself
         }
-        result
-    }
-}
-
-fn scan_into(
-    root: &Path,
-    relative: &Path,
-    ancestors: &mut Vec<(u64, u64)>,
-    files: &mut Vec<PathBuf>,
-    others: &mut u64,
-) -> Result<(), DataError> {
-    let folder = root.join(relative);
-    let error = || DataError::io("list the folder", &folder);
-    let metadata = fs::metadata(&folder).map_err(error())?;
-    let id = (metadata.dev(), metadata.ino());
-    if ancestors.contains(&id) {
-        return Ok(()); // a link to a folder above itself
-    }
-    ancestors.push(id);
-    let entries: io::Result<Vec<fs::DirEntry>> = fs::read_dir(&folder).map_err(error())?.collect();
-    for entry in entries.map_err(error())? {
-        let name = entry.file_name();
-        // Hidden files are not the user's pictures (macOS leaves ._x.jpg beside x.jpg, editors and tools their caches).
-        if name.as_bytes().starts_with(b".") {
-            continue;
+        self.ancestors.push(id);
+        let entries: io::Result<Vec<fs::DirEntry>> = fs::read_dir(&folder).map_err(error())?.collect();
+        for entry in entries.map_err(error())? {
+            let name = entry.file_name();
+            // Hidden files are not the user's pictures (macOS leaves ._x.jpg beside x.jpg, editors and tools their caches).
+            if name.as_bytes().starts_with(b".") {
+                continue;
+            }
+            let path = relative.join(&name);
+            let mut kind = entry.file_type().map_err(error())?;
+            if kind.is_symlink() {
+                let target = self.root.join(&path);
+                kind = match fs::metadata(&target) {
+                    Ok(metadata) => metadata.file_type(),
+                    // It may have been a picture or a whole folder of them.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound && self.on_bad_image == OnBadImage::Skip => {
+                        self.broken.add(|| format!("{}: a link to nothing", target.display()));
+                        continue;
+                    }
+                    Err(e) => return Err(DataError::io("follow the link", &target)(e)),
+                };
+            }
+            let extension = path.extension().map(|e| e.to_ascii_lowercase()).unwrap_or_default();
+            if kind.is_dir() {
+                self.folder(&path)?;
+            } else if kind.is_file() && (extension == "png" || extension == "jpg" || extension == "jpeg") {
+                self.files.push(path);
+            } else {
+                self.others += 1;
+            }
         }
-        let path = relative.join(&name);
-        let mut kind = entry.file_type().map_err(error())?;
-        if kind.is_symlink() {
-            let target = root.join(&path);
-            kind = fs::metadata(&target).map_err(DataError::io("follow the link", &target))?.file_type();
-        }
-        let extension = path.extension().map(|e| e.to_ascii_lowercase()).unwrap_or_default();
-        if kind.is_dir() {
-            scan_into(root, &path, ancestors, files, others)?;
-        } else if kind.is_file() && (extension == "png" || extension == "jpg" || extension == "jpeg") {
-            files.push(path);
-        } else {
-            *others += 1;
-        }
+        self.ancestors.pop();
+        Ok(())
     }
-    ancestors.pop();
-    Ok(())
 }

@@ -26,7 +26,11 @@ pub(super) fn parse(head: &[u8]) -> Result<ArrayHeader, Fault> {
         _ => return Err(magic(format!("{zero0:02x} {zero1:02x} {dtype:02x} {rank:02x}"))),
     };
     if let Some(name) = name {
-        return Err(Fault::Dtype { found: format!("{name} (IDX code {dtype:02x})"), help: HELP });
+        return Err(Fault::Dtype {
+            found: format!("{name} (IDX code {dtype:02x})"),
+            expected: "unsigned bytes",
+            help: HELP,
+        });
     }
     if rank == 1 {
         return Err(magic("00 00 08 01 (this is a file of labels)".into()));

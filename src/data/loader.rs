@@ -69,7 +69,7 @@ impl Loader {
         let (empty, to_fill) = sync_channel::<Vec<u8>>(buffers);
         let (done, filled) = sync_channel(buffers);
         for _ in 0..buffers {
-            empty.send(vec![0; bytes]).map_err(|_| DataError::Stopped)?;
+            empty.send(vec![0; bytes]).map_err(|_| DataError::LoaderEnded)?;
         }
         let work = move || {
             let mut indices = vec![0; count];
@@ -97,15 +97,15 @@ impl Loader {
     /// The batch of the next step, waiting for it if need be. The batch before it is given back.
     ///
     /// # Errors
-    /// What went wrong while the batch was prepared; from then on [`DataError::Stopped`].
+    /// What went wrong while the batch was prepared; from then on [`DataError::LoaderEnded`].
     #[allow(clippy::should_implement_trait)] // a lending iterator: the batch borrows the loader
     pub fn next(&mut self) -> Result<Batch<'_>, DataError> {
         if let (Some(before), Some(empty)) = (self.current.take(), &self.empty) {
             // Fails only if the thread has ended, which the next line reports.
             empty.send(before.pixels).ok();
         }
-        let filled = self.filled.as_ref().ok_or(DataError::Stopped)?;
-        let Filled { step, pixels } = self.current.insert(filled.recv().map_err(|_| DataError::Stopped)??);
+        let filled = self.filled.as_ref().ok_or(DataError::LoaderEnded)?;
+        let Filled { step, pixels } = self.current.insert(filled.recv().map_err(|_| DataError::LoaderEnded)??);
         Ok(Batch { step: *step, pixels })
     }
 }

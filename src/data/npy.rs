@@ -8,8 +8,37 @@ use super::array::{ArrayHeader, MAX_HEADER};
 pub(super) const MAGIC: &[u8] = b"\x93NUMPY";
 const HELP: &str = "write it with numpy.save(path, x)";
 
-/// Reads the header from the first bytes of a file.
+/// Reads the header of an array of u8 images from the first bytes of a file.
 pub(super) fn parse(head: &[u8]) -> Result<ArrayHeader, Fault> {
+    let header = npy_header(head)?;
+    if !matches!(header.descr.as_str(), "|u1" | "<u1" | ">u1" | "=u1" | "u1") {
+        let help = "convert first, for example (x * 255).round().astype(\"uint8\") for floats in 0 to 1";
+        return Err(Fault::Dtype { found: header.descr, expected: "unsigned bytes", help });
+    }
+    if header.fortran_order {
+        return Err(Fault::FortranOrder);
+    }
+    ArrayHeader::new(&header.shape, header.offset)
+}
+
+/// What the header of a `.npy` file says, whatever its elements are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NpyHeader {
+    /// The type of the elements as NumPy writes it: `|u1`, `<f4`.
+    pub descr: String,
+    /// Whether the first index runs fastest.
+    pub fortran_order: bool,
+    /// The length of each dimension.
+    pub shape: Vec<u64>,
+    /// Bytes before the first element.
+    pub offset: u64,
+}
+
+/// Reads the header of a `.npy` file from its first bytes.
+///
+/// # Errors
+/// What is wrong with them.
+pub fn npy_header(head: &[u8]) -> Result<NpyHeader, Fault> {
     let Some(rest) = head.strip_prefix(MAGIC) else {
         let found = format!("{:02x?}", &head[..head.len().min(MAGIC.len())]);
         return Err(Fault::Magic { format: "a .npy file", expected: "\\x93NUMPY".into(), found, help: HELP });
@@ -30,26 +59,11 @@ pub(super) fn parse(head: &[u8]) -> Result<ArrayHeader, Fault> {
     let Some(dictionary) = head.get(start as usize..offset as usize) else {
         return Err(Fault::Length { expected: offset, found: head.len() as u64 });
     };
-    let entries = Entries::read(dictionary)?;
-    if !matches!(entries.descr.as_str(), "|u1" | "<u1" | ">u1" | "=u1" | "u1") {
-        let help = "convert first, for example (x * 255).round().astype(\"uint8\") for floats in 0 to 1";
-        return Err(Fault::Dtype { found: entries.descr, help });
-    }
-    if entries.fortran_order {
-        return Err(Fault::FortranOrder);
-    }
-    ArrayHeader::new(&entries.shape, offset)
+    NpyHeader::read(dictionary, offset)
 }
 
-/// The three entries of the dictionary.
-struct Entries {
-    descr: String,
-    fortran_order: bool,
-    shape: Vec<u64>,
-}
-
-impl Entries {
-    fn read(text: &[u8]) -> Result<Entries, Fault> {
+impl NpyHeader {
+    fn read(text: &[u8], offset: u64) -> Result<NpyHeader, Fault> {
         let mut cursor = Cursor { text, at: 0 };
         let (mut descr, mut fortran_order, mut shape) = (None, None, None);
         cursor.expect(b'{')?;
@@ -60,6 +74,7 @@ impl Entries {
                 "descr" if cursor.peek() == Some(b'[') => {
                     return Err(Fault::Dtype {
                         found: "a structured type".into(),
+                        expected: "plain numbers",
                         help: "save the field that is the images",
                     });
                 }
@@ -77,7 +92,7 @@ impl Entries {
             return Err(cursor.fault("nothing after the dictionary"));
         }
         match (descr, fortran_order, shape) {
-            (Some(descr), Some(fortran_order), Some(shape)) => Ok(Entries { descr, fortran_order, shape }),
+            (Some(descr), Some(fortran_order), Some(shape)) => Ok(NpyHeader { descr, fortran_order, shape, offset }),
             _ => Err(cursor.fault("the entries descr, fortran_order and shape")),
         }
     }

@@ -22,8 +22,9 @@ impl Target {
     }
 }
 
-/// Most memory a decoder may take for one picture: a header that claims more is refused, not believed.
-const MAX_ALLOC: u64 = 1 << 30;
+/// Most bytes that the pixels of one picture may take when they are decoded, before they are scaled. A header that claims more is refused,
+/// not believed. (A decoder's own buffers come to it; they grow with a row, or for a progressive JPEG with the picture.)
+const MAX_DECODED: u64 = 1 << 30;
 const HELP: &str = "remove or replace the picture, or set data.on_bad_image = \"skip\"";
 
 fn undecodable(found: impl ToString) -> Fault {
@@ -90,9 +91,19 @@ fn decoder(bytes: &[u8]) -> Result<impl ImageDecoder + '_, Fault> {
         None => return Err(undecodable(format!("a file that starts with {:02x?}", &bytes[..bytes.len().min(4)]))),
     }
     let mut limits = Limits::default();
-    limits.max_alloc = Some(MAX_ALLOC);
-    reader.limits(limits);
-    reader.into_decoder().map_err(undecodable)
+    limits.max_alloc = Some(MAX_DECODED);
+    reader.limits(limits.clone());
+    let mut decoder = reader.into_decoder().map_err(undecodable)?;
+    // `DynamicImage::from_decoder` allocates what the header says without asking anyone.
+    let bytes = decoder.total_bytes();
+    if limits.reserve(bytes).is_err() {
+        let (width, height) = decoder.dimensions();
+        let claim = format!("a header that claims {height}×{width} pixels in {bytes} bytes, more than {MAX_DECODED}");
+        return Err(undecodable(claim));
+    }
+    // What is left is for the decoder's own buffers.
+    decoder.set_limits(limits).map_err(undecodable)?;
+    Ok(decoder)
 }
 
 fn swaps_sides(orientation: Orientation) -> bool {
@@ -110,4 +121,37 @@ fn over_white(picture: DynamicImage) -> DynamicImage {
         pixel.0[3] = 255;
     }
     DynamicImage::ImageRgba8(rgba)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The start of a PNG of 8-bit RGB: signature, IHDR with a checksum that holds, and the length and name of an IDAT.
+    fn header(width: u32, height: u32) -> Vec<u8> {
+        let mut chunk = b"IHDR".to_vec();
+        chunk.extend(width.to_be_bytes());
+        chunk.extend(height.to_be_bytes());
+        chunk.extend([8, 2, 0, 0, 0]);
+        let mut crc = flate2::Crc::new();
+        crc.update(&chunk);
+        [b"\x89PNG\r\n\x1a\n\0\0\0\x0d", &chunk[..], &crc.sum().to_be_bytes(), b"\0\0\0\x20IDAT"].concat()
+    }
+
+    #[test]
+    fn a_header_is_believed_up_to_the_limit_and_no_further() {
+        // 16384·21845·3 = 2^30 − 16384 bytes.
+        assert_eq!(probe(&header(16384, 21845)), Ok(ImageSize { height: 21845, width: 16384 }));
+        for (width, height) in [(16384, 21846), (60_000, 60_000), (100_000, 100_000)] {
+            let bytes = header(width, height);
+            let target = Target { size: ImageSize::square(8), channels: 3 };
+            for fault in [probe(&bytes).unwrap_err(), decode(&bytes, target, &mut [0; 192]).unwrap_err()] {
+                let text = fault.to_string();
+                assert!(text.contains(&format!("claims {height}×{width} pixels")), "{text}");
+                assert!(text.contains("more than 1073741824"), "{text}");
+            }
+        }
+        // One row of the largest PNG there is: the decoder itself refuses it.
+        assert!(probe(&header(i32::MAX as u32, 1)).is_err());
+    }
 }

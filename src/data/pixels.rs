@@ -8,7 +8,8 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::DataError;
+use super::progress::go_on;
+use super::{DataError, Progress};
 
 /// A SHA-256 digest.
 pub(super) type Hash = [u8; 32];
@@ -46,12 +47,13 @@ pub(super) fn map_file(file: &File) -> std::io::Result<Mmap> {
 /// Blocks are hashed on their own, so that a digest can be computed by all threads.
 const BLOCK: usize = 4 << 20;
 
-/// SHA-256 of the SHA-256 digests of consecutive 4 MiB blocks.
-pub(super) fn digest(bytes: &[u8]) -> Hash {
-    let blocks: Vec<Hash> = bytes.par_chunks(BLOCK).map(|block| Sha256::digest(block).into()).collect();
+/// SHA-256 of the SHA-256 digests of consecutive 4 MiB blocks; stops when `progress` says so.
+pub(super) fn digest(bytes: &[u8], progress: &dyn Progress) -> Result<Hash, DataError> {
+    let one = |block: &[u8]| go_on(progress).map(|()| Sha256::digest(block).into());
+    let blocks: Result<Vec<Hash>, DataError> = bytes.par_chunks(BLOCK).map(one).collect();
     let mut outer = Sha256::new();
-    blocks.iter().for_each(|block| outer.update(block));
-    outer.finalize().into()
+    blocks?.iter().for_each(|block| outer.update(block));
+    Ok(outer.finalize().into())
 }
 
 /// The same as [`digest`] for bytes that arrive piece by piece.
@@ -113,11 +115,6 @@ impl FieldHasher {
     }
 }
 
-/// Lower-case hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,12 +127,12 @@ mod tests {
             outer.update(Sha256::digest(block));
         }
         let expected: Hash = outer.finalize().into();
-        assert_eq!(digest(&bytes), expected);
+        assert_eq!(digest(&bytes, &()).unwrap(), expected);
         for piece in [BLOCK, 1_000_003, 77_777] {
             let mut hasher = BlockHasher::default();
             bytes.chunks(piece).for_each(|chunk| hasher.update(chunk));
             assert_eq!(hasher.finish(), expected, "pieces of {piece}");
         }
-        assert_eq!(BlockHasher::default().finish(), digest(&[]));
+        assert_eq!(BlockHasher::default().finish(), digest(&[], &()).unwrap());
     }
 }

@@ -1,11 +1,12 @@
 //! Which format a data set has and which of its files are read.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::compressed::Container;
 use super::{DataError, Format, Progress, npy};
+use crate::files::{kind_name, open_regular};
 
 /// A data set whose format is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +31,12 @@ pub(super) fn detect(path: &Path, format: Format, progress: &dyn Progress) -> Re
     let source = if metadata.is_dir() { detect_in_folder(path, format)? } else { detect_file(path, format)? };
     match &source {
         Source::Idx(file) | Source::Npy(file) | Source::Compressed(file, _) if file != path => {
-            progress.notice(&format!("{}: the images are read from {}", path.display(), file.display()));
+            let hint = if format == Format::Auto {
+                " (data.format = \"images\" takes the folder's pictures instead)"
+            } else {
+                ""
+            };
+            progress.notice(&format!("{}: the images are read from {}{hint}", path.display(), file.display()));
         }
         _ => {}
     }
@@ -42,6 +48,10 @@ fn detect_in_folder(path: &Path, format: Format) -> Result<Source, DataError> {
     let has = |name: &str| names.iter().any(|n| n == name);
     let nested = path.join("cifar-10-batches-bin");
     let is_array = |name: &String| name.ends_with(".npy") || name.ends_with(".npz");
+    let is_picture = |name: &String| {
+        let name = name.to_lowercase();
+        !name.starts_with('.') && [".png", ".jpg", ".jpeg"].iter().any(|extension| name.ends_with(extension))
+    };
     match format {
         Format::Cifar10 if !has("data_batch_1.bin") && nested.is_dir() => cifar10_batches(&nested),
         Format::Cifar10 => cifar10_batches(path),
@@ -56,14 +66,35 @@ fn detect_in_folder(path: &Path, format: Format) -> Result<Source, DataError> {
         Format::Idx => idx_file(path, &names),
         Format::Auto if names.iter().any(|name| name.contains("idx3-ubyte")) => idx_file(path, &names),
         Format::Npy => numpy_file(path, &names),
-        Format::Auto if names.iter().filter(|name| is_array(name)).count() == 1 => numpy_file(path, &names),
+        Format::Auto if names.iter().filter(|name| is_array(name)).count() == 1 => {
+            let pictures = names.iter().filter(|name| is_picture(name)).count();
+            if pictures == 0 {
+                return numpy_file(path, &names);
+            }
+            let array = names.iter().find(|name| is_array(name)).map(String::as_str).unwrap_or_default();
+            Err(DataError::Unrecognised {
+                path: path.to_path_buf(),
+                expected: "either pictures or an array of images",
+                found: format!("pictures ({pictures}) and the array {array}"),
+                help: "set data.format = \"images\" or \"npy\", or move one of them away".into(),
+            })
+        }
         Format::Auto | Format::Images => Ok(Source::Images(path.to_path_buf())),
     }
 }
 
 fn detect_file(path: &Path, format: Format) -> Result<Source, DataError> {
+    let kind = fs::metadata(path).map_err(DataError::io("look at the data set", path))?.file_type();
+    if !kind.is_file() {
+        return Err(DataError::Unrecognised {
+            path: path.to_path_buf(),
+            expected: "a regular file or a folder",
+            found: kind_name(kind).into(),
+            help: "it is mapped into memory or read more than once: save what it gives as a file, and name that".into(),
+        });
+    }
     let mut head = Vec::new();
-    let file = File::open(path).map_err(DataError::io("open", path))?;
+    let file = open_regular(path).map_err(DataError::io("open", path))?;
     file.take(8).read_to_end(&mut head).map_err(DataError::io("read", path))?;
     let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
     let gzip = head.starts_with(&[0x1f, 0x8b]);

@@ -36,9 +36,10 @@ impl<W: Write> Append<W> {
     /// Adds one entry to the buffer.
     ///
     /// # Errors
-    /// Too much is waiting already; the entry is dropped.
+    /// Too much is waiting already, and the system still does not take it; the entry is dropped.
     pub fn push(&mut self, entry: &[u8]) -> Result<(), ReportError> {
-        if !self.pending.is_empty() && self.pending.len() + entry.len() > BACKLOG {
+        let is_full = |pending: &[u8]| !pending.is_empty() && pending.len() + entry.len() > BACKLOG;
+        if is_full(&self.pending) && self.flush().is_err() && is_full(&self.pending) {
             return Err(ReportError::Backlog { path: self.path.clone() });
         }
         self.pending.extend_from_slice(entry);
@@ -120,5 +121,10 @@ mod tests {
         let error = file.push(&[1]).unwrap_err();
         assert_eq!(error.to_string(), "`log` could not be written for so long that new entries are dropped");
         assert_eq!(file.pending(), BACKLOG);
+        // When there is room again, what waited goes first.
+        file.file.room = usize::MAX;
+        file.push(&[1]).unwrap();
+        file.flush().unwrap();
+        assert_eq!((file.pending(), file.file.taken.len()), (0, BACKLOG + 1));
     }
 }

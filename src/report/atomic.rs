@@ -1,37 +1,31 @@
-//! Files that are there whole or not at all.
+//! Files that are there whole or not at all, with the errors of this room.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::ReportError;
+use crate::files::{AtomicFile, Durability};
 
 /// Writes `path` through a temporary file beside it that is renamed at the end; missing parent folders are created.
 ///
-/// A reader, or a kill at any moment, sees the old file or the new one. (Nothing is synced: a picture lost to a power
-/// failure can be drawn again.)
+/// A reader, or a kill at any moment, sees the old file or the new one. `durability` says whether a power failure counts too: a picture
+/// can be drawn again, a log cannot.
 ///
 /// # Errors
 /// The folder or file cannot be written, or `write` fails; then there is no temporary file left and `path` is as it was.
 pub fn write_atomically(
     path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> Result<(), ReportError>,
+    durability: Durability,
+    write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<(), ReportError>,
 ) -> Result<(), ReportError> {
     create_parent(path)?;
-    let temporary = beside(path);
-    let outcome = (|| {
-        let file = File::create(&temporary).map_err(ReportError::io("create", path))?;
-        let mut writer = BufWriter::new(file);
-        write(&mut writer)?;
-        writer.flush().map_err(ReportError::io("write", path))?;
-        fs::rename(&temporary, path).map_err(ReportError::io("write", path))
-    })();
-    if outcome.is_err() {
-        // The first error is the one to tell; the file may not even exist.
-        let _ = fs::remove_file(&temporary);
-    }
-    outcome
+    let mut file = AtomicFile::create(path).map_err(ReportError::io("create", path))?;
+    let mut writer = BufWriter::new(file.file());
+    write(&mut writer)?;
+    writer.flush().map_err(ReportError::io("write", path))?;
+    drop(writer);
+    file.commit(durability).map_err(ReportError::io("write", path))
 }
 
 /// Creates the folders in which `path` is to lie.
@@ -42,14 +36,6 @@ pub(super) fn create_parent(path: &Path) -> Result<(), ReportError> {
         }
         _ => Ok(()),
     }
-}
-
-/// A hidden name in the same folder, of this process alone.
-fn beside(path: &Path) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.tmp", std::process::id()));
-    path.with_file_name(name)
 }
 
 #[cfg(test)]
@@ -64,9 +50,11 @@ mod tests {
     fn parents_are_created_and_the_file_replaced() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a/b/c.txt");
-        for text in ["first, longer", "second"] {
-            write_atomically(&path, |file| file.write_all(text.as_bytes()).map_err(ReportError::io("write", &path)))
-                .unwrap();
+        for (durability, text) in [(Durability::Kill, "first, longer"), (Durability::PowerFailure, "second")] {
+            let write = |file: &mut BufWriter<&mut File>| {
+                file.write_all(text.as_bytes()).map_err(ReportError::io("write", &path))
+            };
+            write_atomically(&path, durability, write).unwrap();
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
         assert_eq!(names(path.parent().unwrap()), ["c.txt"]);
@@ -77,7 +65,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("c.txt");
         fs::write(&path, "old").unwrap();
-        let failed = write_atomically(&path, |file| {
+        let failed = write_atomically(&path, Durability::Kill, |file| {
             file.write_all(b"half").map_err(ReportError::io("write", &path))?;
             Err(ReportError::Encode { path: path.clone(), message: "no".to_owned() })
         });
@@ -90,7 +78,8 @@ mod tests {
     fn a_parent_that_is_a_file_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("file"), "x").unwrap();
-        let error = write_atomically(&folder.path().join("file/c.txt"), |_| Ok(())).unwrap_err().to_string();
+        let path = folder.path().join("file/c.txt");
+        let error = write_atomically(&path, Durability::Kill, |_| Ok(())).unwrap_err().to_string();
         assert!(error.starts_with(&format!("cannot create folder `{}/file`: ", folder.path().display())), "{error}");
     }
 }

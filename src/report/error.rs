@@ -80,6 +80,14 @@ pub enum ReportError {
         /// What is there.
         found: String,
     },
+    /// A file whose header is not that of a `.npy` file.
+    #[error("`{}` cannot be used: {fault}", path.display())]
+    NpyHeader {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        fault: crate::data::Fault,
+    },
     /// What could not be written earlier has grown too large to be kept.
     #[error("`{}` could not be written for so long that new entries are dropped", path.display())]
     Backlog {

@@ -1,7 +1,12 @@
-//! TensorBoard's `Event` message in protocol buffer wire format.
+//! TensorBoard's `Event` message, made of the types that `tensorboard-rs` is made of.
 //!
-//! The crate `tensorboard-rs` keeps its event types to itself (its writer builds them), so the few fields used here are
-//! encoded directly; numbers and types are those of TensorBoard's `event.proto` and `summary.proto`.
+//! Scalars are its summaries. Its image summary takes colour alone, panics on anything else, and encodes again what is a PNG already, so
+//! that pictures are put into the message here.
+
+use protobuf::{Message, ProtobufResult};
+use tensorboard_proto::event::{Event, SessionLog, SessionLog_SessionStatus};
+use tensorboard_proto::summary::{Summary, Summary_Image, Summary_Value};
+use tensorboard_rs::summary::scalar;
 
 use super::Picture;
 
@@ -14,79 +19,46 @@ pub(super) enum What<'a> {
     /// Numbers by tag.
     Scalars(&'a [(&'a str, f64)]),
     /// A picture with its PNG encoding.
-    Image { tag: &'a str, picture: &'a Picture, png: &'a [u8] },
+    Image { tag: &'a str, picture: &'a Picture, png: Vec<u8> },
 }
 
 /// The bytes of one event; `wall_time` in seconds since 1970.
-pub(super) fn encode(wall_time: f64, step: u64, what: &What) -> Vec<u8> {
-    let mut event = Message::default();
-    event.double(1, wall_time);
-    event.varint(2, step);
+///
+/// # Errors
+/// What the encoder says (a message beyond 4 GiB).
+pub(super) fn encode(wall_time: f64, step: u64, what: What) -> ProtobufResult<Vec<u8>> {
+    let mut event = Event::new();
+    event.set_wall_time(wall_time);
+    // Steps are below 2^32.
+    event.set_step(step as i64);
     match what {
-        What::FileVersion(version) => event.bytes(3, version.as_bytes()),
+        What::FileVersion(version) => event.set_file_version(version.to_owned()),
         What::Restart => {
-            let mut session_log = Message::default();
-            session_log.varint(1, 1); // status = START
-            event.bytes(7, &session_log.0);
+            let mut session_log = SessionLog::new();
+            session_log.set_status(SessionLog_SessionStatus::START);
+            event.set_session_log(session_log);
         }
         What::Scalars(scalars) => {
-            let mut summary = Message::default();
-            for (tag, value) in *scalars {
-                let mut entry = Message::default();
-                entry.bytes(1, tag.as_bytes());
-                entry.float(2, *value as f32);
-                summary.bytes(1, &entry.0);
-            }
-            event.bytes(5, &summary.0);
+            let values = scalars.iter().flat_map(|(tag, value)| scalar(tag, *value as f32).take_value()).collect();
+            event.set_summary(summary(values));
         }
         What::Image { tag, picture, png } => {
-            let mut image = Message::default();
-            image.varint(1, picture.height() as u64);
-            image.varint(2, picture.width() as u64);
-            image.varint(3, picture.channels() as u64); // colorspace: 1 grey, 3 RGB
-            image.bytes(4, png);
-            let mut entry = Message::default();
-            entry.bytes(1, tag.as_bytes());
-            entry.bytes(4, &image.0);
-            let mut summary = Message::default();
-            summary.bytes(1, &entry.0);
-            event.bytes(5, &summary.0);
+            let mut image = Summary_Image::new();
+            image.set_height(picture.height() as i32);
+            image.set_width(picture.width() as i32);
+            image.set_colorspace(picture.channels() as i32); // 1 grey, 3 RGB
+            image.set_encoded_image_string(png);
+            let mut value = Summary_Value::new();
+            value.set_tag(tag.to_owned());
+            value.set_image(image);
+            event.set_summary(summary(vec![value]));
         }
     }
-    event.0
+    event.write_to_bytes()
 }
 
-/// A message under construction.
-#[derive(Default)]
-struct Message(Vec<u8>);
-
-impl Message {
-    fn varint(&mut self, field: u8, value: u64) {
-        self.0.push(field << 3);
-        self.raw_varint(value);
-    }
-
-    fn double(&mut self, field: u8, value: f64) {
-        self.0.push((field << 3) | 1);
-        self.0.extend_from_slice(&value.to_le_bytes());
-    }
-
-    fn bytes(&mut self, field: u8, value: &[u8]) {
-        self.0.push((field << 3) | 2);
-        self.raw_varint(value.len() as u64);
-        self.0.extend_from_slice(value);
-    }
-
-    fn float(&mut self, field: u8, value: f32) {
-        self.0.push((field << 3) | 5);
-        self.0.extend_from_slice(&value.to_le_bytes());
-    }
-
-    fn raw_varint(&mut self, mut value: u64) {
-        while value >= 0x80 {
-            self.0.push(value as u8 | 0x80);
-            value >>= 7;
-        }
-        self.0.push(value as u8);
-    }
+fn summary(values: Vec<Summary_Value>) -> Summary {
+    let mut summary = Summary::new();
+    summary.set_value(values.into());
+    summary
 }

@@ -7,6 +7,7 @@ use image::codecs::gif::{GifEncoder, Repeat};
 use image::{Delay, Frame, RgbaImage};
 
 use super::{Picture, ReportError, write_atomically};
+use crate::files::Durability;
 
 /// The whole animation, without the rest on its last frame, takes about this long.
 const MOTION: Duration = Duration::from_secs(4);
@@ -36,7 +37,7 @@ pub fn write_gif(path: &Path, frames: &[Picture]) -> Result<(), ReportError> {
     if frames.iter().any(|frame| (frame.width(), frame.height()) != (width, height)) {
         return Err(encode("the frames differ in size".to_owned()));
     }
-    write_atomically(path, |file| {
+    write_atomically(path, Durability::Kill, |file| {
         let mut encoder = GifEncoder::new_with_speed(file, SAMPLING);
         encoder.set_repeat(Repeat::Infinite).map_err(|error| encode(error.to_string()))?;
         for (i, picture) in frames.iter().enumerate() {

@@ -8,6 +8,7 @@ use image::ImageEncoder;
 use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 
 use super::{ReportError, write_atomically};
+use crate::files::Durability;
 
 /// Pixels between the images of a grid, and around them.
 const PADDING: usize = 2;
@@ -126,7 +127,7 @@ impl Picture {
     /// The file cannot be written.
     pub fn write_png(&self, path: &Path) -> Result<(), ReportError> {
         let bytes = self.png().map_err(|message| ReportError::Encode { path: path.to_owned(), message })?;
-        write_atomically(path, |file| file.write_all(&bytes).map_err(ReportError::io("write", path)))
+        write_atomically(path, Durability::Kill, |file| file.write_all(&bytes).map_err(ReportError::io("write", path)))
     }
 }
 

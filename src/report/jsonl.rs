@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::append::Append;
 use super::{ReportError, write_atomically};
+use crate::files::Durability;
 
 /// A log of which every line is whole.
 #[derive(Debug)]
@@ -23,7 +24,7 @@ impl JsonLines {
     ///
     /// An earlier start may have logged further than the checkpoint from which the run goes on. Lines whose `step` is
     /// greater than `done` are removed, so that every step is there once, and so is a last line torn by a kill. The
-    /// file is rewritten atomically, and only if there is something to remove.
+    /// file is rewritten atomically and synced, and only if there is something to remove.
     ///
     /// # Errors
     /// The file cannot be read or written.
@@ -32,7 +33,10 @@ impl JsonLines {
             Ok(bytes) => {
                 let kept = keep(&bytes, done);
                 if kept != bytes {
-                    write_atomically(path, |file| file.write_all(&kept).map_err(ReportError::io("write", path)))?;
+                    // A power failure must not cost the log of all the steps before.
+                    write_atomically(path, Durability::PowerFailure, |file| {
+                        file.write_all(&kept).map_err(ReportError::io("write", path))
+                    })?;
                 }
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => super::atomic::create_parent(path)?,
@@ -47,7 +51,7 @@ impl JsonLines {
     /// # Errors
     /// The file cannot be written.
     pub fn create(path: &Path) -> Result<JsonLines, ReportError> {
-        write_atomically(path, |_| Ok(()))?;
+        write_atomically(path, Durability::PowerFailure, |_| Ok(()))?;
         JsonLines::resume(path, 0)
     }
 

@@ -3,6 +3,7 @@
 //! Nothing here knows about training. Nothing here ends a run either: every failure (a full disk, say) is returned as a
 //! [`ReportError`], and files stay whole, so that the caller can raise an alarm and go on.
 
+mod alarm;
 mod append;
 mod atomic;
 mod error;
@@ -15,6 +16,7 @@ mod output;
 mod progress;
 mod tensorboard;
 
+pub use alarm::FileAlarm;
 pub use atomic::write_atomically;
 pub use error::ReportError;
 pub use gif::write_gif;

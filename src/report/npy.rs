@@ -11,6 +11,8 @@ use zip::{CompressionMethod, ZipWriter};
 
 use super::grid::to_u8;
 use super::{Images, ReportError, write_atomically};
+use crate::data::npy_header;
+use crate::files::Durability;
 
 const MAGIC: &[u8] = b"\x93NUMPY";
 
@@ -23,7 +25,7 @@ pub fn write_npy(path: &Path, values: &[f32], shape: &[usize]) -> Result<(), Rep
         let message = format!("{} values are not an array of shape {shape:?}", values.len());
         return Err(ReportError::Encode { path: path.to_owned(), message });
     }
-    write_atomically(path, |file| {
+    write_atomically(path, Durability::Kill, |file| {
         let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(ReportError::io("write", path));
         write(&header("<f4", shape))?;
         values.iter().try_for_each(|value| write(&value.to_le_bytes()))
@@ -43,7 +45,7 @@ pub fn write_npz(path: &Path, images: &Images) -> Result<(), ReportError> {
     // 4 GiB is where a zip entry needs its large form.
     let large = header.len() + images.pixels().len() >= u32::MAX as usize;
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated).large_file(large);
-    write_atomically(path, |file| {
+    write_atomically(path, Durability::Kill, |file| {
         let mut archive = ZipWriter::new(file);
         archive.start_file("arr_0.npy", options).map_err(encode)?;
         archive.write_all(&header).map_err(ReportError::io("write", path))?;
@@ -62,57 +64,34 @@ pub fn write_npz(path: &Path, images: &Images) -> Result<(), ReportError> {
 /// The file cannot be read, or is not such an array, or is shorter or longer than its header says.
 pub fn read_npy(path: &Path) -> Result<(Vec<f32>, Vec<usize>), ReportError> {
     let bytes = fs::read(path).map_err(ReportError::io("read", path))?;
-    parse_npy(&bytes).map_err(|(expected, found)| ReportError::BadNpy { path: path.to_owned(), expected, found })
+    parse_npy(path, &bytes)
 }
 
-type Refusal = (&'static str, String);
-
-fn parse_npy(bytes: &[u8]) -> Result<(Vec<f32>, Vec<usize>), Refusal> {
-    let short = || ("a .npy file", format!("{} bytes that end within the header", bytes.len()));
-    let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| ("a .npy file", "something else".to_owned()))?;
-    let (version, rest) = rest.split_at_checked(2).ok_or_else(short)?;
-    let (length, rest) = match version[0] {
-        1 => rest.split_at_checked(2).map(|(n, rest)| (usize::from(u16::from_le_bytes([n[0], n[1]])), rest)),
-        2 | 3 => {
-            rest.split_at_checked(4).map(|(n, rest)| (u32::from_le_bytes([n[0], n[1], n[2], n[3]]) as usize, rest))
-        }
-        other => return Err(("a .npy file of version 1, 2 or 3", format!("version {other}"))),
+fn parse_npy(path: &Path, bytes: &[u8]) -> Result<(Vec<f32>, Vec<usize>), ReportError> {
+    let bad = |expected, found| ReportError::BadNpy { path: path.to_owned(), expected, found };
+    let header = npy_header(bytes).map_err(|fault| ReportError::NpyHeader { path: path.to_owned(), fault })?;
+    if header.fortran_order {
+        let expected = "an array in C order (save numpy.ascontiguousarray(x))";
+        return Err(bad(expected, "Fortran order".to_owned()));
     }
-    .ok_or_else(short)?;
-    let (header, data) = rest.split_at_checked(length).ok_or_else(short)?;
-    let header = std::str::from_utf8(header).map_err(|_| ("a .npy header", "bytes that are not text".to_owned()))?;
-
-    let descr = entry(header, "descr").and_then(|text| text.split('\'').nth(1)).unwrap_or_default();
-    let shape =
-        entry(header, "shape").and_then(shape).ok_or_else(|| ("a .npy header with a shape", header.to_owned()))?;
-    if entry(header, "fortran_order").is_none_or(|order| !order.starts_with("False")) {
-        return Err(("an array in C order (save numpy.ascontiguousarray(x))", "Fortran order".to_owned()));
-    }
-    let width = match descr {
+    let width = match header.descr.as_str() {
         "<f4" => 4,
         "<f8" => 8,
-        other => return Err(("an array of float32 (save x.astype('<f4'))", format!("dtype '{other}'"))),
+        other => return Err(bad("an array of float32 (save x.astype('<f4'))", format!("dtype '{other}'"))),
     };
-    let size = shape.iter().try_fold(width, |product: usize, &n| product.checked_mul(n));
-    if size != Some(data.len()) {
-        return Err(("as much data as the header says", format!("{} bytes for shape {shape:?}", data.len())));
+    // The header ends within `bytes`.
+    let data = &bytes[header.offset as usize..];
+    let size = header.shape.iter().try_fold(width, |product: u64, &n| product.checked_mul(n));
+    if size != Some(data.len() as u64) {
+        let found = format!("{} bytes for shape {:?}", data.len(), header.shape);
+        return Err(bad("as much data as the header says", found));
     }
     let values = match width {
         4 => data.as_chunks::<4>().0.iter().map(|&value| f32::from_le_bytes(value)).collect(),
         _ => data.as_chunks::<8>().0.iter().map(|&value| f64::from_le_bytes(value) as f32).collect(),
     };
-    Ok((values, shape))
-}
-
-/// What follows `'name':` in a header, a Python dictionary.
-fn entry<'a>(header: &'a str, name: &str) -> Option<&'a str> {
-    let (_, rest) = header.split_once(&format!("'{name}'"))?;
-    rest.trim_start().strip_prefix(':').map(str::trim_start)
-}
-
-fn shape(text: &str) -> Option<Vec<usize>> {
-    let (inside, _) = text.strip_prefix('(')?.split_once(')')?;
-    inside.split(',').map(str::trim).filter(|part| !part.is_empty()).map(|part| part.parse().ok()).collect()
+    let side = |n: &u64| usize::try_from(*n).map_err(|_| bad("sides that fit memory", n.to_string()));
+    Ok((values, header.shape.iter().map(side).collect::<Result<_, _>>()?))
 }
 
 /// Magic, version 1.0 and the dictionary, padded with spaces so that the data starts at a multiple of 64 bytes.

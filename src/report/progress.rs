@@ -12,6 +12,8 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Where there is no terminal, a bar says where it is this often.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
+/// Times as long as that, numbers of a training run may be old.
+const NEWS: u32 = 3;
 
 /// How much is said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -92,6 +94,11 @@ impl Console {
         self.line(&format!("warning: {}", text.as_ref()));
     }
 
+    /// What an alarm told of is over: shown to everyone whom the alarm was shown to.
+    pub fn all_clear(&self, text: impl AsRef<str>) {
+        self.line(text.as_ref());
+    }
+
     /// The reason why work stops: shown even with `-q`.
     pub fn error(&self, text: impl AsRef<str>) {
         self.line(&format!("error: {}", text.as_ref()));
@@ -112,7 +119,7 @@ impl Console {
     /// The bar of a training run that has done `done` of `steps` steps, each of `batch` images.
     pub fn training(&self, done: u64, steps: u64, batch: usize) -> TrainingBar {
         let drawn = self.drawn("step {pos}/{len} {wide_bar} {msg}", "", done, steps);
-        TrainingBar { line: Line::new(self, drawn), steps, batch, shown: String::new() }
+        TrainingBar { line: Line::new(self, drawn), steps, batch, shown: String::new(), reported: None }
     }
 
     fn drawn(&self, style: &str, prefix: &str, done: u64, total: u64) -> Option<ProgressBar> {
@@ -212,6 +219,8 @@ pub struct TrainingBar {
     steps: u64,
     batch: usize,
     shown: String,
+    /// When numbers were last given.
+    reported: Option<Instant>,
 }
 
 impl TrainingBar {
@@ -222,8 +231,15 @@ impl TrainingBar {
         }
     }
 
+    /// Whether a person should see numbers now: at the first step, and then at least every half minute, however rarely steps are logged.
+    pub fn is_due(&self) -> bool {
+        let patience = self.line.console.plain_every * NEWS;
+        self.reported.is_none_or(|at| at.elapsed() >= patience)
+    }
+
     /// The `loss` after `done` steps and the speed in images per second, from which the time left follows.
     pub fn report(&mut self, done: u64, loss: f64, images_per_second: f64) {
+        let is_first = self.reported.replace(Instant::now()).is_none();
         self.shown.clear();
         // Writing to a String cannot fail.
         let _ = write!(self.shown, "loss {loss:.4}  {} img/s", three_digits(images_per_second));
@@ -236,7 +252,7 @@ impl TrainingBar {
                 drawn.set_position(done);
                 drawn.set_message(self.shown.clone());
             }
-            None if done == self.steps || self.line.due() => {
+            None if self.line.due() || is_first || done == self.steps => {
                 self.line.console.say(format!("step {done}/{}  {}", self.steps, self.shown));
             }
             None => {}
@@ -267,4 +283,4 @@ pub fn duration(time: Duration) -> String {
 
 #[cfg(test)]
 #[path = "progress_tests.rs"]
-mod tests;
+pub(super) mod tests;

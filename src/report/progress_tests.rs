@@ -6,10 +6,10 @@ use super::*;
 
 /// A terminal of which the bytes are kept: bars and messages land in the same place, as on a screen.
 #[derive(Clone, Debug, Default)]
-struct Screen(Arc<Mutex<Vec<u8>>>);
+pub struct Screen(Arc<Mutex<Vec<u8>>>);
 
 impl Screen {
-    fn text(&self) -> String {
+    pub fn text(&self) -> String {
         String::from_utf8(lock(&self.0).clone()).unwrap()
     }
 
@@ -91,7 +91,7 @@ impl TermLike for Screen {
     }
 }
 
-fn plain(verbosity: Verbosity, every: Duration) -> (Console, Screen) {
+pub fn plain(verbosity: Verbosity, every: Duration) -> (Console, Screen) {
     let screen = Screen::default();
     let out = Arc::new(Mutex::new(screen.clone()));
     (Console::with(verbosity, ProgressDrawTarget::hidden(), out, every), screen)
@@ -135,7 +135,7 @@ fn plain_lines_by_verbosity() {
 }
 
 #[test]
-fn plain_lines_come_at_a_bounded_rate_and_the_last_step_always() {
+fn plain_lines_come_at_a_bounded_rate_and_the_first_and_last_step_always() {
     let (console, screen) = plain(Verbosity::Normal, Duration::from_secs(3600));
     let mut training = console.training(0, 1000, 8);
     let bar = console.bar("decoding", 1000);
@@ -144,7 +144,22 @@ fn plain_lines_come_at_a_bounded_rate_and_the_last_step_always() {
         training.advance(done);
         training.report(done, 0.25, 1234.0);
     }
-    assert_eq!(screen.text(), "step 1000/1000  loss 0.2500  1234 img/s  0s left\n");
+    let first = "step 1/1000  loss 0.2500  1234 img/s  6s left\n"; // 999·8/1234 = 6.48
+    assert_eq!(screen.text(), format!("{first}step 1000/1000  loss 0.2500  1234 img/s  0s left\n"));
+}
+
+#[test]
+fn numbers_are_due_at_the_first_step_and_when_they_are_old() {
+    for (every, old) in [(Duration::from_secs(3600), false), (Duration::from_millis(1), true)] {
+        let (console, _) = plain(Verbosity::Normal, every);
+        let mut training = console.training(40, 100, 8);
+        assert!(training.is_due());
+        training.advance(41);
+        assert!(training.is_due(), "a step without numbers is no news");
+        training.report(42, 0.5, 1.0);
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(training.is_due(), old);
+    }
 }
 
 #[test]

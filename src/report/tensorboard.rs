@@ -1,6 +1,6 @@
 //! TensorBoard event files.
 //!
-//! Record format and checksums are those of `tensorboard-rs`. The file is ours: its background writer panics when the
+//! Messages, record format and checksums are those of `tensorboard-rs`. The file is ours: its background writer panics when the
 //! disk fails and truncates when a run restarts within a second.
 
 use std::fs::{self, OpenOptions};
@@ -24,6 +24,7 @@ const FLUSH_BYTES: usize = 1 << 20;
 pub struct TensorBoard {
     file: Append,
     last_flush: Instant,
+    behind: bool,
 }
 
 impl TensorBoard {
@@ -52,10 +53,10 @@ impl TensorBoard {
                 Err(error) => return Err(ReportError::io("create", &path)(error)),
             }
         };
-        let mut this = TensorBoard { file, last_flush: Instant::now() };
-        this.push(0, &What::FileVersion("brain.Event:2"))?;
+        let mut this = TensorBoard { file, last_flush: Instant::now(), behind: false };
+        this.push(0, What::FileVersion("brain.Event:2"))?;
         if restarted {
-            this.push(done + 1, &What::Restart)?;
+            this.push(done + 1, What::Restart)?;
         }
         this.flush()?;
         Ok(this)
@@ -71,7 +72,7 @@ impl TensorBoard {
     /// # Errors
     /// The file cannot be written. What waits is tried again at the next call, so a caller may go on.
     pub fn scalars(&mut self, step: u64, scalars: &[(&str, f64)]) -> Result<(), ReportError> {
-        self.push(step, &What::Scalars(scalars))?;
+        self.push(step, What::Scalars(scalars))?;
         self.flush_if_due()
     }
 
@@ -81,7 +82,7 @@ impl TensorBoard {
     /// The picture cannot be encoded, or the file not be written (see [`TensorBoard::scalars`]).
     pub fn image(&mut self, tag: &str, step: u64, picture: &Picture) -> Result<(), ReportError> {
         let png = picture.png().map_err(|message| ReportError::Encode { path: self.path().to_owned(), message })?;
-        self.push(step, &What::Image { tag, picture, png: &png })?;
+        self.push(step, What::Image { tag, picture, png })?;
         self.flush_if_due()
     }
 
@@ -91,7 +92,14 @@ impl TensorBoard {
     /// The file cannot be written.
     pub fn flush(&mut self) -> Result<(), ReportError> {
         self.last_flush = Instant::now();
-        self.file.flush()
+        let outcome = self.file.flush();
+        self.behind = outcome.is_err();
+        outcome
+    }
+
+    /// Whether the file could not be written when that was last tried: events wait, and a call that did not try may still have succeeded.
+    pub fn is_behind(&self) -> bool {
+        self.behind
     }
 
     fn flush_if_due(&mut self) -> Result<(), ReportError> {
@@ -101,8 +109,9 @@ impl TensorBoard {
         self.flush()
     }
 
-    fn push(&mut self, step: u64, what: &What) -> Result<(), ReportError> {
-        let event = encode(seconds_since_1970(), step, what);
+    fn push(&mut self, step: u64, what: What) -> Result<(), ReportError> {
+        let event = encode(seconds_since_1970(), step, what)
+            .map_err(|error| ReportError::Encode { path: self.file.path().to_owned(), message: error.to_string() })?;
         let mut record = Vec::with_capacity(event.len() + 16);
         let framed = RecordWriter::new(&mut record).write(&event);
         framed.map_err(ReportError::io("write", self.file.path()))?;

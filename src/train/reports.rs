@@ -3,15 +3,18 @@
 use super::{Config, Metrics};
 use crate::checkpoint::RunDir;
 use crate::data::{Phase, Progress};
-use crate::report::{Bar, Console, JsonLines, Picture, ReportError, TensorBoard, TrainingBar};
+use crate::report::{Bar, Console, FileAlarm, JsonLines, Picture, ReportError, TensorBoard, TrainingBar};
 use serde::Serialize;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Progress of opening a data set as a bar.
 pub(super) struct DecodingBar<'a> {
     pub console: &'a Console,
     pub bar: Mutex<Option<(Phase, Bar)>>,
+    /// Set by a signal.
+    pub stop: &'a AtomicBool,
 }
 
 impl Progress for DecodingBar<'_> {
@@ -28,6 +31,10 @@ impl Progress for DecodingBar<'_> {
 
     fn notice(&self, message: &str) {
         self.console.say(message);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 }
 
@@ -47,7 +54,9 @@ struct Line {
 pub(super) struct Reports {
     console: Console,
     log: JsonLines,
+    log_alarm: FileAlarm,
     tensorboard: Option<TensorBoard>,
+    tensorboard_alarm: FileAlarm,
     bar: Option<TrainingBar>,
     /// When and at which step the last line was written; time spent on other things is left out.
     since: Instant,
@@ -62,17 +71,30 @@ impl Reports {
             false => None,
         };
         let bar = Some(console.training(start, config.train.steps, config.train.batch));
-        Ok(Reports { console: console.clone(), log, tensorboard, bar, since: Instant::now(), last: start })
+        Ok(Reports {
+            console: console.clone(),
+            log,
+            log_alarm: FileAlarm::new("log.jsonl"),
+            tensorboard,
+            tensorboard_alarm: FileAlarm::new("the TensorBoard file"),
+            bar,
+            since: Instant::now(),
+            last: start,
+        })
     }
 
     /// `step` steps are done; the last one gave `metrics`.
     pub fn step(&mut self, config: &Config, step: u64, metrics: &Metrics) {
-        if !step.is_multiple_of(config.log.every) && step != config.train.steps {
-            self.bar.iter().for_each(|bar| bar.advance(step));
-            return;
-        }
         let images = |steps: u64| steps * config.train.batch as u64;
         let images_per_second = images(step - self.last) as f64 / self.since.elapsed().as_secs_f64().max(1e-9);
+        if !step.is_multiple_of(config.log.every) && step != config.train.steps {
+            match &mut self.bar {
+                Some(bar) if bar.is_due() => bar.report(step, metrics.loss, images_per_second),
+                Some(bar) => bar.advance(step),
+                None => {}
+            }
+            return;
+        }
         (self.since, self.last) = (Instant::now(), step);
         self.bar.iter_mut().for_each(|bar| bar.report(step, metrics.loss, images_per_second));
         let Metrics { loss, quartiles, grad_norm, .. } = *metrics;
@@ -86,13 +108,14 @@ impl Reports {
             lr,
             images_per_second,
         };
-        alarm(&self.console, self.log.write(&line));
+        self.log_alarm.note(&self.console, self.log.write(&line), false);
         if let Some(tensorboard) = &mut self.tensorboard {
             let mut scalars =
                 vec![("loss", loss), ("grad_norm", grad_norm), ("lr", lr), ("images_per_second", images_per_second)];
             let tags = ["loss_by_t/0-25%", "loss_by_t/25-50%", "loss_by_t/50-75%", "loss_by_t/75-100%"];
             scalars.extend(tags.into_iter().zip(quartiles).filter_map(|(tag, loss)| Some((tag, loss?))));
-            alarm(&self.console, tensorboard.scalars(step, &scalars));
+            let outcome = tensorboard.scalars(step, &scalars);
+            self.tensorboard_alarm.note(&self.console, outcome, tensorboard.is_behind());
         }
     }
 
@@ -103,7 +126,8 @@ impl Reports {
 
     pub fn picture(&mut self, step: u64, picture: &Picture) {
         if let Some(tensorboard) = &mut self.tensorboard {
-            alarm(&self.console, tensorboard.image("samples", step, picture));
+            let outcome = tensorboard.image("samples", step, picture);
+            self.tensorboard_alarm.note(&self.console, outcome, tensorboard.is_behind());
         }
     }
 
@@ -114,13 +138,8 @@ impl Reports {
 
     pub fn flush(&mut self) {
         if let Some(tensorboard) = &mut self.tensorboard {
-            alarm(&self.console, tensorboard.flush());
+            let outcome = tensorboard.flush();
+            self.tensorboard_alarm.note(&self.console, outcome, tensorboard.is_behind());
         }
-    }
-}
-
-fn alarm(console: &Console, result: Result<(), ReportError>) {
-    if let Err(error) = result {
-        console.alarm(error.to_string());
     }
 }

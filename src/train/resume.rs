@@ -5,6 +5,7 @@ use super::{Config, TrainError};
 use crate::checkpoint::{Meta, RunDir, inspect, list};
 use crate::config::{ConfigError, to_toml};
 use crate::data::Dataset;
+use crate::files::hex;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -64,7 +65,7 @@ pub fn trajectory_hash(config: &Config) -> Result<String, ConfigError> {
     for (key, value) in trajectory(config)? {
         hash.update(format!("{key} = {value}\n"));
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&hash.finalize()))
 }
 
 /// The keys in which `now` would leave the trajectory of `saved`.

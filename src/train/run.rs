@@ -66,7 +66,11 @@ pub fn train(
     config.data.channels = Some(channels);
 
     let mut run = Run::open(config, device, collective, options, &dataset)?;
-    match run.all_steps(&dataset) {
+    let ended = run.all_steps(&dataset);
+    if dataset.replaced() > 0 {
+        options.console.alarm(format!("{} images were bad and others stood in for them", dataset.replaced()));
+    }
+    match ended {
         Ok(ended) => run.close(ended),
         Err(error) => Err(run.give_up(error)),
     }
@@ -180,6 +184,7 @@ impl<'a> Run<'a> {
                 return Ok(Ended::Stopped);
             }
             self.step(loader.next()?.pixels)?;
+            dataset.replacements().iter().for_each(|text| self.console.alarm(text));
             self.save_if_due();
             self.draw_if_due()?;
         }
@@ -316,7 +321,7 @@ impl<'a> Run<'a> {
 }
 
 fn open_data(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
-    let progress = DecodingBar { console: options.console, bar: Mutex::new(None) };
+    let progress = DecodingBar { console: options.console, bar: Mutex::new(None), stop: options.stop };
     // Pictures of a folder become grey or coloured as the model wants them, unless `data.channels` says otherwise.
     let channels = config.data.channels.unwrap_or(config.model.image_channels);
     let data = DataConfig { channels: Some(channels), ..config.data.clone() };

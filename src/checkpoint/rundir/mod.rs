@@ -4,9 +4,9 @@ mod lock;
 
 pub use lock::{Owner, RunLock};
 
-use super::io::write_atomically;
 use super::newest::list;
 use super::write::{is_own_file, is_temporary, parse_dir_name};
+use crate::files::write_synced;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -165,7 +165,7 @@ impl RunDir {
     /// Stores the resolved config; a reader sees the old one or the new one whole.
     pub fn write_config(&self, toml: &str) -> Result<(), RunDirError> {
         let path = self.config();
-        write_atomically(&path, toml.as_bytes()).map_err(io_error("write", &path))
+        write_synced(&path, toml.as_bytes()).map_err(io_error("write", &path))
     }
 }
 
@@ -214,7 +214,9 @@ fn remove_run(root: &Path) -> Result<Vec<PathBuf>, RunDirError> {
     remove_if_empty(&root.join(SAMPLES))?;
     remove_matching(&root.join(TENSORBOARD), |name| name.starts_with("events.out.tfevents."))?;
     remove_if_empty(&root.join(TENSORBOARD))?;
-    remove_matching(root, |name| name == CONFIG || name == LOG || name.starts_with("config.toml.tmp-"))?;
+    remove_matching(root, |name| {
+        name == CONFIG || name == LOG || name.starts_with("config.toml.tmp-") || name.starts_with("log.jsonl.tmp-")
+    })?;
     let mut left = Vec::new();
     for name in names(root)?.into_iter().filter(|n| n != lock::FILE) {
         left.push(root.join(name));

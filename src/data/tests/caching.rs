@@ -67,6 +67,58 @@ fn a_folders_cache_notices_a_picture_of_the_same_size_and_time() {
 }
 
 #[test]
+fn a_cache_belongs_to_its_content() {
+    let place = Place::new();
+    for (name, value) in [("a.png", 10), ("sub/b.png", 20)] {
+        save_picture(&place.path(&format!("p/{name}")), &[value; 64], 8, 8);
+    }
+    let at = |name: &str| DataConfig { size: Some(ImageSize::square(8)), channels: Some(1), ..place.config(name) };
+    let pixels = [[10; 64], [20; 64]].concat();
+    assert_eq!(open(&place, &at("p")), (pixels.clone(), true, String::new()));
+    // Touched.
+    let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    fs::File::options().write(true).open(place.path("p/a.png")).unwrap().set_modified(long_ago).unwrap();
+    assert_eq!(open(&place, &at("p")), (pixels.clone(), false, String::new()));
+    // Copied, which changes inodes and times too, under other names in the same order.
+    for (from, to) in [("p/a.png", "q/1.png"), ("p/sub/b.png", "q/2.png")] {
+        place.write(to, &fs::read(place.path(from)).unwrap());
+    }
+    assert_eq!(open(&place, &at("q")), (pixels.clone(), false, String::new()));
+    // Moved, and copied back into its place.
+    fs::rename(place.path("p"), place.path("r")).unwrap();
+    assert_eq!(open(&place, &at("r")), (pixels.clone(), false, String::new()));
+    fs::rename(place.path("q"), place.path("p")).unwrap();
+    assert_eq!(open(&place, &at("p")), (pixels.clone(), false, String::new()));
+    cache_file(&place); // one for all
+    // The same for a compressed file.
+    let bytes = gzip(&idx([2, 8, 8], &pixels));
+    for name in ["x.gz", "y.gz"] {
+        place.write(name, &bytes);
+    }
+    assert!(open(&place, &place.config("x.gz")).1);
+    assert_eq!(open(&place, &place.config("y.gz")), (pixels, false, String::new()));
+}
+
+#[test]
+fn a_picture_that_is_left_out_is_named_where_it_lies_now() {
+    let place = Place::new();
+    save_picture(&place.path("p/a.png"), &[10; 64], 8, 8);
+    place.write("p/b.png", b"bad");
+    let skip = |name: &str| DataConfig {
+        size: Some(ImageSize::square(8)),
+        on_bad_image: OnBadImage::Skip,
+        ..place.config(name)
+    };
+    Dataset::open(&skip("p"), None, &()).unwrap();
+    fs::rename(place.path("p"), place.path("q")).unwrap();
+    let log = Log::default();
+    let dataset = Dataset::open(&skip("q"), None, &log).unwrap();
+    assert!(!log.decoded());
+    let expected = format!("{}: cannot be decoded", place.path("q/b.png").display());
+    assert!(dataset.skipped_names()[0].starts_with(&expected), "{:?}", dataset.skipped_names());
+}
+
+#[test]
 fn a_damaged_cache_is_built_again_loudly() {
     let place = Place::new();
     let pixels = noise(6 * 9 * 9, 3);
@@ -125,7 +177,7 @@ fn many_can_build_at_once() {
     cache_file(&place);
     let left = fs::read_dir(place.path("cache"))
         .unwrap()
-        .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().ends_with(".tmp"));
+        .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().contains(".tmp-"));
     assert_eq!(left.count(), 0);
 }
 
@@ -137,7 +189,8 @@ fn an_unusable_cache_dir_is_an_error_and_leaves_nothing() {
     for dir in ["file", "file/below"] {
         let config = DataConfig { cache_dir: Some(place.path(dir)), ..place.config("x.gz") };
         let error = Dataset::open(&config, None, &()).unwrap_err().to_string();
-        assert!(error.contains("data.cache_dir") && error.contains("writable"), "{error}");
+        let start = format!("data.cache_dir = {}: cannot create the directory: ", place.path(dir).display());
+        assert!(error.starts_with(&start) && error.contains("writable"), "{error}");
     }
     // Bad data leaves no temporary file either.
     place.write("y.gz", &gzip(&idx([2, 3, 3], &noise(17, 1))));

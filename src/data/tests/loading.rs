@@ -133,5 +133,5 @@ fn pictures_decoded_on_demand_are_those_of_the_cache_and_errors_reach_the_caller
         }
     };
     assert!(error.contains("07.png"), "{error}");
-    assert!(matches!(loader.next(), Err(DataError::Stopped)));
+    assert!(matches!(loader.next(), Err(DataError::LoaderEnded)));
 }

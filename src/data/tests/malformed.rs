@@ -121,6 +121,44 @@ fn other_things() {
     assert!(text.contains("unpack"), "{text}");
 }
 
+#[test]
+fn what_is_neither_file_nor_folder() {
+    let place = Place::new();
+    pipe(&place.path("pipe"));
+    fs::create_dir(place.path("d")).unwrap();
+    pipe(&place.path("d/x.npy"));
+    for format in [Format::Auto, Format::Idx, Format::Npy, Format::Cifar10, Format::Images] {
+        for (name, config) in [("pipe", place.config("pipe")), ("d/x.npy", place.config("d/x.npy"))] {
+            let error = Dataset::open(&DataConfig { format, ..config }, None, &()).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains("a named pipe, expected a regular file"), "{error}");
+        }
+    }
+    let error = place.error("d");
+    assert!(error.contains("x.npy") && error.contains("a named pipe"), "{error}");
+    let device = DataConfig { path: "/dev/zero".into(), ..place.config("x") };
+    let error = Dataset::open(&device, None, &()).unwrap_err().to_string();
+    assert!(error.contains("/dev/zero: a device, expected"), "{error}");
+}
+
+#[test]
+fn an_array_among_pictures_is_not_guessed_about() {
+    let place = Place::new();
+    save_picture(&place.path("p/a.png"), &[7; 64], 8, 8);
+    place.write("p/features.npy", &npy("|u1", "(2, 8, 8)", &noise(128, 1)));
+    let config = DataConfig { size: Some(ImageSize::square(8)), channels: Some(1), ..place.config("p") };
+    let open = |format| Dataset::open(&DataConfig { format, ..config.clone() }, None, &());
+    let error = open(Format::Auto).unwrap_err().to_string();
+    assert!(error.contains("features.npy") && error.contains("data.format = \"images\" or \"npy\""), "{error}");
+    assert_eq!(open(Format::Images).unwrap().len(), 1);
+    assert_eq!(open(Format::Npy).unwrap().len(), 2);
+    // Where pictures may lie deeper, the array is taken, and what else could be is said.
+    fs::create_dir(place.path("p/more")).unwrap();
+    fs::rename(place.path("p/a.png"), place.path("p/more/a.png")).unwrap();
+    let log = Log::default();
+    assert_eq!(Dataset::open(&config, None, &log).unwrap().len(), 2);
+    assert!(log.text().contains("features.npy") && log.text().contains("data.format = \"images\""), "{}", log.text());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

@@ -5,6 +5,8 @@ mod caching;
 mod loading;
 mod malformed;
 mod pictures;
+mod replacing;
+mod stopping;
 
 use std::fs;
 use std::io::Write;
@@ -150,6 +152,12 @@ pub(super) fn cifar_record(label: u8, pixels: &[u8]) -> Vec<u8> {
         record.extend(pixels.iter().skip(channel).step_by(3));
     }
     record
+}
+
+/// A named pipe.
+pub(super) fn pipe(path: &Path) {
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
 }
 
 /// Saves [H, W, 1 or 3] as the format of the name's extension.

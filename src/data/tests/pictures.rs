@@ -53,6 +53,15 @@ fn pictures_come_in_the_order_of_their_paths_and_others_are_left_alone() {
     std::os::unix::fs::symlink(place.path("nowhere"), place.path("q/e")).unwrap();
     let error = Dataset::open(&moved, None, &()).unwrap_err().to_string();
     assert!(error.contains("q/e") && error.contains("follow the link"), "{error}");
+    for cache_limit in [ByteSize(0), ByteSize(1 << 20)] {
+        let skip = DataConfig { on_bad_image: OnBadImage::Skip, cache_limit, ..moved.clone() };
+        for _ in 0..2 {
+            let dataset = Dataset::open(&skip, None, &()).unwrap();
+            assert_eq!((dataset.len(), dataset.skipped()), (5, 1));
+            let name = &dataset.skipped_names()[0];
+            assert!(name.contains("q/e") && name.contains("a link to nothing"), "{name}");
+        }
+    }
 }
 
 #[test]
@@ -163,7 +172,10 @@ fn a_bad_picture_is_named_or_left_out() {
     };
     let jpeg = jpeg(&good[0], 20, 20);
     let mut bomb = png.clone();
-    bomb[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]); // claims 65536×65536
+    bomb[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]); // claims 65536×65536, with a checksum that holds
+    let mut crc = flate2::Crc::new();
+    crc.update(&bomb[12..29]);
+    bomb[29..33].copy_from_slice(&crc.sum().to_be_bytes());
     let small = {
         let place = Place::new();
         save_picture(&place.path("x.png"), &good[0][..19 * 20 * 3], 19, 20);
@@ -181,7 +193,7 @@ fn a_bad_picture_is_named_or_left_out() {
             },
             "cannot be decoded",
         ),
-        ("bomb.png", bomb, "cannot be decoded"),
+        ("bomb.png", bomb, "claims 65536×65536 pixels"),
         ("truncated.jpg", jpeg[..jpeg.len() * 3 / 4].to_vec(), "cannot be decoded"),
         ("headless.jpg", jpeg[..30].to_vec(), "cannot be decoded"),
         ("garbage.jpg", b"<html>404</html>".to_vec(), "starts with [3c, 68, 74, 6d]"),
@@ -205,6 +217,13 @@ fn a_bad_picture_is_named_or_left_out() {
             assert_eq!((dataset.len(), dataset.skipped(), log.decoded()), (3, 1, !again), "{name}");
             assert_eq!(all(&dataset), good.concat(), "{name}");
             assert!(dataset.skipped_names()[0].contains(name), "{:?}", dataset.skipped_names());
+        }
+        // A header that is wrong is found out without decoding too.
+        if ["headless.png", "bomb.png", "headless.jpg", "gif.png", "empty.png", "small.png"].contains(&name) {
+            let lazy = |config: &DataConfig| DataConfig { cache_limit: ByteSize(0), ..config.clone() };
+            assert!(Dataset::open(&lazy(&stop), None, &()).unwrap_err().to_string().contains(why), "{name}");
+            let dataset = Dataset::open(&lazy(&skip), None, &()).unwrap();
+            assert_eq!((dataset.len(), dataset.skipped()), (3, 1), "{name}");
         }
         // A cache made by skipping is not taken for one made without.
         assert!(Dataset::open(&stop, None, &()).is_err(), "{name}");
@@ -234,4 +253,26 @@ fn headers_are_checked_up_front_where_pictures_are_decoded_on_demand() {
     }
     let error = Dataset::open(&skip, None, &()).unwrap_err().to_string();
     assert!(error.contains("none of them usable") && error.contains("b.png"), "{error}");
+}
+
+#[test]
+fn every_byte_of_a_picture_counts() {
+    // A JPEG large enough that its middle is far from both ends.
+    let place = Place::new();
+    let bytes = jpeg(&noise(300 * 300 * 3, 1), 300, 300);
+    assert!(bytes.len() > 60_000);
+    let path = place.write("p/a.jpg", &bytes);
+    for cache_limit in [ByteSize(0), ByteSize(1 << 30)] {
+        let config = DataConfig { cache_limit, ..config(&place, 64, 3) };
+        let fingerprint = || Dataset::open(&config, None, &()).unwrap().fingerprint();
+        fs::write(&path, &bytes).unwrap();
+        let before = fingerprint();
+        let mut changed = bytes.clone();
+        let middle = bytes.len() / 2;
+        changed[middle] = if bytes[middle] == 0x11 { 0x12 } else { 0x11 };
+        fs::write(&path, &changed).unwrap();
+        assert_ne!(fingerprint(), before);
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(fingerprint(), before);
+    }
 }
