@@ -237,7 +237,7 @@ fn bench_stops_at_a_signal() {
     kill_process(Pid::from_raw(child.id() as i32).unwrap(), Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(75), "{stderr}");
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
     assert!(stderr.contains("stopped"), "{stderr}");
     // What was measured by then is still told.
     if stderr.contains("stopped after") {

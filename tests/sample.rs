@@ -55,6 +55,22 @@ fn an_image_is_the_same_whatever_the_count_and_threads() {
 }
 
 #[test]
+fn the_batch_is_the_runs_and_can_be_chosen() {
+    let one = sampled("b-one", "run", 5, &["--batch", "1"]);
+    assert_eq!(sampled("b-four", "run", 5, &["--batch", "4"]), sampled("b-own", "run", 5, &[]), "sample.batch is 4");
+    // What is drawn is the same; sums may be rounded in another order, by less than half a step of an 8-bit picture.
+    for batch in ["4", "5", "64"] {
+        let other = sampled(&format!("b-{batch}"), "run", 5, &["--batch", batch]);
+        let apart = |(a, b): (&u32, &u32)| (f32::from_bits(*a) - f32::from_bits(*b)).abs();
+        let worst = one.iter().zip(&other).map(apart).fold(0.0, f32::max);
+        assert!(worst < 1.0 / 255.0, "batch {batch}: {worst}");
+    }
+    for batch in ["0", "4097"] {
+        project().run(&["sample", "run", "--out", "x.png", "--batch", batch]).refused_by_parser(&["--batch"]);
+    }
+}
+
+#[test]
 fn sampler_steps_and_eta_are_obeyed() {
     let first = |name: &str, more: &[&str]| sampled(name, "run", 1, more);
     let ddim = first("k-ddim", &["--sampler", "ddim"]);
@@ -139,7 +155,9 @@ fn a_checkpoint_and_its_export_give_the_same_images() {
     for sampler in [&["--sampler", "ddpm"][..], &["--sampler", "ddim"], &["--sampler", "ddim", "--eta", "1"]] {
         let run = sampled("e-run", "run", 3, sampler);
         assert_eq!(sampled("e-checkpoint", last.to_str().unwrap(), 3, sampler), run, "{sampler:?}");
-        assert_eq!(sampled("e-exported", "exported", 3, sampler), run, "{sampler:?}");
+        // The export does not say how many images went together.
+        let same = [sampler, &["--batch", "4"]].concat();
+        assert_eq!(sampled("e-exported", "exported", 3, &same), run, "{sampler:?}");
     }
     for name in ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"] {
         let json: serde_json::Value = serde_json::from_slice(&project.read(Path::new("exported").join(name))).unwrap();
@@ -161,7 +179,10 @@ fn averaged_and_raw_weights_are_what_they_say() {
         }
     }
     assert_ne!(sampled("w-ema", "exported-ema", 1, &[]), sampled("w-raw", "exported-raw", 1, &[]));
-    assert_eq!(sampled("w-run", "run", 1, &[]), sampled("w-ema", "exported-ema", 1, &["--sampler", "ddim"]));
+    assert_eq!(
+        sampled("w-run", "run", 1, &[]),
+        sampled("w-ema", "exported-ema", 1, &["--sampler", "ddim", "--batch", "4"])
+    );
 }
 
 #[test]
@@ -186,4 +207,89 @@ fn diffusers_own_directories_are_sampled_as_their_schedulers_say() {
     // Without a scheduler the process is unknown.
     let bare = reference.join("old");
     project.run(&["sample", bare.to_str().unwrap(), "--out", "o.npy"]).refused(4, &["scheduler"]);
+}
+
+/// Numbered pictures of a folder.
+fn pictures(name: &str) -> usize {
+    std::fs::read_dir(project().path(name)).map_or(0, |entries| {
+        entries.filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|e| e == "png")).count()
+    })
+}
+
+/// Hidden files that a sample under way keeps.
+fn leftovers() -> usize {
+    let entries = std::fs::read_dir(project().path("")).unwrap();
+    entries.filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with(".stop")).count()
+}
+
+#[test]
+fn a_signal_loses_no_finished_image() {
+    use rustix::process::Signal;
+    let project = project();
+    // A million images do not fit in the memory allowed, and need not.
+    let limited = r#"ulimit -v 700000; exec "$0" "$@""#;
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", limited, env!("CARGO_BIN_EXE_ddpm-dist"), "sample", "run", "--count", "1000000"]);
+    command.args(["--threads", "1", "--out", "stop/"]).current_dir(project.path(""));
+    let mut running = project.start("stop-folder", command);
+    running.until("three batches", || pictures("stop") >= 12);
+    running.signal(Signal::INT);
+    let (code, stderr) = running.wait();
+    assert_eq!(code, Some(130), "{stderr}");
+    let words = format!("ddpm-dist: stopped after {} of 1000000 images; those are in stop/", pictures("stop"));
+    assert!(stderr.contains(&words), "{words:?} is not in {stderr}");
+
+    // An array has the shape of what came.
+    for name in ["stop.npy", "stop.npz", "stop.png", "stop.gif"] {
+        let mut command = project.program();
+        command.args(["sample", "run", "--count", "4000", "--steps", "100", "--threads", "1", "-v", "--out", name]);
+        let mut running = project.start(name, command);
+        let plain = project.path(format!("{name}.stderr"));
+        running
+            .until("the work", || leftovers() > 0 || std::fs::read_to_string(&plain).unwrap().contains("weights of"));
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        running.signal(Signal::TERM);
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(143), "{name}: {stderr}");
+        let after = stderr.split("stopped after ").nth(1).unwrap_or_else(|| panic!("{name}: {stderr}"));
+        let count: usize = after.split(' ').next().unwrap().parse().unwrap();
+        assert_eq!(project.path(name).exists(), count > 0, "{name}: {stderr}");
+        assert_eq!(stderr.contains("nothing is written"), count == 0, "{name}: {stderr}");
+        if name == "stop.npy" && count > 0 {
+            npy(name, count);
+        }
+        assert_eq!(leftovers(), 0, "{name}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_known_before_the_work() {
+    let project = project();
+    let many = |out: &str| project.run(&["sample", "run", "--count", "1000000", "--out", out]);
+    many("many.png").refused(2, &["many.png", "4096", "1000000"]);
+    many("many.gif").refused(2, &["many.gif", "4096"]);
+    many("config.toml/x.npy").refused(2, &["config.toml"]);
+    many("config.toml/").refused(2, &["config.toml"]);
+    // A source that is not there costs no folder.
+    project.run(&["sample", "nowhere", "--out", "new/folder/x.png"]).refused(4, &["nowhere"]);
+    assert!(!project.path("new").exists());
+
+    // A disk of 2 MiB, seen by one process tree alone: 4000 images of 192 floats are 3 MB.
+    let script = r#"mkdir disk && mount -t tmpfs -o size=2m none disk || exit 99
+        "$0" sample run --count 4000 --out disk/x.npy; code=$?; ls -A disk
+        "$0" sample run --count 100000 --steps 1 --out disk/set/; echo "code $? $(ls -A disk/set | grep -vc '^[0-9]*.png')"
+        exit $code"#;
+    let mut command = std::process::Command::new("unshare");
+    command.args(["-m", "sh", "-c", script, env!("CARGO_BIN_EXE_ddpm-dist")]).current_dir(project.path(""));
+    let output = command.output().unwrap();
+    if output.status.code() == Some(99) || !output.stderr.starts_with(b"ddpm-dist") {
+        eprintln!("not tested: a file system cannot be mounted here (it takes root and unshare)");
+        return;
+    }
+    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("ddpm-dist: not enough space for `disk/x.npy`: it needs 3072000 bytes"), "{stderr}");
+    // A folder fills until there is no room, and holds nothing but images.
+    assert_eq!(stdout, "code 1 0\n", "{stderr}");
+    assert!(stderr.contains("cannot write `disk/set/"), "{stderr}");
 }

@@ -37,10 +37,11 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
     };
     let source = Source::open(&arguments.run, want, &console)?;
     let size = source.size()?;
+    let (diffusion, _) = source.process()?;
     let program = reverse_step_program(&source.model, size, 1, None);
     let layout = layout_for_checkpoints(&program.layout).or_fail(Code::State)?;
     let values = source.flat(&layout)?;
-    diffusers::export(&arguments.dir, &source.model, size, &source.diffusion, &layout, &values).or_fail(Code::State)?;
+    diffusers::export(&arguments.dir, &source.model, size, diffusion, &layout, &values).or_fail(Code::State)?;
     let dir = arguments.dir.display();
     console.last(format!("{dir} is written; in Python: DDPMPipeline.from_pretrained(\"{dir}\")"));
     Ok(ExitCode::SUCCESS)

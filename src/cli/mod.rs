@@ -19,7 +19,7 @@ use exit::{Code, Failure, OrFail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Trains and samples denoising diffusion models (DDPM).
 #[derive(Debug, Parser)]
@@ -125,17 +125,45 @@ impl ConfigArguments {
     }
 }
 
+/// Whether SIGINT or SIGTERM came, and which; the second one ends the process at once with 130 or 143.
+#[derive(Clone, Debug, Default)]
+struct Stop {
+    flag: Arc<AtomicBool>,
+    signal: Arc<AtomicUsize>,
+}
+
+impl Stop {
+    fn on_signals() -> Result<Stop, Failure> {
+        use signal_hook::consts::{SIGINT, SIGTERM};
+        let stop = Stop::default();
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the shutdown looks at the flag before this signal sets it, and whoever sees the flag finds the signal.
+            let code = 128 + signal;
+            signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop.flag))
+                .or_fail(Code::Failed)?;
+            signal_hook::flag::register_usize(signal, Arc::clone(&stop.signal), signal as usize)
+                .or_fail(Code::Failed)?;
+            signal_hook::flag::register(signal, Arc::clone(&stop.flag)).or_fail(Code::Failed)?;
+        }
+        Ok(stop)
+    }
+
+    fn is_set(&self) -> bool {
+        self.flag.load(Ordering::SeqCst)
+    }
+
+    /// The exit code of a command that has no state to go on from.
+    fn code(&self) -> Code {
+        match self.signal.load(Ordering::SeqCst) as i32 {
+            signal_hook::consts::SIGTERM => Code::Terminated,
+            _ => Code::Interrupted,
+        }
+    }
+}
+
 /// A flag that the first SIGINT or SIGTERM sets; the second ends the process at once.
 fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
-    use signal_hook::consts::{SIGINT, SIGTERM};
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // In this order: the shutdown looks at the flag before this signal sets it.
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))
-            .or_fail(Code::Failed)?;
-        signal_hook::flag::register(signal, Arc::clone(&stop)).or_fail(Code::Failed)?;
-    }
-    Ok(stop)
+    Ok(Stop::on_signals()?.flag)
 }
 
 /// `path` as it will be found from anywhere.

@@ -7,19 +7,26 @@ use crate::checkpoint::rundir::{checkpoints_of, is_run_dir};
 use crate::checkpoint::{Layout, Snapshot, Want, load, load_newest};
 use crate::diffusion::{DiffusionConfig, SamplerConfig};
 use crate::report::Console;
+use crate::sample::room_for;
 use crate::train::Config;
 use crate::unet::UnetConfig;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A trained model: what it is, and its weights by name.
 pub(super) struct Source {
     pub model: UnetConfig,
     /// Height and width of the images, where the source says.
     size: Option<[usize; 2]>,
-    pub diffusion: DiffusionConfig,
-    pub sampler: SamplerConfig,
+    /// Images to sample at a time.
+    pub batch: usize,
+    /// Process and sampler; `None` where the source does not say.
+    process: Option<(DiffusionConfig, SamplerConfig)>,
+    path: PathBuf,
     weights: Weights,
 }
+
+/// Images to sample at a time from a diffusers directory, which does not say: little memory, and most of the speed.
+const DIFFUSERS_BATCH: usize = 16;
 
 enum Weights {
     /// With one of its flat buffers.
@@ -69,7 +76,8 @@ impl Source {
         let sampler = config.sample.sampler(&config.diffusion);
         let size = config.data.size.map(|s| [s.height, s.width]);
         let weights = Weights::Checkpoint(Box::new(snapshot), want);
-        Ok(Source { model: config.model, size, diffusion: config.diffusion, sampler, weights })
+        let (path, batch, process) = (path.to_path_buf(), config.sample.batch, Some((config.diffusion, sampler)));
+        Ok(Source { model: config.model, size, batch, process, path, weights })
     }
 
     fn of_diffusers(path: &Path, console: &Console) -> Result<Source, Failure> {
@@ -77,13 +85,22 @@ impl Source {
         for key in &imported.ignored {
             console.alarm(format!("{}: {key} is unknown and ignored, as diffusers does", path.display()));
         }
-        let Some((diffusion, sampler)) = imported.scheduler.take() else {
-            let message =
-                format!("{} has no scheduler/scheduler_config.json, so its process is unknown", path.display());
-            return Err(Failure::new(Code::State, message));
-        };
+        let (path, process) = (path.to_path_buf(), imported.scheduler.take());
         let (model, size) = (imported.unet.clone(), imported.image_size);
-        Ok(Source { model, size, diffusion, sampler, weights: Weights::Diffusers(Box::new(imported)) })
+        let weights = Weights::Diffusers(Box::new(imported));
+        Ok(Source { model, size, batch: DIFFUSERS_BATCH, process, path, weights })
+    }
+
+    /// The diffusion process and how the source samples from it. A diffusers directory of a network alone, which is enough to begin
+    /// training with, does not know.
+    pub fn process(&self) -> Result<&(DiffusionConfig, SamplerConfig), Failure> {
+        self.process.as_ref().ok_or_else(|| {
+            let path = self.path.display();
+            Failure::new(
+                Code::State,
+                format!("{path} has no scheduler/scheduler_config.json, so its process is unknown: it cannot be sampled from, only trained from (train --init)"),
+            )
+        })
     }
 
     /// Height and width of the images.
@@ -101,7 +118,8 @@ impl Source {
                     Want::Params => crate::checkpoint::Group::Params,
                     _ => crate::checkpoint::Group::Ema,
                 };
-                let mut flat = vec![0.0; layout.elements()];
+                let mut flat = room_for(layout.elements(), "the weights")?;
+                flat.resize(layout.elements(), 0.0);
                 for tensor in layout.tensors() {
                     match snapshot.tensor(group, &tensor.name) {
                         Some(values) if values.len() == tensor.len => flat[tensor.range()].copy_from_slice(values),

@@ -45,7 +45,7 @@ pub(super) fn create_parent(path: &Path) -> Result<(), ReportError> {
 }
 
 /// A hidden name in the same folder, of this process alone.
-fn beside(path: &Path) -> PathBuf {
+pub(super) fn beside(path: &Path) -> PathBuf {
     let mut name = OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
     name.push(format!(".{}.tmp", std::process::id()));

@@ -45,6 +45,26 @@ pub enum ReportError {
         /// The path that was given.
         path: PathBuf,
     },
+    /// More images than one picture can show.
+    #[error("`{}` can show {most} images at most, {count} are asked for: end it with / (a folder of PNGs), .npy or .npz", path.display())]
+    TooMany {
+        /// The path that was given.
+        path: PathBuf,
+        /// How many there would be.
+        count: usize,
+        /// How many there can be.
+        most: usize,
+    },
+    /// A disk with less room than the images need.
+    #[error("not enough space for `{}`: it needs {needed} bytes, free are {free}: free some, or ask for fewer images", path.display())]
+    NoSpace {
+        /// The file that was to be written.
+        path: PathBuf,
+        /// Bytes it would have.
+        needed: u64,
+        /// Bytes that may still be written there.
+        free: u64,
+    },
     /// A folder with numbered pictures that would stay among the new ones.
     #[error(
         "folder `{}` holds `{stale}`, which {count} new images would not replace: empty it or name another folder",

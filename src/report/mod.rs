@@ -13,6 +13,7 @@ mod jsonl;
 mod npy;
 mod output;
 mod progress;
+mod stream;
 mod tensorboard;
 
 pub use atomic::write_atomically;
@@ -23,4 +24,5 @@ pub use jsonl::JsonLines;
 pub use npy::{read_npy, write_npy, write_npz};
 pub use output::{OutputFormat, check_output, write_folder, write_images};
 pub use progress::{Bar, Console, TrainingBar, Verbosity, duration};
+pub use stream::ImageStream;
 pub use tensorboard::TensorBoard;

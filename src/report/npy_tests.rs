@@ -1,7 +1,5 @@
 //! Bytes as NumPy 2 writes them, and what happens to files that are not arrays.
 
-use std::io::Read;
-
 use super::*;
 
 /// `numpy.save(f, numpy.zeros((2, 28, 28, 1), '<f4'))` of NumPy 2.4.6, the bytes before the data.
@@ -91,6 +89,9 @@ fn files_that_are_no_such_array() {
         assert!(parse_npy(&whole[..length]).is_err(), "cut at {length}");
     }
     assert!(matches!(read_npy(&folder.path().join("none.npy")), Err(ReportError::Io { action: "read", .. })));
+    assert!(
+        read_npy(folder.path()).unwrap_err().to_string().contains("expected a file, found a folder, pipe or device")
+    );
 }
 
 #[test]
