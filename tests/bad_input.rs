@@ -323,6 +323,26 @@ fn damaged_checkpoints() {
 }
 
 #[test]
+fn a_checkpoint_that_cannot_be_read_now_is_no_reason_to_go_back() {
+    let project = Project::new();
+    project.trained("run", &["--set", "train.steps=10"]);
+    // A loop of links: the system refuses, whoever asks, and says nothing about the content.
+    let shard = project.checkpoint("run", 10).join("shard-00000-of-00001.safetensors");
+    let away = project.path("shard");
+    std::fs::rename(&shard, &away).unwrap();
+    std::os::unix::fs::symlink(&shard, &shard).unwrap();
+    let words = ["step-00000010", "shard-00000", "may be whole", "move it away"];
+    let ended = project.train("run", &[]);
+    ended.refused(4, &words);
+    assert!(!ended.stderr.contains("--overwrite"), "{}", ended.stderr);
+    project.run(&["sample", "run", "--out", "x.png"]).refused(4, &words);
+    std::fs::remove_file(&shard).unwrap();
+    std::fs::rename(&away, &shard).unwrap();
+    let ended = project.trained("run", &[]);
+    assert!(ended.stderr.contains("resuming from") && ended.stderr.contains("step-00000010"), "{}", ended.stderr);
+}
+
+#[test]
 fn sources_of_samples() {
     let project = Project::new();
     let sample = |more: &[&str]| project.run(&[&["sample"], more].concat());

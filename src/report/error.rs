@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::tape::human_bytes;
 use thiserror::Error;
 
 /// Why something could not be reported.
@@ -56,7 +57,8 @@ pub enum ReportError {
         most: usize,
     },
     /// A disk with less room than the images need.
-    #[error("not enough space for `{}`: it needs {needed} bytes, free are {free}: free some, or ask for fewer images", path.display())]
+    #[error("not enough space for `{}`: it needs {}, free are {}: free some, or ask for fewer images",
+        path.display(), human_bytes(*needed), human_bytes(*free))]
     NoSpace {
         /// The file that was to be written.
         path: PathBuf,
