@@ -1,6 +1,7 @@
 //! Exit codes, the same for every subcommand.
 
 use std::fmt::Display;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 /// How a command ends other than well.
@@ -50,7 +51,8 @@ impl Failure {
 
     /// Prints the message and gives the exit code.
     pub fn report(self) -> ExitCode {
-        eprintln!("ddpm-dist: {}", self.message);
+        // Where stderr is gone (a closed pipe, a full disk) the exit code is all that can still be said.
+        let _ = writeln!(io::stderr(), "ddpm-dist: {}", self.message);
         ExitCode::from(self.code as u8)
     }
 }
