@@ -129,20 +129,19 @@ fn table(
     SamplerTable::new(&schedule, &choice).or_fail(Code::Usage)
 }
 
-/// A failure of sampling with its exit code.
-pub(super) fn failure(error: SampleError) -> Failure {
-    let code = match &error {
+/// The exit code of a failure of sampling.
+pub(super) fn code_of(error: &SampleError) -> Code {
+    match error {
         SampleError::OutOfMemory { .. } => Code::Device,
         SampleError::Run(_) => Code::PeerLost,
         SampleError::NotFinite { .. } => Code::Diverged,
         SampleError::InitialNoise { .. } => Code::Usage,
-    };
-    Failure::new(code, error)
+    }
 }
 
 impl From<SampleError> for Failure {
     fn from(error: SampleError) -> Failure {
-        failure(error)
+        Failure::new(code_of(&error), error)
     }
 }
 
@@ -151,6 +150,12 @@ fn read_noise(path: &Path, expected: [usize; 4]) -> Result<Vec<f32>, Failure> {
     if shape != expected {
         let message = format!("{}: an array of shape {shape:?}, expected [N, H, W, C] = {expected:?}", path.display());
         return Err(Failure::new(Code::Usage, message));
+    }
+    if let Some(i) = values.iter().position(|value| !value.is_finite()) {
+        let [_, h, w, c] = expected;
+        let place = [i / (h * w * c), i / (w * c) % h, i / c % w, i % c];
+        let message = format!("{}: element {place:?} is {}, expected a finite number", path.display(), values[i]);
+        return Err(Failure::new(Code::Data, message));
     }
     Ok(values)
 }

@@ -103,7 +103,8 @@ fn code_of(error: &TrainError) -> Code {
         | TrainError::Initial(_)
         | TrainError::NotSaved { .. }
         | TrainError::Report(_) => Code::State,
-        TrainError::Diverged { .. } | TrainError::Sample(_) => Code::Diverged,
+        TrainError::Diverged { .. } => Code::Diverged,
+        TrainError::Sample(error) => super::sample::code_of(error),
         TrainError::Device(_) => Code::Device,
         TrainError::Run(_) => Code::PeerLost,
     }
