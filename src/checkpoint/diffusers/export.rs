@@ -1,7 +1,7 @@
 //! Writing a diffusers directory.
 
 use super::error::DiffusersError;
-use super::names::{check, expected_tensors, our_shape, to_theirs};
+use super::names::{expected_tensors, our_shape, to_theirs};
 use super::{DIFFUSERS_VERSION, MODEL_INDEX, SCHEDULER, SCHEDULER_CONFIG, UNET, UNET_CONFIG, WEIGHTS, scheduler, unet};
 use crate::checkpoint::io::{Disk, Io, unique_id};
 use crate::checkpoint::stream::{Writer, header};
@@ -24,7 +24,8 @@ pub fn export(
     layout: &Layout,
     values: &[f32],
 ) -> Result<(), DiffusersError> {
-    check(config).map_err(|(key, reason)| DiffusersError::Model(format!("{key} would be {reason}")))?;
+    let [height, width] = sample_size;
+    config.validate(height, width).map_err(|refused| DiffusersError::Model(refused.to_string()))?;
     if values.len() != layout.elements() {
         let (expected, found) = (layout.elements(), values.len());
         return Err(CheckpointError::Snapshot { group: "exported", expected, found }.into());

@@ -248,6 +248,11 @@ fn values_that_nobody_can_mean_are_refused_by_their_key() {
         (UNET_JSON, "dropout", json!(1)),
         (UNET_JSON, "freq_shift", json!("one")),
         (UNET_JSON, "sample_size", json!([8])),
+        (UNET_JSON, "sample_size", json!(0)),
+        (UNET_JSON, "sample_size", json!(7)), // two levels
+        (UNET_JSON, "sample_size", json!([8, 8194])),
+        (UNET_JSON, "sample_size", json!(1u64 << 40)),
+        (UNET_JSON, "block_out_channels", json!([2, 1 << 17])),
         (UNET_JSON, "down_block_types", json!(["DownBlock2D"])),
         (SCHEDULER_JSON, "num_train_timesteps", json!(0)),
         (SCHEDULER_JSON, "num_train_timesteps", json!(1e15)),
