@@ -100,7 +100,7 @@ impl ConfigArguments {
         self.config.file_stem().unwrap_or(self.config.as_os_str()).to_string_lossy().into_owned()
     }
 
-    /// A value that only the data set showed to be wrong, said with its place in the file.
+    /// A value that showed to be wrong only beside the images, said with its place in the file.
     fn refused(&self, refused: OutOfRange) -> Failure {
         let refuse = |_: &Config| Err(refused.clone());
         match crate::config::load_with::<Config>(&self.config, &self.sets, refuse) {
@@ -120,7 +120,12 @@ impl ConfigArguments {
             ));
         };
         let size = [size.height, size.width];
-        config.model.validate(size[0], size[1]).or_fail(Code::Usage)?;
+        let model = &config.model;
+        model
+            .validate(size[0], size[1])
+            .and_then(|()| model.validate_work(size[0], size[1], config.train.batch, "train.batch"))
+            .and_then(|()| model.validate_work(size[0], size[1], config.sample.batch, "sample.batch"))
+            .map_err(|refused| self.refused(refused))?;
         Ok((config, size))
     }
 }

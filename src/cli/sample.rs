@@ -63,6 +63,8 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let source = Source::open(&arguments.source, Want::Ema, &console)?;
     let size = source.size()?;
     source.model.validate(size[0], size[1]).or_fail(Code::State)?;
+    let batch = arguments.batch.map_or(source.batch, usize::from);
+    source.model.validate_work(size[0], size[1], batch, "--batch").or_fail(Code::Usage)?;
     let (diffusion, choice) = source.process()?;
     let table = table(&arguments, diffusion, choice.clone())?;
     let noise = match &arguments.init_noise {
@@ -71,10 +73,9 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     };
 
     let mut device = common.device();
-    let batch = arguments.batch.map_or(source.batch, usize::from);
-    let sampler = Sampler::new(&mut device, &source.model, size, batch, None).map_err(failure)?;
+    let sampler = Sampler::new(&mut device, &source.model, size, batch, None)?;
     let layout = layout_for_checkpoints(sampler.layout()).or_fail(Code::State)?;
-    let weights = device.allocate(layout.elements() * size_of::<f32>()).map_err(|e| failure(e.into()))?;
+    let weights = device.allocate(layout.elements() * size_of::<f32>()).map_err(SampleError::from)?;
     device.upload(weights, 0, &source.flat(&layout)?);
     drop(source);
 
