@@ -171,6 +171,25 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
     Ok(Stop::on_signals()?.flag)
 }
 
+/// This program as it was started, for commands that a user may copy: `ddpm-dist`, or `target/release/ddpm-dist` after `cargo run`.
+pub fn program() -> String {
+    let started = std::env::args_os().next().map(PathBuf::from).filter(|path| !path.as_os_str().is_empty());
+    let Some(path) = started else { return "ddpm-dist".to_string() };
+    // An absolute path below the current directory is shorter without it.
+    let here = std::env::current_dir().ok().and_then(|here| path.strip_prefix(here).ok());
+    quoted(match here {
+        Some(relative) if relative.components().count() > 1 => relative,
+        _ => &path,
+    })
+}
+
+/// `path` as a word of a shell command.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+=:,@%".contains(c);
+    if !text.is_empty() && text.chars().all(is_plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
 /// `path` as it will be found from anywhere.
 fn absolute(path: &Path) -> PathBuf {
     std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
@@ -182,7 +201,7 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Train(arguments) => train::run(arguments, &common),
         Command::Sample(arguments) => sample::run(arguments, &common),
-        Command::Export(arguments) => export::run(arguments),
+        Command::Export(arguments) => export::run(arguments, &common),
         Command::Plan(arguments) => plan::run(arguments, &common),
         Command::Bench(arguments) => bench::run(arguments, &common),
         Command::Doctor => doctor::run(&common),
@@ -190,5 +209,23 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(failure) => failure.report(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_words_of_a_shell() {
+        for (path, word) in [
+            ("runs/quickstart", "runs/quickstart"),
+            ("", "''"),
+            ("my run", "'my run'"),
+            ("it's; rm -r *", r"'it'\''s; rm -r *'"),
+            ("Größe/é", "Größe/é"),
+        ] {
+            assert_eq!(quoted(Path::new(path)), word);
+        }
     }
 }

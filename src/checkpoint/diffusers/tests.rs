@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::checkpoint::Layout;
-use crate::diffusion::{BetaSchedule, DiffusionConfig, Objective, SamplerKind, Spacing, Variance};
+use crate::diffusion::{BetaSchedule, DiffusionConfig, Objective, SamplerConfig, SamplerKind, Spacing, Variance};
 use crate::unet::UnetConfig;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -145,20 +145,24 @@ fn what_is_exported_is_imported() {
         clip: 0.0,
         ..DiffusionConfig::default()
     };
+    let sampler = SamplerConfig { spacing: Spacing::Linspace, steps_offset: 1, ..SamplerConfig::default() };
+    let process = (&diffusion, &sampler);
     let (layout, values) = model(&unet);
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("a/b");
-    export(&dir, &unet, [16, 12], &diffusion, &layout, &values).unwrap();
+    export(&dir, &unet, [16, 12], process, &layout, &values).unwrap();
     let found = import(&dir).unwrap();
     assert_eq!((&found.unet, found.image_size, &found.ignored[..]), (&unet, Some([16, 12]), &[][..]));
-    assert_eq!(found.scheduler.as_ref().unwrap().0, diffusion);
+    let (found_diffusion, found_sampler) = found.scheduler.as_ref().unwrap();
+    assert_eq!(found_diffusion, &diffusion);
+    assert_eq!((found_sampler.spacing, found_sampler.steps_offset), (Spacing::Linspace, 1));
     assert_eq!(found.flat(&layout).unwrap(), values);
     assert_eq!(fs::read_dir(tmp.path().join("a")).unwrap().count(), 1, "nothing temporary is left");
-    assert!(matches!(export(&dir, &unet, [16, 12], &diffusion, &layout, &values), Err(DiffusersError::Exists { .. })));
+    assert!(matches!(export(&dir, &unet, [16, 12], process, &layout, &values), Err(DiffusersError::Exists { .. })));
     let short = Layout::packed([("conv_in.bias", vec![8])]).unwrap();
     let e = found.flat(&short).unwrap_err().to_string();
     assert!(e.contains("it also has"), "{e}");
-    let e = export(&tmp.path().join("c"), &unet, [16, 12], &diffusion, &short, &[0.0; 64]).unwrap_err().to_string();
+    let e = export(&tmp.path().join("c"), &unet, [16, 12], process, &short, &[0.0; 64]).unwrap_err().to_string();
     assert!(e.contains("it has no tensor") && !tmp.path().join("c").exists(), "{e}");
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1, "nothing temporary is left");
 }
