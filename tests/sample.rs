@@ -209,6 +209,85 @@ fn diffusers_own_directories_are_sampled_as_their_schedulers_say() {
     project.run(&["sample", bare.to_str().unwrap(), "--out", "o.npy"]).refused(4, &["scheduler"]);
 }
 
+/// What diffusers itself makes of the same noise (`tests/reference/diffusers_samples.py`).
+#[derive(serde::Deserialize)]
+struct Case {
+    name: String,
+    steps: usize,
+    /// How far PyTorch in f32 ends from PyTorch in f64.
+    f32: f32,
+    scheduler: serde_json::Value,
+}
+
+#[test]
+fn images_are_those_of_diffusers() {
+    let project = project();
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference");
+    let cases: Vec<Case> =
+        serde_json::from_slice(&std::fs::read(reference.join("diffusers_samples.json")).unwrap()).unwrap();
+    let expected = std::fs::read(reference.join("diffusers_samples.safetensors")).unwrap();
+    let expected = safetensors::SafeTensors::deserialize(&expected).unwrap();
+    let floats = |name: &str| -> Vec<f32> {
+        let view = expected.tensor(name).unwrap();
+        assert_eq!(view.shape(), [2, 8, 8, 3]);
+        view.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+    };
+    write_npy(&project.path("x_T.npy"), &floats("noise"), &[2, 8, 8, 3]).unwrap();
+    std::fs::create_dir_all(project.path("theirs/unet")).unwrap();
+    std::fs::create_dir_all(project.path("theirs/scheduler")).unwrap();
+    for file in ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"] {
+        let from = reference.join("diffusers_dir/f32").join(file);
+        std::fs::copy(from, project.path("theirs").join(file)).unwrap();
+    }
+    assert!(cases.len() >= 15);
+    for case in cases {
+        let Case { name, steps, f32: rounding, scheduler } = case;
+        project.write("theirs/scheduler/scheduler_config.json", scheduler.to_string());
+        // Of a DDPM directory only a single step draws nothing.
+        let sampler = if steps == 1 { "ddpm" } else { "ddim" };
+        let steps = steps.to_string();
+        let fixed = ["sample", "theirs", "--count", "2", "--init-noise", "x_T.npy", "--out", "theirs.npy"];
+        project.done(&[&fixed[..], &["--sampler", sampler, "--steps", &steps]].concat());
+        let (found, _) = read_npy(&project.path("theirs.npy")).unwrap();
+        let worst = found.iter().zip(floats(&name)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // Sums in another order round as PyTorch's own f32 does, but elsewhere; eight draws of it are a sample of what that can do.
+        assert!(worst <= 8.0 * rounding, "{name}: off by {worst}, {} times f32's rounding", worst / rounding);
+    }
+}
+
+/// The words of a command that is shown, as a shell reads them (none here has spaces).
+fn shown_command(text: &str) -> Vec<String> {
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("sample ")).unwrap_or_else(|| panic!("{text}"));
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn an_export_samples_as_its_run_does_by_the_command_it_shows() {
+    let project = project();
+    let sets = ["--set", "sample.spacing=\"trailing\"", "--set", "sample.eta=0.5", "--set", "sample.steps=7"];
+    project.trained("spaced", &[&["--set", "train.steps=5"], &sets[..]].concat());
+    let ended = project.done(&["export", "spaced", "spaced-export"]);
+    let command = shown_command(&ended.stderr);
+    assert_eq!(command[0], env!("CARGO_BIN_EXE_ddpm-dist"), "the program as it was started");
+    let words: Vec<&str> = command[1..].iter().map(String::as_str).collect();
+    let [words @ .., "--out", "samples.png"] = &words[..] else { panic!("{words:?}") };
+    project.done(&[words, &["--count", "3", "--out", "spaced-export.npy"]].concat());
+    project.done(&["sample", "spaced", "--count", "3", "--out", "spaced.npy"]);
+    assert_eq!(npy("spaced-export.npy", 3), npy("spaced.npy", 3));
+    let scheduler: serde_json::Value =
+        serde_json::from_slice(&project.read("spaced-export/scheduler/scheduler_config.json")).unwrap();
+    assert_eq!(scheduler["timestep_spacing"], "trailing");
+    for python in ["DDPMPipeline.from_pretrained(\"spaced-export\")", "DDIMScheduler", "num_inference_steps=7, eta=0.5"]
+    {
+        assert!(ended.stderr.contains(python), "{}", ended.stderr);
+    }
+    // Nothing but the last message with -q, more with -v.
+    let quiet = project.done(&["export", "spaced", "quiet-export", "-q"]).stderr;
+    assert_eq!(quiet, "quiet-export is written\n");
+    let verbose = project.done(&["export", "spaced", "verbose-export", "-v"]).stderr;
+    assert!(verbose.contains("weights of spaced/checkpoints/step-00000005"), "{verbose}");
+}
+
 /// Numbered pictures of a folder.
 fn pictures(name: &str) -> usize {
     std::fs::read_dir(project().path(name)).map_or(0, |entries| {
@@ -288,7 +367,7 @@ fn what_cannot_be_written_is_known_before_the_work() {
     }
     let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.starts_with("ddpm-dist: not enough space for `disk/x.npy`: it needs 3072000 bytes"), "{stderr}");
+    assert!(stderr.starts_with("ddpm-dist: not enough space for `disk/x.npy`: it needs 2.93 MiB"), "{stderr}");
     // A folder fills until there is no room, and holds nothing but images.
     assert_eq!(stdout, "code 1 0\n", "{stderr}");
     assert!(stderr.contains("cannot write `disk/set/"), "{stderr}");
