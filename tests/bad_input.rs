@@ -495,6 +495,16 @@ fn sizes_of_a_diffusers_directory_are_bounded() {
     project.write("model/unet/config.json", config.replacen("\"sample_size\": 8", "\"sample_size\": 8192", 1));
     let sample = |batch: &str| project.run(&["sample", "model", "--batch", batch, "--steps", "1", "--out", "x.npy"]);
     sample("4096").refused(2, &["--batch", "4096", "2^60"]);
+    // What can be counted may still be more than there is.
+    project.write("model/unet/config.json", config.replacen("\"sample_size\": 8", "\"sample_size\": 1024", 1));
+    let script = r#"ulimit -v 2000000; exec "$0" sample model --batch 4096 --steps 1 --out x.npy"#;
+    let mut limited = Command::new("sh");
+    limited.args(["-c", script, env!("CARGO_BIN_EXE_ddpm-dist")]).current_dir(project.path(""));
+    let output = limited.output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let ended = common::Ended { code: output.status.code().unwrap_or(-1), stderr, stdout: String::new() };
+    ended.refused(7, &["memory", "`sample.batch`", "--batch"]);
+    assert!(!ended.stderr.contains("train.batch"), "{}", ended.stderr);
     assert!(!project.path("x.npy").exists());
 }
 

@@ -169,6 +169,16 @@ impl CheckpointError {
     }
 }
 
+/// A vector of `len` zeros for what is read from `path`.
+pub(super) fn zeros(len: usize, path: &Path) -> Result<Vec<f32>, CheckpointError> {
+    let mut values = Vec::new();
+    let bytes = (len as u64).saturating_mul(size_of::<f32>() as u64);
+    let no_memory = |_| CheckpointError::OutOfMemory { path: path.to_path_buf(), bytes };
+    values.try_reserve_exact(len).map_err(no_memory)?;
+    values.resize(len, 0.0);
+    Ok(values)
+}
+
 /// A checkpoint that was passed over, and why.
 #[derive(Debug)]
 pub struct Skipped {

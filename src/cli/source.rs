@@ -1,10 +1,10 @@
 //! Where weights come from: a run directory, one of its checkpoints, or a diffusers directory.
 
 use super::exit::{Code, Failure, OrFail};
-use crate::checkpoint::diffusers::{Imported, import, is_diffusers_dir};
+use crate::checkpoint::diffusers::{DiffusersError, Imported, import, is_diffusers_dir};
 use crate::checkpoint::manifest::MANIFEST;
 use crate::checkpoint::rundir::{checkpoints_of, is_run_dir};
-use crate::checkpoint::{Layout, Snapshot, Want, load, load_newest};
+use crate::checkpoint::{CheckpointError, Layout, Snapshot, Want, load, load_newest};
 use crate::diffusion::{DiffusionConfig, SamplerConfig};
 use crate::report::Console;
 use crate::sample::room_for;
@@ -38,11 +38,11 @@ impl Source {
     /// Opens `path`; of a run or a checkpoint the weights that `want` names are read.
     pub fn open(path: &Path, want: Want, console: &Console) -> Result<Source, Failure> {
         if path.join(MANIFEST).is_file() {
-            let snapshot = load(path, None, want).or_fail(Code::State)?;
+            let snapshot = load(path, None, want).map_err(unreadable)?;
             return Source::of_snapshot(snapshot, want, path);
         }
         if is_run_dir(path) {
-            let newest = load_newest(&checkpoints_of(path), None, want).or_fail(Code::State)?;
+            let newest = load_newest(&checkpoints_of(path), None, want).map_err(unreadable)?;
             let Some(newest) = newest else {
                 let message = format!("{} has no checkpoint yet: train until the first one is saved", path.display());
                 return Err(Failure::new(Code::State, message));
@@ -81,7 +81,7 @@ impl Source {
     }
 
     fn of_diffusers(path: &Path, console: &Console) -> Result<Source, Failure> {
-        let mut imported = import(path).or_fail(Code::State)?;
+        let mut imported = import(path).map_err(not_imported)?;
         for key in &imported.ignored {
             console.alarm(format!("{}: {key} is unknown and ignored, as diffusers does", path.display()));
         }
@@ -112,7 +112,7 @@ impl Source {
     /// The weights as one flat buffer in the order of `layout`.
     pub fn flat(&self, layout: &Layout) -> Result<Vec<f32>, Failure> {
         match &self.weights {
-            Weights::Diffusers(imported) => imported.flat(layout).or_fail(Code::State),
+            Weights::Diffusers(imported) => imported.flat(layout).map_err(not_imported),
             Weights::Checkpoint(snapshot, want) => {
                 let group = match want {
                     Want::Params => crate::checkpoint::Group::Params,
@@ -132,5 +132,20 @@ impl Source {
                 Ok(flat)
             }
         }
+    }
+}
+
+fn unreadable(error: CheckpointError) -> Failure {
+    let code = match &error {
+        CheckpointError::OutOfMemory { .. } => Code::Device,
+        _ => Code::State,
+    };
+    Failure::new(code, error)
+}
+
+fn not_imported(error: DiffusersError) -> Failure {
+    match error {
+        DiffusersError::File(error) => unreadable(error),
+        error => Failure::new(Code::State, error),
     }
 }
