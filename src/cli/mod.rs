@@ -172,7 +172,7 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
 }
 
 /// This program as it was started, for commands that a user may copy: `ddpm-dist`, or `target/release/ddpm-dist` after `cargo run`.
-pub fn program() -> String {
+fn program() -> String {
     let started = std::env::args_os().next().map(PathBuf::from).filter(|path| !path.as_os_str().is_empty());
     let Some(path) = started else { return "ddpm-dist".to_string() };
     // An absolute path below the current directory is shorter without it.

@@ -62,7 +62,11 @@ impl ImageStream {
             }
             OutputFormat::Folder => {
                 fs::create_dir_all(path).map_err(ReportError::io("create folder", path))?;
-                drop(Spool::create(&path.join("probe"))?);
+                // Whether files can be made in it; the folder, not this one, is what the user knows.
+                drop(Spool::create(&path.join("probe")).map_err(|error| match error {
+                    ReportError::Io { source, .. } => ReportError::io("write to folder", path)(source),
+                    error => error,
+                })?);
                 Form::Folder
             }
             OutputFormat::Npy => {
