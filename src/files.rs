@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -44,6 +44,11 @@ impl AtomicFile {
         &mut self.file
     }
 
+    /// The name it has until then.
+    pub fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
     /// Renames the file to its own name, over whatever has it.
     ///
     /// # Errors
@@ -58,6 +63,22 @@ impl AtomicFile {
             return sync_dir(parent(&self.path));
         }
         Ok(())
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for AtomicFile {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
     }
 }
 

@@ -409,6 +409,26 @@ fn damaged_checkpoints() {
 }
 
 #[test]
+fn a_checkpoint_that_cannot_be_read_now_is_no_reason_to_go_back() {
+    let project = Project::new();
+    project.trained("run", &["--set", "train.steps=10"]);
+    // A loop of links: the system refuses, whoever asks, and says nothing about the content.
+    let shard = project.checkpoint("run", 10).join("shard-00000-of-00001.safetensors");
+    let away = project.path("shard");
+    std::fs::rename(&shard, &away).unwrap();
+    std::os::unix::fs::symlink(&shard, &shard).unwrap();
+    let words = ["step-00000010", "shard-00000", "may be whole", "move it away"];
+    let ended = project.train("run", &[]);
+    ended.refused(4, &words);
+    assert!(!ended.stderr.contains("--overwrite"), "{}", ended.stderr);
+    project.run(&["sample", "run", "--out", "x.png"]).refused(4, &words);
+    std::fs::remove_file(&shard).unwrap();
+    std::fs::rename(&away, &shard).unwrap();
+    let ended = project.trained("run", &[]);
+    assert!(ended.stderr.contains("resuming from") && ended.stderr.contains("step-00000010"), "{}", ended.stderr);
+}
+
+#[test]
 fn sources_of_samples() {
     let project = Project::new();
     let sample = |more: &[&str]| project.run(&[&["sample"], more].concat());
@@ -426,8 +446,25 @@ fn sources_of_samples() {
     sample(&["run", "--count", "1", "--init-noise", "u8.npy", "--out", "x.png"]).refused(3, &["u8.npy"]);
     project.write("cut.npy", &npy(&[1, 8, 8, 3], &[0; 192])[..40]);
     sample(&["run", "--count", "1", "--init-noise", "cut.npy", "--out", "x.png"]).refused(3, &["cut.npy"]);
+    let mut noise = vec![0.5f32; 2 * 192];
+    for (i, value, place) in
+        [(192 + 24 + 3 + 2, f32::NAN, "[1, 1, 1, 2] is NaN"), (0, f32::INFINITY, "[0, 0, 0, 0] is inf")]
+    {
+        noise[i] = value;
+        ddpm_dist::report::write_npy(&project.path("odd.npy"), &noise, &[2, 8, 8, 3]).unwrap();
+        sample(&["run", "--count", "2", "--init-noise", "odd.npy", "--out", "x.png"]).refused(3, &["odd.npy", place]);
+    }
     sample(&["run", "--count", "0", "--out", "x.png"]).refused_by_parser(&["--count"]);
     assert!(!project.path("x.png").exists());
+    // Pipes, which nobody fills.
+    for pipe in ["pipe", "model_index.json", "run.lock", "manifest.json"] {
+        let made = std::process::Command::new("mkfifo").arg(project.path(pipe)).status().unwrap();
+        assert!(made.success());
+    }
+    sample(&["run", "--init-noise", "pipe", "--out", "x.png"]).refused(3, &["pipe", "expected a file"]);
+    sample(&["pipe", "--out", "x.png"]).refused(4, &["pipe", "neither a run directory"]);
+    sample(&[".", "--out", "x.png"]).refused(4, &["neither a run directory"]);
+    project.train("other", &["--init", "pipe"]).refused(4, &["pipe", "neither a run directory"]);
     let nothing = project.content("run");
     project.run(&["export", "nowhere", "exported"]).refused(4, &["nowhere"]);
     project.run(&["export", "run", "pictures"]).refused(4, &["pictures", "not empty"]);
@@ -514,6 +551,90 @@ fn diffusers_directories() {
         write(file, &std::fs::read(reference.join(file)).unwrap());
     }
     assert!(!project.path("x.npy").exists());
+}
+
+#[test]
+fn sizes_of_a_diffusers_directory_are_bounded() {
+    let project = Project::new();
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/diffusers_dir/f32");
+    for file in ["model_index.json", "scheduler/scheduler_config.json", "unet/diffusion_pytorch_model.safetensors"] {
+        std::fs::create_dir_all(project.path("model").join(file).parent().unwrap()).unwrap();
+        std::fs::copy(reference.join(file), project.path("model").join(file)).unwrap();
+    }
+    let config = std::fs::read_to_string(reference.join("unet/config.json")).unwrap();
+    for (size, words) in [
+        ("1099511627776", &["sample_size", "1099511627776", "1 to 8192"][..]),
+        ("[8, 1099511627776]", &["sample_size", "1 to 8192"]),
+        ("8194", &["sample_size", "1 to 8192"]),
+        ("0", &["sample_size"]),
+        ("7", &["sample_size is 7", "multiples of 2"]),
+        ("null", &["sample_size"]),
+    ] {
+        let changed = config.replacen("\"sample_size\": 8", &format!("\"sample_size\": {size}"), 1);
+        assert_ne!(changed, config);
+        project.write("model/unet/config.json", changed);
+        let ended = project.run(&["sample", "model", "--count", "1", "--steps", "1", "--out", "x.npy"]);
+        ended.refused(4, words);
+        assert!(!ended.stderr.contains("data.size"), "the user has no such key: {}", ended.stderr);
+    }
+    // As large as may be, attention has more to do than can be counted.
+    project.write("model/unet/config.json", config.replacen("\"sample_size\": 8", "\"sample_size\": 8192", 1));
+    let sample = |batch: &str| project.run(&["sample", "model", "--batch", batch, "--steps", "1", "--out", "x.npy"]);
+    sample("4096").refused(2, &["--batch", "4096", "2^60"]);
+    // What can be counted may still be more than there is.
+    project.write("model/unet/config.json", config.replacen("\"sample_size\": 8", "\"sample_size\": 1024", 1));
+    let script = r#"ulimit -v 2000000; exec "$0" sample model --batch 4096 --steps 1 --out x.npy"#;
+    let mut limited = Command::new("sh");
+    limited.args(["-c", script, env!("CARGO_BIN_EXE_ddpm-dist")]).current_dir(project.path(""));
+    let output = limited.output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let ended = common::Ended { code: output.status.code().unwrap_or(-1), stderr, stdout: String::new() };
+    ended.refused(7, &["memory", "`sample.batch`", "--batch"]);
+    assert!(!ended.stderr.contains("train.batch"), "{}", ended.stderr);
+    assert!(!project.path("x.npy").exists());
+}
+
+#[test]
+fn a_network_alone_can_be_trained_from_and_not_sampled() {
+    let project = Project::new();
+    let old = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/diffusers_dir/old");
+    let old = old.to_str().unwrap();
+    project.run(&["sample", old, "--out", "x.png"]).refused(4, &["scheduler_config.json", "train --init"]);
+    project.run(&["export", old, "exported"]).refused(4, &["scheduler_config.json"]);
+    let model = ["--set", "model.channels=[4]", "--set", "model.attention_levels=[0]", "--set", "model.groups=2"];
+    // A learning rate that changes nothing shows that the run began with these weights.
+    let still = ["--set", "train.steps=1", "--set", "optim.lr=1e-30", "--init", old];
+    project.trained("run", &[&model[..], &still].concat());
+    let snapshot =
+        ddpm_dist::checkpoint::load(&project.checkpoint("run", 1), None, ddpm_dist::checkpoint::Want::All).unwrap();
+    let theirs = ddpm_dist::checkpoint::diffusers::import(Path::new(old)).unwrap().flat(&snapshot.layout).unwrap();
+    assert_eq!(snapshot.params, theirs);
+    project.train("other", &["--init", old]).refused(2, &["--init", "model.attention_levels"]);
+}
+
+#[test]
+fn exit_codes_do_not_need_a_reader() {
+    let project = Project::new();
+    let cases: [(&[&str], i32); 4] = [
+        (&["train", "none.toml"], 2),
+        (&["train", "config.toml", "--set", "data.path=\"none\""], 3),
+        (&["sample", "nowhere", "--out", "x.png"], 4),
+        (&["plan", "config.toml", "--set", "model.groups=5"], 2),
+    ];
+    for (arguments, code) in cases {
+        // A pipe whose reader is gone, a disk that is full, nothing at all.
+        let mut child = project.program().args(arguments).spawn().unwrap();
+        drop((child.stderr.take(), child.stdout.take()));
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{arguments:?}");
+        if let Ok(full) = std::fs::OpenOptions::new().write(true).open("/dev/full") {
+            let status = project.program().args(arguments).stderr(full).status().unwrap();
+            assert_eq!(status.code(), Some(code), "{arguments:?}");
+        }
+        let script = r#"exec "$0" "$@" 2>&- >&-"#;
+        let mut closed = Command::new("sh");
+        closed.args(["-c", script, env!("CARGO_BIN_EXE_ddpm-dist")]).args(arguments).current_dir(project.path(""));
+        assert_eq!(closed.status().unwrap().code(), Some(code), "{arguments:?}");
+    }
 }
 
 #[test]

@@ -153,6 +153,57 @@ fn plan_says_what_is_missing() {
 }
 
 #[test]
+fn values_out_of_range_are_shown_where_they_stand() {
+    let folder = Folder::new();
+    let file = folder.write("bad.toml", &TINY.replace("groups = 4", "groups = 5"));
+    let line = TINY.lines().position(|l| l.starts_with("channels")).unwrap() + 1;
+    for command in ["plan", "bench"] {
+        let refused = |arguments: &[&str], words: &[&str]| {
+            let refused = output(&[&[command, &file], arguments].concat());
+            let stderr = String::from_utf8_lossy(&refused.stderr);
+            assert_eq!(refused.status.code(), Some(2), "{stderr}");
+            assert!(words.iter().all(|word| stderr.contains(word)), "{words:?}: {stderr}");
+        };
+        refused(&[], &[&format!("bad.toml:{line}:"), "`model.channels`", "multiples of model.groups = 5"]);
+        refused(&["--set", "model.groups=3"], &["`model.channels`", "model.groups = 3"]);
+        refused(&["--set", "model.groups=4", "--set", "model.blocks=65"], &["--set model.blocks=65", "`model.blocks`"]);
+    }
+}
+
+#[test]
+fn sizes_that_cannot_be_counted_are_refused_and_not_wrapped() {
+    let folder = Folder::new();
+    let file = folder.write("huge.toml", PAPER);
+    let with = |sets: &[&str]| {
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        output(&[&["plan", &file, "--json"], &sets[..]].concat())
+    };
+    let channels = "model.channels=[65536,65536]";
+    for (sets, key) in [
+        (&[channels, "data.size=8192", "train.batch=1048576"][..], channels),
+        (&[channels, "train.batch=1048576"], "train.batch=1048576"),
+        (&["data.size=8192", "train.batch=1048576"], "data.size=8192"),
+        (&["data.size=512", "train.batch=1", "sample.batch=4096", channels], "sample.batch=4096"),
+    ] {
+        let refused = with(sets);
+        let stderr = String::from_utf8_lossy(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(2), "{sets:?}: {stderr}");
+        assert!(stderr.contains("2^60"), "{sets:?}: {stderr}");
+        assert!(stderr.contains(key) || key == "data.size=8192", "{sets:?}: {stderr}");
+    }
+    // What is only absurd is counted: an image costs the same alone and among many.
+    let plan = |batch: &str| -> Value { serde_json::from_str(&stdout_of(with(&[channels, batch]))).unwrap() };
+    let (one, many) = (plan("train.batch=1"), plan("train.batch=64"));
+    assert_eq!(one["forward_flops_per_image"], many["forward_flops_per_image"]);
+    // The 3x3 convolutions between 65536 channels at 32² and 16² are most of it: (2 + 3) and (2 + 3 + 4) of 18·C²·pixels, at least.
+    let convolution = |side: f64| 18.0 * 65536f64.powi(2) * side * side;
+    assert!(number(&one["forward_flops_per_image"]) > 5.0 * convolution(32.0) + 9.0 * convolution(16.0));
+    assert_eq!(number(&many["forward_flops"]), 64.0 * number(&many["forward_flops_per_image"]));
+    let bytes = |plan: &Value| number(&plan["memory_total"]);
+    assert!(bytes(&many) > bytes(&one) && bytes(&one) > 16.0 * number(&one["parameters"]));
+}
+
+#[test]
 fn a_reader_that_leaves_is_no_failure() {
     let folder = Folder::new();
     let file = folder.write("cifar10.toml", PAPER);
@@ -237,7 +288,7 @@ fn bench_stops_at_a_signal() {
     kill_process(Pid::from_raw(child.id() as i32).unwrap(), Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(75), "{stderr}");
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
     assert!(stderr.contains("stopped"), "{stderr}");
     // What was measured by then is still told.
     if stderr.contains("stopped after") {

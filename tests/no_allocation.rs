@@ -1,9 +1,9 @@
 //! A training step and a sampling step allocate nothing once the first ones have run.
 
 use ddpm_dist::collective::Solo;
-use ddpm_dist::device::{Binding, Device, Region, cpu::Cpu};
-use ddpm_dist::diffusion::Schedule;
-use ddpm_dist::sample::reverse_step_program;
+use ddpm_dist::device::{Device, cpu::Cpu};
+use ddpm_dist::diffusion::{SamplerConfig, SamplerTable, Schedule};
+use ddpm_dist::sample::{Progress, Request, SampleError, Sampler};
 use ddpm_dist::train::{Config, Trainer};
 use ddpm_dist::unet::UnetConfig;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -79,17 +79,24 @@ fn steps_allocate_nothing() {
         assert_eq!(count, 0, "allocations in five training steps on {threads} threads");
         assert!(finite);
 
-        let program = reverse_step_program(&config.model, size, 2, None);
-        let mut binding = Binding::default();
-        for (region, bytes) in [
-            (Region::Io, program.io_bytes),
-            (Region::Arena, program.arena_bytes),
-            (Region::Weights, program.layout.len() * 4),
-        ] {
-            binding = binding.with(region, device.allocate(bytes).unwrap());
-        }
-        let mut run = || program.run(&mut device, &binding, &mut Solo).unwrap();
-        run();
-        assert_eq!(allocations(|| (0..5).for_each(|_| run())), 0, "allocations in sampling steps on {threads} threads");
+        // The loop of a sampler, from the end of one step to the end of the next, a new batch begun in between.
+        let sampler = Sampler::new(&mut device, &config.model, size, 2, None).unwrap();
+        let weights = device.allocate(sampler.layout().len() * 4).unwrap();
+        let choice = SamplerConfig { steps: 5, ..SamplerConfig::default() };
+        let table = SamplerTable::new(&schedule, &choice).unwrap();
+        let mut counts = [0; 10];
+        let request = Request { count: 3, seed: 0, initial_noise: None };
+        let observe = |at: Progress<'_>| {
+            counts[at.done - 1] = ALLOCATIONS.load(Ordering::SeqCst);
+            true
+        };
+        let finished = sampler
+            .sample_batches(&mut device, weights, &table, request, observe, |_| Ok::<_, SampleError>(()))
+            .unwrap();
+        assert_eq!(finished, 3);
+        assert!(
+            counts.iter().all(|&n| n == counts[0]),
+            "allocations in sampling steps on {threads} threads: {counts:?}"
+        );
     }
 }

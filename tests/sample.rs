@@ -55,6 +55,22 @@ fn an_image_is_the_same_whatever_the_count_and_threads() {
 }
 
 #[test]
+fn the_batch_is_the_runs_and_can_be_chosen() {
+    let one = sampled("b-one", "run", 5, &["--batch", "1"]);
+    assert_eq!(sampled("b-four", "run", 5, &["--batch", "4"]), sampled("b-own", "run", 5, &[]), "sample.batch is 4");
+    // What is drawn is the same; sums may be rounded in another order, by less than half a step of an 8-bit picture.
+    for batch in ["4", "5", "64"] {
+        let other = sampled(&format!("b-{batch}"), "run", 5, &["--batch", batch]);
+        let apart = |(a, b): (&u32, &u32)| (f32::from_bits(*a) - f32::from_bits(*b)).abs();
+        let worst = one.iter().zip(&other).map(apart).fold(0.0, f32::max);
+        assert!(worst < 1.0 / 255.0, "batch {batch}: {worst}");
+    }
+    for batch in ["0", "4097"] {
+        project().run(&["sample", "run", "--out", "x.png", "--batch", batch]).refused_by_parser(&["--batch"]);
+    }
+}
+
+#[test]
 fn sampler_steps_and_eta_are_obeyed() {
     let first = |name: &str, more: &[&str]| sampled(name, "run", 1, more);
     let ddim = first("k-ddim", &["--sampler", "ddim"]);
@@ -139,7 +155,9 @@ fn a_checkpoint_and_its_export_give_the_same_images() {
     for sampler in [&["--sampler", "ddpm"][..], &["--sampler", "ddim"], &["--sampler", "ddim", "--eta", "1"]] {
         let run = sampled("e-run", "run", 3, sampler);
         assert_eq!(sampled("e-checkpoint", last.to_str().unwrap(), 3, sampler), run, "{sampler:?}");
-        assert_eq!(sampled("e-exported", "exported", 3, sampler), run, "{sampler:?}");
+        // The export does not say how many images went together.
+        let same = [sampler, &["--batch", "4"]].concat();
+        assert_eq!(sampled("e-exported", "exported", 3, &same), run, "{sampler:?}");
     }
     for name in ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"] {
         let json: serde_json::Value = serde_json::from_slice(&project.read(Path::new("exported").join(name))).unwrap();
@@ -161,7 +179,10 @@ fn averaged_and_raw_weights_are_what_they_say() {
         }
     }
     assert_ne!(sampled("w-ema", "exported-ema", 1, &[]), sampled("w-raw", "exported-raw", 1, &[]));
-    assert_eq!(sampled("w-run", "run", 1, &[]), sampled("w-ema", "exported-ema", 1, &["--sampler", "ddim"]));
+    assert_eq!(
+        sampled("w-run", "run", 1, &[]),
+        sampled("w-ema", "exported-ema", 1, &["--sampler", "ddim", "--batch", "4"])
+    );
 }
 
 #[test]
@@ -186,4 +207,168 @@ fn diffusers_own_directories_are_sampled_as_their_schedulers_say() {
     // Without a scheduler the process is unknown.
     let bare = reference.join("old");
     project.run(&["sample", bare.to_str().unwrap(), "--out", "o.npy"]).refused(4, &["scheduler"]);
+}
+
+/// What diffusers itself makes of the same noise (`tests/reference/diffusers_samples.py`).
+#[derive(serde::Deserialize)]
+struct Case {
+    name: String,
+    steps: usize,
+    /// How far PyTorch in f32 ends from PyTorch in f64.
+    f32: f32,
+    scheduler: serde_json::Value,
+}
+
+#[test]
+fn images_are_those_of_diffusers() {
+    let project = project();
+    let reference = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference");
+    let cases: Vec<Case> =
+        serde_json::from_slice(&std::fs::read(reference.join("diffusers_samples.json")).unwrap()).unwrap();
+    let expected = std::fs::read(reference.join("diffusers_samples.safetensors")).unwrap();
+    let expected = safetensors::SafeTensors::deserialize(&expected).unwrap();
+    let floats = |name: &str| -> Vec<f32> {
+        let view = expected.tensor(name).unwrap();
+        assert_eq!(view.shape(), [2, 8, 8, 3]);
+        view.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+    };
+    write_npy(&project.path("x_T.npy"), &floats("noise"), &[2, 8, 8, 3]).unwrap();
+    std::fs::create_dir_all(project.path("theirs/unet")).unwrap();
+    std::fs::create_dir_all(project.path("theirs/scheduler")).unwrap();
+    for file in ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"] {
+        let from = reference.join("diffusers_dir/f32").join(file);
+        std::fs::copy(from, project.path("theirs").join(file)).unwrap();
+    }
+    assert!(cases.len() >= 15);
+    for case in cases {
+        let Case { name, steps, f32: rounding, scheduler } = case;
+        project.write("theirs/scheduler/scheduler_config.json", scheduler.to_string());
+        // Of a DDPM directory only a single step draws nothing.
+        let sampler = if steps == 1 { "ddpm" } else { "ddim" };
+        let steps = steps.to_string();
+        let fixed = ["sample", "theirs", "--count", "2", "--init-noise", "x_T.npy", "--out", "theirs.npy"];
+        project.done(&[&fixed[..], &["--sampler", sampler, "--steps", &steps]].concat());
+        let (found, _) = read_npy(&project.path("theirs.npy")).unwrap();
+        let worst = found.iter().zip(floats(&name)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        // Sums in another order round as PyTorch's own f32 does, but elsewhere; eight draws of it are a sample of what that can do.
+        assert!(worst <= 8.0 * rounding, "{name}: off by {worst}, {} times f32's rounding", worst / rounding);
+    }
+}
+
+/// The words of a command that is shown, as a shell reads them (none here has spaces).
+fn shown_command(text: &str) -> Vec<String> {
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("sample ")).unwrap_or_else(|| panic!("{text}"));
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn an_export_samples_as_its_run_does_by_the_command_it_shows() {
+    let project = project();
+    let sets = ["--set", "sample.spacing=\"trailing\"", "--set", "sample.eta=0.5", "--set", "sample.steps=7"];
+    project.trained("spaced", &[&["--set", "train.steps=5"], &sets[..]].concat());
+    let ended = project.done(&["export", "spaced", "spaced-export"]);
+    let command = shown_command(&ended.stderr);
+    assert_eq!(command[0], env!("CARGO_BIN_EXE_ddpm-dist"), "the program as it was started");
+    let words: Vec<&str> = command[1..].iter().map(String::as_str).collect();
+    let [words @ .., "--out", "samples.png"] = &words[..] else { panic!("{words:?}") };
+    project.done(&[words, &["--count", "3", "--out", "spaced-export.npy"]].concat());
+    project.done(&["sample", "spaced", "--count", "3", "--out", "spaced.npy"]);
+    assert_eq!(npy("spaced-export.npy", 3), npy("spaced.npy", 3));
+    let scheduler: serde_json::Value =
+        serde_json::from_slice(&project.read("spaced-export/scheduler/scheduler_config.json")).unwrap();
+    assert_eq!(scheduler["timestep_spacing"], "trailing");
+    for python in ["DDPMPipeline.from_pretrained(\"spaced-export\")", "DDIMScheduler", "num_inference_steps=7, eta=0.5"]
+    {
+        assert!(ended.stderr.contains(python), "{}", ended.stderr);
+    }
+    // Nothing but the last message with -q, more with -v.
+    let quiet = project.done(&["export", "spaced", "quiet-export", "-q"]).stderr;
+    assert_eq!(quiet, "quiet-export is written\n");
+    let verbose = project.done(&["export", "spaced", "verbose-export", "-v"]).stderr;
+    assert!(verbose.contains("weights of spaced/checkpoints/step-00000005"), "{verbose}");
+}
+
+/// Numbered pictures of a folder.
+fn pictures(name: &str) -> usize {
+    std::fs::read_dir(project().path(name)).map_or(0, |entries| {
+        entries.filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|e| e == "png")).count()
+    })
+}
+
+/// Hidden files that a sample under way keeps.
+fn leftovers() -> usize {
+    let entries = std::fs::read_dir(project().path("")).unwrap();
+    entries.filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().starts_with(".stop")).count()
+}
+
+#[test]
+fn a_signal_loses_no_finished_image() {
+    use rustix::process::Signal;
+    let project = project();
+    // A million images do not fit in the memory allowed, and need not.
+    let limited = r#"ulimit -v 700000; exec "$0" "$@""#;
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", limited, env!("CARGO_BIN_EXE_ddpm-dist"), "sample", "run", "--count", "1000000"]);
+    command.args(["--threads", "1", "--out", "stop/"]).current_dir(project.path(""));
+    let mut running = project.start("stop-folder", command);
+    running.until("three batches", || pictures("stop") >= 12);
+    running.signal(Signal::INT);
+    let (code, stderr) = running.wait();
+    assert_eq!(code, Some(130), "{stderr}");
+    let words = format!("ddpm-dist: stopped after {} of 1000000 images; those are in stop/", pictures("stop"));
+    assert!(stderr.contains(&words), "{words:?} is not in {stderr}");
+
+    // An array has the shape of what came.
+    for name in ["stop.npy", "stop.npz", "stop.png", "stop.gif"] {
+        let mut command = project.program();
+        command.args(["sample", "run", "--count", "4000", "--steps", "100", "--threads", "1", "-v", "--out", name]);
+        let mut running = project.start(name, command);
+        let plain = project.path(format!("{name}.stderr"));
+        running
+            .until("the work", || leftovers() > 0 || std::fs::read_to_string(&plain).unwrap().contains("weights of"));
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        running.signal(Signal::TERM);
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(143), "{name}: {stderr}");
+        let after = stderr.split("stopped after ").nth(1).unwrap_or_else(|| panic!("{name}: {stderr}"));
+        let count: usize = after.split(' ').next().unwrap().parse().unwrap();
+        assert_eq!(project.path(name).exists(), count > 0, "{name}: {stderr}");
+        assert_eq!(stderr.contains("nothing is written"), count == 0, "{name}: {stderr}");
+        if name == "stop.npy" && count > 0 {
+            npy(name, count);
+        }
+        assert_eq!(leftovers(), 0, "{name}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_known_before_the_work() {
+    let project = project();
+    let many = |out: &str| project.run(&["sample", "run", "--count", "1000000", "--out", out]);
+    many("many.png").refused(2, &["many.png", "4096", "1000000"]);
+    many("many.gif").refused(2, &["many.gif", "4096"]);
+    many("config.toml/x.npy").refused(2, &["config.toml"]);
+    many("config.toml/").refused(2, &["config.toml"]);
+    // A source that is not there costs no folder.
+    project.run(&["sample", "nowhere", "--out", "new/folder/x.png"]).refused(4, &["nowhere"]);
+    assert!(!project.path("new").exists());
+
+    // A disk of 2 MiB, seen by one process tree alone: 4000 images of 192 floats are 3 MB.
+    let script = r#"mkdir disk && mount -t tmpfs -o size=2m none disk || exit 99
+        "$0" sample run --count 4000 --out disk/x.npy; code=$?; ls -A disk
+        "$0" sample run --count 100000 --steps 1 --out disk/set/; echo "code $? $(ls -A disk/set | grep -vc '^[0-9]*.png')"
+        exit $code"#;
+    let mut command = std::process::Command::new("unshare");
+    command.args(["-m", "sh", "-c", script, env!("CARGO_BIN_EXE_ddpm-dist")]).current_dir(project.path(""));
+    let output = command.output().unwrap();
+    if output.status.code() == Some(99) || !output.stderr.starts_with(b"ddpm-dist") {
+        eprintln!("not tested: a file system cannot be mounted here (it takes root and unshare)");
+        return;
+    }
+    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("ddpm-dist: not enough space for `disk/x.npy`: it needs 2.93 MiB"), "{stderr}");
+    // A folder fills until there is no room, and holds nothing but images.
+    assert_eq!(stdout, "code 1 0\n", "{stderr}");
+    assert!(stderr.contains("cannot write `disk/set/"), "{stderr}");
 }

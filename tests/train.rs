@@ -348,3 +348,28 @@ fn weights_that_overflow_stop_the_first_step() {
     ended.refused(5, &["step 1", "not finite", "No checkpoint was saved"]);
     assert_eq!(project.checkpoints("next"), [0u64; 0]);
 }
+
+#[test]
+fn a_checkpoint_says_what_made_it() {
+    let project = Project::new();
+    project.trained("run", &["--set", &steps(1)]);
+    let meta = ddpm_dist::checkpoint::verify(&project.checkpoint("run", 1)).unwrap().meta;
+    let begin = format!("ddpm-dist {} (", env!("CARGO_PKG_VERSION"));
+    let commit = meta.build.strip_prefix(&begin).and_then(|rest| rest.strip_suffix(')'));
+    let commit = commit.unwrap_or_else(|| panic!("{}", meta.build));
+    let git = |arguments: &[&str]| {
+        let output =
+            std::process::Command::new("git").args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().ok()?;
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap().trim().to_string())
+    };
+    // A source without git, or inside another repository, does not know.
+    let root = git(&["rev-parse", "--show-toplevel"]).and_then(|root| std::path::Path::new(&root).canonicalize().ok());
+    match git(&["rev-parse", "--short=12", "HEAD"]) {
+        Some(head) if root == std::path::Path::new(env!("CARGO_MANIFEST_DIR")).canonicalize().ok() => {
+            assert!([head.clone(), head.clone() + "-changed"].contains(&commit.to_string()), "{commit}, at {head}");
+        }
+        _ => assert_eq!(commit, "unknown"),
+    }
+    assert!(meta.libraries["rustc"].starts_with("rustc 1."), "{:?}", meta.libraries);
+    assert_eq!(meta.libraries["simd"], ddpm_dist::simd::level().name());
+}

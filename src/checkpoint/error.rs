@@ -1,6 +1,7 @@
 //! What can go wrong with a checkpoint.
 
 use super::layout::LayoutError;
+use crate::tape::human_bytes;
 use std::path::{Path, PathBuf};
 
 /// An error of saving, verifying or loading a checkpoint.
@@ -94,6 +95,16 @@ pub enum CheckpointError {
         /// The first tensors that differ.
         reason: String,
     },
+    /// The system kept the newest checkpoint from being read, which says nothing about whether it is whole.
+    #[error(
+        "{reason}; {} may be whole: make it readable, or move it away to go on from an older one", path.display()
+    )]
+    Unreadable {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What could not be done.
+        reason: Box<CheckpointError>,
+    },
     /// There are checkpoints, but none that verifies.
     #[error("no checkpoint in {} verifies:{}\nrestore one of them, or begin anew with --fresh --overwrite", dir.display(), skipped_lines(skipped))]
     NoneVerifies {
@@ -141,13 +152,31 @@ impl CheckpointError {
     }
 
     /// Whether an older checkpoint may be taken in place of the one with this error. Another version or another model is a
-    /// contradiction for the user to settle, and memory will not suffice for the older one either.
+    /// contradiction for the user to settle, and memory will not suffice for the older one either. A file that the system does not let
+    /// be read (no permission, a disk that is away) may be whole: to go on from an older one would throw its steps away.
     pub fn is_damage(&self) -> bool {
-        !matches!(
-            self,
-            CheckpointError::Version { .. } | CheckpointError::OtherModel { .. } | CheckpointError::OutOfMemory { .. }
-        )
+        use std::io::ErrorKind::{NotADirectory, NotFound, UnexpectedEof};
+        match self {
+            CheckpointError::Io { source, .. } => {
+                matches!(source.kind(), NotFound | NotADirectory | UnexpectedEof)
+            }
+            CheckpointError::Version { .. }
+            | CheckpointError::OtherModel { .. }
+            | CheckpointError::OutOfMemory { .. }
+            | CheckpointError::Unreadable { .. } => false,
+            _ => true,
+        }
     }
+}
+
+/// A vector of `len` zeros for what is read from `path`.
+pub(super) fn zeros(len: usize, path: &Path) -> Result<Vec<f32>, CheckpointError> {
+    let mut values = Vec::new();
+    let bytes = (len as u64).saturating_mul(size_of::<f32>() as u64);
+    let no_memory = |_| CheckpointError::OutOfMemory { path: path.to_path_buf(), bytes };
+    values.try_reserve_exact(len).map_err(no_memory)?;
+    values.resize(len, 0.0);
+    Ok(values)
 }
 
 /// A checkpoint that was passed over, and why.
@@ -167,16 +196,4 @@ impl std::fmt::Display for Skipped {
 
 fn skipped_lines(skipped: &[Skipped]) -> String {
     skipped.iter().map(|s| format!("\n  {s}")).collect()
-}
-
-/// Bytes in the unit a person reads.
-fn human_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }

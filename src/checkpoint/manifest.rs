@@ -55,11 +55,12 @@ pub struct Meta {
     pub config_toml: Option<String>,
     /// Hash of the data set's pixels and order.
     pub data_fingerprint: String,
-    /// The build that wrote this: version and commit.
+    /// The build that wrote this: version and commit (`unknown` for a source without git, `…-changed` for one with changes of its own).
     pub build: String,
     /// The kind of CPU or GPU whose bits these are, with its instruction set.
     pub device_kind: String,
-    /// Versions of the libraries that influence bits.
+    /// What influences bits beside the source: on the CPU, where every product is this program's own, the compiler (`rustc`) and the
+    /// instruction set chosen (`simd`).
     #[serde(default)]
     pub libraries: BTreeMap<String, String>,
     /// Ranks that took part in the step.

@@ -44,8 +44,8 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
 /// Loads the newest checkpoint that verifies; `None` where there is no checkpoint at all.
 ///
 /// A damaged one (truncated, bit-flipped, a file missing) is passed over and returned in [`Newest::skipped`]. One that is whole
-/// but of another format version or another model stops the search with its error, because going on from an older one would
-/// silently throw work away. So does a directory in which nothing verifies.
+/// but of another format version or another model, or that the system keeps from being read, stops the search with its error, because
+/// going on from an older one would silently throw work away. So does a directory in which nothing verifies.
 pub fn load_newest(
     checkpoints: &Path,
     layout: Option<&Arc<Layout>>,
@@ -66,6 +66,9 @@ pub fn load_newest(
         match loaded {
             Ok(snapshot) => return Ok(Some(Newest { path, snapshot, skipped })),
             Err(reason) if reason.is_damage() => skipped.push(Skipped { path, reason }),
+            Err(reason @ CheckpointError::Io { .. }) => {
+                return Err(CheckpointError::Unreadable { path, reason: Box::new(reason) });
+            }
             Err(e) => return Err(e),
         }
     }

@@ -1,6 +1,6 @@
 //! Verifying and loading one checkpoint, whatever number of shards it was written in.
 
-use super::error::CheckpointError;
+use super::error::{CheckpointError, zeros};
 use super::layout::{Layout, Piece};
 use super::manifest::{MANIFEST, MAX_MANIFEST_BYTES, Manifest, ShardFile};
 use super::snapshot::{Buffers, GROUPS, Group, Snapshot};
@@ -81,12 +81,7 @@ pub fn load(dir: &Path, layout: Option<&Arc<Layout>>, want: Want) -> Result<Snap
         return Err(CheckpointError::Manifest { path: dir.join(MANIFEST), reason });
     }
     for group in GROUPS.into_iter().filter(|&g| want.includes(g)) {
-        let buffer = snapshot.group_mut(group);
-        let bytes = layout.elements() as u64 * 4;
-        buffer
-            .try_reserve_exact(layout.elements())
-            .map_err(|_| CheckpointError::OutOfMemory { path: dir.to_path_buf(), bytes })?;
-        buffer.resize(layout.elements(), 0.0);
+        *snapshot.group_mut(group) = zeros(layout.elements(), dir)?;
     }
     for shard in &manifest.files {
         read_shard(dir, &manifest, shard, |group, piece, reader| {

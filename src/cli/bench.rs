@@ -2,7 +2,7 @@
 
 use super::exit::{Code, Failure, OrFail};
 use super::stdout::{json, print, table};
-use super::{Common, ConfigArguments, stop_on_signals};
+use super::{Common, ConfigArguments, Stop};
 use crate::device::Device;
 use crate::files::Durability;
 use crate::report::{ReportError, write_atomically};
@@ -80,7 +80,7 @@ struct OpRow {
 
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
     let (config, size) = arguments.config.load_with_size()?;
-    let stop = stop_on_signals()?;
+    let stop = Stop::on_signals()?;
     let console = common.console();
     let mut device = common.device();
     let Device::Cpu(cpu) = &device;
@@ -88,7 +88,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let (warmup, steps) = (u64::from(arguments.warmup), u64::from(arguments.steps));
 
     let bar = console.bar("measuring steps", warmup + steps);
-    let options = BenchOptions { warmup, steps, per_op: arguments.per_op, stop: &stop };
+    let options = BenchOptions { warmup, steps, per_op: arguments.per_op, stop: &stop.flag };
     let timings = time_steps(&mut device, &config, size, options, |done| bar.set(done)).map_err(|error| {
         let code = match &error {
             BenchError::OutOfRange(_) => Code::Usage,
@@ -99,7 +99,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     })?;
     drop(bar);
     if timings.steps.is_empty() {
-        return Err(Failure::new(Code::Preempted, "stopped before a step was measured"));
+        return Err(Failure::new(stop.code(), "stopped before a step was measured"));
     }
     if timings.not_finite > 0 {
         console.alarm(format!(
@@ -119,7 +119,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         None => print(&report.to_text(image, warmup))?,
     }
     if timings.steps.len() < steps as usize {
-        return Err(Failure::new(Code::Preempted, format!("stopped after {} of {steps} steps", timings.steps.len())));
+        return Err(Failure::new(stop.code(), format!("stopped after {} of {steps} steps", timings.steps.len())));
     }
     Ok(ExitCode::SUCCESS)
 }

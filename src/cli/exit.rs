@@ -1,6 +1,7 @@
 //! Exit codes, the same for every subcommand.
 
 use std::fmt::Display;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 /// How a command ends other than well.
@@ -23,12 +24,17 @@ pub enum Code {
     Device = 7,
     /// Stopped by a signal after the state was saved: start again to go on (`EX_TEMPFAIL`).
     Preempted = 75,
+    /// Stopped by SIGINT, with no state to go on from; as shells say it.
+    Interrupted = 130,
+    /// Stopped by SIGTERM likewise.
+    Terminated = 143,
 }
 
 /// The text that `--help` ends with.
 pub const HELP: &str = "\
-Exit codes: 0 done, 1 failed, 2 command line or config, 3 data set, 4 checkpoint or run directory, 5 training diverged, \
-6 a rank was lost, 7 device or memory, 75 stopped by a signal with the state saved";
+Exit codes: 0 done, 1 failed, 2 command line or config, 3 data set or image file, 4 checkpoint or run directory, 5 training diverged, \
+6 a rank was lost, 7 device or memory, 75 training stopped by a signal with its state saved, 130 and 143 stopped by SIGINT and SIGTERM \
+otherwise (by the second one, or in a command that has no state)";
 
 /// A message for the user and the exit code that goes with it.
 #[derive(Debug)]
@@ -45,7 +51,8 @@ impl Failure {
 
     /// Prints the message and gives the exit code.
     pub fn report(self) -> ExitCode {
-        eprintln!("ddpm-dist: {}", self.message);
+        // Where stderr is gone (a closed pipe, a full disk) the exit code is all that can still be said.
+        let _ = writeln!(io::stderr(), "ddpm-dist: {}", self.message);
         ExitCode::from(self.code as u8)
     }
 }

@@ -2,11 +2,12 @@
 
 use super::exit::{Code, Failure, OrFail};
 use super::source::Source;
+use super::{Common, program, quoted};
 use crate::checkpoint::{Want, diffusers};
-use crate::report::{Console, Verbosity};
+use crate::diffusion::{SamplerConfig, SamplerKind};
 use crate::sample::reverse_step_program;
 use crate::train::layout_for_checkpoints;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Which weights.
@@ -29,19 +30,42 @@ pub(super) struct Arguments {
     weights: Weights,
 }
 
-pub(super) fn run(arguments: Arguments) -> Result<ExitCode, Failure> {
-    let console = Console::new(Verbosity::Normal);
+pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
+    let console = common.console();
     let want = match arguments.weights {
         Weights::Ema => Want::Ema,
         Weights::Raw => Want::Params,
     };
     let source = Source::open(&arguments.run, want, &console)?;
     let size = source.size()?;
+    let (diffusion, sampler) = source.process()?;
     let program = reverse_step_program(&source.model, size, 1, None);
     let layout = layout_for_checkpoints(&program.layout).or_fail(Code::State)?;
     let values = source.flat(&layout)?;
-    diffusers::export(&arguments.dir, &source.model, size, &source.diffusion, &layout, &values).or_fail(Code::State)?;
-    let dir = arguments.dir.display();
-    console.last(format!("{dir} is written; in Python: DDPMPipeline.from_pretrained(\"{dir}\")"));
+    let process = (diffusion, sampler);
+    diffusers::export(&arguments.dir, &source.model, size, process, &layout, &values).or_fail(Code::State)?;
+    console.last(format!("{} is written", arguments.dir.display()));
+    console.say(next(&arguments.dir, sampler, source.batch));
     Ok(ExitCode::SUCCESS)
+}
+
+/// How to sample from the directory as from the run: a pipeline's files hold neither DDIM beside DDPM, nor the number of steps, nor η.
+fn next(dir: &Path, sampler: &SamplerConfig, batch: usize) -> String {
+    let SamplerConfig { sampler, steps, eta, .. } = sampler;
+    let (name, swap, argument) = match sampler {
+        SamplerKind::Ddpm => ("ddpm".to_string(), "", String::new()),
+        SamplerKind::Ddim => (
+            format!("ddim --eta {eta}"),
+            "\n              pipeline = DDIMPipeline(pipeline.unet, DDIMScheduler.from_config(pipeline.scheduler.config))",
+            format!(", eta={eta}"),
+        ),
+    };
+    format!(
+        "  sample      {} sample {} --sampler {name} --steps {steps} --batch {batch} --out samples.png\n  \
+           in Python   pipeline = DDPMPipeline.from_pretrained({:?}){swap}\n              \
+           pipeline(num_inference_steps={steps}{argument}).images[0]",
+        program(),
+        quoted(dir),
+        dir.display().to_string(),
+    )
 }

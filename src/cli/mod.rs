@@ -19,7 +19,7 @@ use exit::{Code, Failure, OrFail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Trains and samples denoising diffusion models (DDPM).
 #[derive(Debug, Parser)]
@@ -100,7 +100,7 @@ impl ConfigArguments {
         self.config.file_stem().unwrap_or(self.config.as_os_str()).to_string_lossy().into_owned()
     }
 
-    /// A value that only the data set showed to be wrong, said with its place in the file.
+    /// A value that showed to be wrong only beside the images, said with its place in the file.
     fn refused(&self, refused: OutOfRange) -> Failure {
         let refuse = |_: &Config| Err(refused.clone());
         match crate::config::load_with::<Config>(&self.config, &self.sets, refuse) {
@@ -120,22 +120,74 @@ impl ConfigArguments {
             ));
         };
         let size = [size.height, size.width];
-        config.model.validate(size[0], size[1]).or_fail(Code::Usage)?;
+        let model = &config.model;
+        model
+            .validate(size[0], size[1])
+            .and_then(|()| model.validate_work(size[0], size[1], config.train.batch, "train.batch"))
+            .and_then(|()| model.validate_work(size[0], size[1], config.sample.batch, "sample.batch"))
+            .map_err(|refused| self.refused(refused))?;
         Ok((config, size))
+    }
+}
+
+/// Whether SIGINT or SIGTERM came, and which; the second one ends the process at once with 130 or 143.
+#[derive(Clone, Debug, Default)]
+struct Stop {
+    flag: Arc<AtomicBool>,
+    signal: Arc<AtomicUsize>,
+}
+
+impl Stop {
+    fn on_signals() -> Result<Stop, Failure> {
+        use signal_hook::consts::{SIGINT, SIGTERM};
+        let stop = Stop::default();
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the shutdown looks at the flag before this signal sets it, and whoever sees the flag finds the signal.
+            let code = 128 + signal;
+            signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop.flag))
+                .or_fail(Code::Failed)?;
+            signal_hook::flag::register_usize(signal, Arc::clone(&stop.signal), signal as usize)
+                .or_fail(Code::Failed)?;
+            signal_hook::flag::register(signal, Arc::clone(&stop.flag)).or_fail(Code::Failed)?;
+        }
+        Ok(stop)
+    }
+
+    fn is_set(&self) -> bool {
+        self.flag.load(Ordering::SeqCst)
+    }
+
+    /// The exit code of a command that has no state to go on from.
+    fn code(&self) -> Code {
+        match self.signal.load(Ordering::SeqCst) as i32 {
+            signal_hook::consts::SIGTERM => Code::Terminated,
+            _ => Code::Interrupted,
+        }
     }
 }
 
 /// A flag that the first SIGINT or SIGTERM sets; the second ends the process at once.
 fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
-    use signal_hook::consts::{SIGINT, SIGTERM};
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // In this order: the shutdown looks at the flag before this signal sets it.
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))
-            .or_fail(Code::Failed)?;
-        signal_hook::flag::register(signal, Arc::clone(&stop)).or_fail(Code::Failed)?;
-    }
-    Ok(stop)
+    Ok(Stop::on_signals()?.flag)
+}
+
+/// This program as it was started, for commands that a user may copy: `ddpm-dist`, or `target/release/ddpm-dist` after `cargo run`.
+fn program() -> String {
+    let started = std::env::args_os().next().map(PathBuf::from).filter(|path| !path.as_os_str().is_empty());
+    let Some(path) = started else { return "ddpm-dist".to_string() };
+    // An absolute path below the current directory is shorter without it.
+    let here = std::env::current_dir().ok().and_then(|here| path.strip_prefix(here).ok());
+    quoted(match here {
+        Some(relative) if relative.components().count() > 1 => relative,
+        _ => &path,
+    })
+}
+
+/// `path` as a word of a shell command.
+fn quoted(path: &Path) -> String {
+    let text = path.display().to_string();
+    let is_plain = |c: char| c.is_alphanumeric() || "/._-+=:,@%".contains(c);
+    if !text.is_empty() && text.chars().all(is_plain) { text } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 /// `path` as it will be found from anywhere.
@@ -155,7 +207,7 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Train(arguments) => train::run(arguments, &common),
         Command::Sample(arguments) => sample::run(arguments, &common),
-        Command::Export(arguments) => export::run(arguments),
+        Command::Export(arguments) => export::run(arguments, &common),
         Command::Plan(arguments) => plan::run(arguments, &common),
         Command::Bench(arguments) => bench::run(arguments, &common),
         Command::Doctor => doctor::run(&common),
@@ -163,5 +215,23 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(failure) => failure.report(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_words_of_a_shell() {
+        for (path, word) in [
+            ("runs/quickstart", "runs/quickstart"),
+            ("", "''"),
+            ("my run", "'my run'"),
+            ("it's; rm -r *", r"'it'\''s; rm -r *'"),
+            ("Größe/é", "Größe/é"),
+        ] {
+            assert_eq!(quoted(Path::new(path)), word);
+        }
     }
 }

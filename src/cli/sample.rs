@@ -2,19 +2,17 @@
 
 use super::exit::{Code, Failure, OrFail};
 use super::source::Source;
-use super::{Common, stop_on_signals};
+use super::{Common, Stop};
 use crate::checkpoint::Want;
-use crate::device::DeviceError;
-use crate::diffusion::{SamplerKind, SamplerTable, Schedule};
-use crate::report::{GridOptions, Images, OutputFormat, check_output, read_npy, write_images};
-use crate::sample::{Request, SampleError, Sampler};
+use crate::diffusion::{DiffusionConfig, SamplerConfig, SamplerKind, SamplerTable, Schedule};
+use crate::report::{
+    GridOptions, ImageStream, Images, OutputFormat, ReportError, check_output, read_npy, write_images,
+};
+use crate::sample::{Progress, Request, SampleError, Sampler, room_for};
 use crate::train::layout_for_checkpoints;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
-/// Images that go through the network together on the CPU; images do not depend on it.
-const BATCH: usize = 16;
 /// Stages that an animation shows.
 const FRAMES: usize = 50;
 
@@ -45,6 +43,10 @@ pub(super) struct Arguments {
     /// DDIM's η: 0 is deterministic, 1 as random as DDPM
     #[arg(long)]
     eta: Option<f64>,
+    /// Images that go through the network together; sums may be rounded in another order, which no one sees [default: sample.batch of the
+    /// run, 16 for a diffusers directory]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    batch: Option<u16>,
     /// x_T of all images, f32 [N, H, W, C]
     #[arg(long, value_name = "FILE.npy")]
     init_noise: Option<PathBuf>,
@@ -57,12 +59,62 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let console = common.console();
     let count = arguments.count as usize;
     let format = check_output(&arguments.out, count).or_fail(Code::Usage)?;
-    let stop = stop_on_signals()?;
+    let stop = Stop::on_signals()?;
     let source = Source::open(&arguments.source, Want::Ema, &console)?;
     let size = source.size()?;
     source.model.validate(size[0], size[1]).or_fail(Code::State)?;
+    let batch = arguments.batch.map_or(source.batch, usize::from);
+    source.model.validate_work(size[0], size[1], batch, "--batch").or_fail(Code::Usage)?;
+    let (diffusion, choice) = source.process()?;
+    let table = table(&arguments, diffusion, choice.clone())?;
+    let noise = match &arguments.init_noise {
+        Some(path) => Some(read_noise(path, [count, size[0], size[1], source.model.image_channels])?),
+        None => None,
+    };
 
-    let mut choice = source.sampler.clone();
+    let mut device = common.device();
+    let sampler = Sampler::new(&mut device, &source.model, size, batch, None)?;
+    let layout = layout_for_checkpoints(sampler.layout()).or_fail(Code::State)?;
+    let weights = device.allocate(layout.elements() * size_of::<f32>()).map_err(SampleError::from)?;
+    device.upload(weights, 0, &source.flat(&layout)?);
+    drop(source);
+
+    let mut output = Output::create(&arguments.out, format, count, sampler.size(), table.steps.len())?;
+    let bar = console.bar("sampling", (count.div_ceil(batch) * table.steps.len()) as u64);
+    let request = Request { count, seed: arguments.seed, initial_noise: noise.as_deref() };
+    let Output { frames, images } = &mut output;
+    let finished = sampler.sample_batches(
+        &mut device,
+        weights,
+        &table,
+        request,
+        |at| {
+            bar.set(at.done as u64);
+            frames.keep(&at);
+            !stop.is_set()
+        },
+        |batch| images.append(batch),
+    )?;
+    drop(bar);
+    output.finish(&arguments.out, finished, sampler.size())?;
+    let out = arguments.out.display();
+    if finished == count {
+        console.last(format!("{count} images in {out}"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let written = match finished {
+        0 => "nothing is written".to_string(),
+        _ => format!("those are in {out}"),
+    };
+    Err(Failure::new(stop.code(), format!("stopped after {finished} of {count} images; {written}")))
+}
+
+/// The reverse process: the source's own, but for what the command line says.
+fn table(
+    arguments: &Arguments,
+    diffusion: &DiffusionConfig,
+    mut choice: SamplerConfig,
+) -> Result<SamplerTable, Failure> {
     if let Some(kind) = arguments.sampler {
         choice.sampler = match kind {
             Kind::Ddpm => SamplerKind::Ddpm,
@@ -74,66 +126,109 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     if choice.sampler == SamplerKind::Ddpm && arguments.eta.is_some_and(|eta| eta != 0.0) {
         return Err(Failure::new(Code::Usage, "--eta belongs to --sampler ddim; Algorithm 2 has its own variance"));
     }
-    let schedule = Schedule::new(&source.diffusion).or_fail(Code::State)?;
-    let table = SamplerTable::new(&schedule, &choice).or_fail(Code::Usage)?;
-    let noise = match &arguments.init_noise {
-        Some(path) => Some(read_noise(path, [count, size[0], size[1], source.model.image_channels])?),
-        None => None,
-    };
-
-    let mut device = common.device();
-    let sampler = Sampler::new(&mut device, &source.model, size, BATCH, None).map_err(failure)?;
-    let layout = layout_for_checkpoints(sampler.layout()).or_fail(Code::State)?;
-    let weights = device
-        .allocate(layout.elements() * size_of::<f32>())
-        .map_err(|e: DeviceError| Failure::new(Code::Device, e))?;
-    device.upload(weights, 0, &source.flat(&layout)?);
-
-    let bar = console.bar("sampling", (count.div_ceil(BATCH) * table.steps.len()) as u64);
-    let mut frames = Frames::new(format, count, sampler.size(), table.steps.len());
-    let request = Request { count, seed: arguments.seed, initial_noise: noise.as_deref() };
-    let images = sampler
-        .sample(&mut device, weights, &table, request, |done, _, first, x| {
-            bar.set(done as u64);
-            frames.keep(done, first, x);
-            !stop.load(Ordering::Relaxed)
-        })
-        .map_err(failure)?;
-    drop(bar);
-    let Some(images) = images else {
-        return Err(Failure::new(Code::Preempted, "stopped; nothing is written"));
-    };
-    let [height, width, channels] = sampler.size();
-    let shape = [count, height, width, channels];
-    let mut stages = Vec::new();
-    for pixels in frames.stages.iter().chain([&images]) {
-        stages.push(Images::new(pixels, shape).or_fail(Code::Failed)?);
-    }
-    write_images(&arguments.out, &stages, &GridOptions::default()).or_fail(Code::Failed)?;
-    console.last(format!("{count} images in {}", arguments.out.display()));
-    Ok(ExitCode::SUCCESS)
+    let schedule = Schedule::new(diffusion).or_fail(Code::State)?;
+    SamplerTable::new(&schedule, &choice).or_fail(Code::Usage)
 }
 
-fn failure(error: SampleError) -> Failure {
-    Failure::new(code_of(&error), error)
-}
-
+/// The exit code of a failure of sampling.
 pub(super) fn code_of(error: &SampleError) -> Code {
     match error {
-        SampleError::Device(_) => Code::Device,
+        SampleError::OutOfMemory { .. } => Code::Device,
         SampleError::Run(_) => Code::PeerLost,
         SampleError::NotFinite { .. } => Code::Diverged,
         SampleError::InitialNoise { .. } => Code::Usage,
     }
 }
 
-fn read_noise(path: &std::path::Path, expected: [usize; 4]) -> Result<Vec<f32>, Failure> {
+impl From<SampleError> for Failure {
+    fn from(error: SampleError) -> Failure {
+        Failure::new(code_of(&error), error)
+    }
+}
+
+fn read_noise(path: &Path, expected: [usize; 4]) -> Result<Vec<f32>, Failure> {
     let (values, shape) = read_npy(path).or_fail(Code::Data)?;
     if shape != expected {
         let message = format!("{}: an array of shape {shape:?}, expected [N, H, W, C] = {expected:?}", path.display());
         return Err(Failure::new(Code::Usage, message));
     }
+    if let Some(i) = values.iter().position(|value| !value.is_finite()) {
+        let [_, h, w, c] = expected;
+        let place = [i / (h * w * c), i / (w * c) % h, i / c % w, i % c];
+        let message = format!("{}: element {place:?} is {}, expected a finite number", path.display(), values[i]);
+        return Err(Failure::new(Code::Data, message));
+    }
     Ok(values)
+}
+
+/// The output is named on the command line; a full disk is another matter.
+fn cannot_be_written(error: ReportError) -> Failure {
+    let code = match &error {
+        ReportError::NoSpace { .. } => Code::Failed,
+        _ => Code::Usage,
+    };
+    Failure::new(code, error)
+}
+
+/// What becomes of the images.
+struct Output {
+    frames: Frames,
+    images: Kept,
+}
+
+/// Images that are finished.
+enum Kept {
+    /// Written as they come.
+    Streamed(ImageStream),
+    /// Together, for a grid or an animation.
+    Whole(Vec<f32>),
+}
+
+impl Kept {
+    fn append(&mut self, batch: &[f32]) -> Result<(), Failure> {
+        match self {
+            Kept::Streamed(stream) => stream.append(batch).or_fail(Code::Failed),
+            Kept::Whole(images) => {
+                images.extend_from_slice(batch); // within what was reserved
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Output {
+    /// Finds out whether `path` can be written, and takes the memory that its form needs.
+    fn create(
+        path: &Path,
+        format: OutputFormat,
+        count: usize,
+        size: [usize; 3],
+        steps: usize,
+    ) -> Result<Output, Failure> {
+        let [height, width, channels] = size;
+        let shape = [count, height, width, channels];
+        let images = match ImageStream::create(path, format, shape).map_err(cannot_be_written)? {
+            Some(stream) => Kept::Streamed(stream),
+            None => Kept::Whole(room_for(count * height * width * channels, "the images")?),
+        };
+        Ok(Output { frames: Frames::new(format, count, size, steps)?, images })
+    }
+
+    /// Writes the `finished` first images, if there are any.
+    fn finish(self, path: &Path, finished: usize, [height, width, channels]: [usize; 3]) -> Result<(), Failure> {
+        match self.images {
+            Kept::Streamed(stream) => stream.finish().or_fail(Code::Failed),
+            Kept::Whole(_) if finished == 0 => Ok(()),
+            Kept::Whole(images) => {
+                let mut stages = Vec::new();
+                for pixels in self.frames.stages.iter().chain([&images]) {
+                    let shape = [finished, height, width, channels];
+                    stages.push(Images::new(&pixels[..images.len()], shape).or_fail(Code::Failed)?);
+                }
+                write_images(path, &stages, &GridOptions::default()).or_fail(Code::Failed)
+            }
+        }
+    }
 }
 
 /// The stages of an animation; none for other formats.
@@ -145,18 +240,24 @@ struct Frames {
 }
 
 impl Frames {
-    fn new(format: OutputFormat, count: usize, size: [usize; 3], steps: usize) -> Frames {
-        let stages = if format == OutputFormat::Gif { FRAMES.min(steps) - 1 } else { 0 };
+    fn new(format: OutputFormat, count: usize, size: [usize; 3], steps: usize) -> Result<Frames, Failure> {
+        let number = if format == OutputFormat::Gif { FRAMES.min(steps) - 1 } else { 0 };
         let image = size.iter().product();
-        Frames { stages: vec![vec![0.0; count * image]; stages], steps, image }
+        let mut stages = Vec::with_capacity(number);
+        for _ in 0..number {
+            let mut stage = room_for(count * image, "the stages of the animation")?;
+            stage.resize(count * image, 0.0);
+            stages.push(stage);
+        }
+        Ok(Frames { stages, steps, image })
     }
 
     /// Keeps the images of a batch where the number of steps done (over all batches) is that of a stage.
-    fn keep(&mut self, done: usize, first: usize, x: &[f32]) {
-        let (step, stages) = ((done - 1) % self.steps + 1, self.stages.len() + 1);
+    fn keep(&mut self, at: &Progress<'_>) {
+        let (step, stages) = ((at.done - 1) % self.steps + 1, self.stages.len() + 1);
         for (i, stage) in self.stages.iter_mut().enumerate() {
             if step == (i + 1) * self.steps / stages {
-                stage[first * self.image..][..x.len()].copy_from_slice(x);
+                stage[at.first * self.image..][..at.images.len()].copy_from_slice(at.images);
             }
         }
     }

@@ -81,8 +81,11 @@ fn open_initial(path: &Path, config: &Config, console: &Console) -> Result<Sourc
         let message = format!("--init {}: {} is {} there, {} in the config", path.display(), d.key, d.saved, d.now);
         return Err(Failure::new(Code::Usage, message));
     }
-    if source.diffusion.objective != config.diffusion.objective {
-        let (theirs, ours) = (source.diffusion.objective, config.diffusion.objective);
+    // A network alone does not say what it predicts.
+    if let Ok((process, _)) = source.process()
+        && process.objective != config.diffusion.objective
+    {
+        let (theirs, ours) = (process.objective, config.diffusion.objective);
         console.alarm(format!("--init {}: its network predicts {theirs:?}, the config's {ours:?}", path.display()));
     }
     Ok(source)

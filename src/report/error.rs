@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::tape::human_bytes;
 use thiserror::Error;
 
 /// Why something could not be reported.
@@ -44,6 +45,27 @@ pub enum ReportError {
     UnknownOutput {
         /// The path that was given.
         path: PathBuf,
+    },
+    /// More images than one picture can show.
+    #[error("`{}` can show {most} images at most, {count} are asked for: end it with / (a folder of PNGs), .npy or .npz", path.display())]
+    TooMany {
+        /// The path that was given.
+        path: PathBuf,
+        /// How many there would be.
+        count: usize,
+        /// How many there can be.
+        most: usize,
+    },
+    /// A disk with less room than the images need.
+    #[error("not enough space for `{}`: it needs {}, free are {}: free some, or ask for fewer images",
+        path.display(), human_bytes(*needed), human_bytes(*free))]
+    NoSpace {
+        /// The file that was to be written.
+        path: PathBuf,
+        /// Bytes it would have.
+        needed: u64,
+        /// Bytes that may still be written there.
+        free: u64,
     },
     /// A folder with numbered pictures that would stay among the new ones.
     #[error(

@@ -14,6 +14,7 @@ mod jsonl;
 mod npy;
 mod output;
 mod progress;
+mod stream;
 mod tensorboard;
 
 pub use alarm::FileAlarm;
@@ -25,4 +26,5 @@ pub use jsonl::JsonLines;
 pub use npy::{read_npy, write_npy, write_npz};
 pub use output::{OutputFormat, check_output, write_folder, write_images};
 pub use progress::{Bar, Console, TrainingBar, Verbosity, duration};
+pub use stream::ImageStream;
 pub use tensorboard::TensorBoard;

@@ -1,8 +1,7 @@
 //! Bytes as NumPy 2 writes them, and what happens to files that are not arrays.
 
-use std::io::Read;
-
 use super::*;
+use std::fs;
 
 /// `numpy.save(f, numpy.zeros((2, 28, 28, 1), '<f4'))` of NumPy 2.4.6, the bytes before the data.
 const NUMPY_HEADER: &[u8] = b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, \
@@ -104,6 +103,9 @@ fn files_that_are_no_such_array() {
         assert!(parse(&whole[..length]).is_err(), "cut at {length}");
     }
     assert!(matches!(read_npy(&folder.path().join("none.npy")), Err(ReportError::Io { action: "read", .. })));
+    assert!(
+        read_npy(folder.path()).unwrap_err().to_string().contains("expected a file, found a folder, pipe or device")
+    );
 }
 
 #[test]

@@ -41,21 +41,25 @@ impl OutputFormat {
     }
 }
 
-/// Whether `count` images can be written to `path`: to be asked before they are made.
+/// Most images of a grid or an animation: a picture of 64×64 images fills any screen.
+const MOST: usize = 4096;
+
+/// Whether `count` images make sense at `path`: to be asked before anything is done. Nothing is created yet.
 ///
 /// # Errors
-/// The format is unknown, the place cannot be created, or the folder holds images that would stay among the new ones.
+/// The format is unknown, a picture cannot show so many, or the folder holds images that would stay among the new ones.
 pub fn check_output(path: &Path, count: usize) -> Result<OutputFormat, ReportError> {
     let format = OutputFormat::of(path)?;
-    if format != OutputFormat::Folder {
-        super::atomic::create_parent(path)?;
-        return Ok(format);
+    match format {
+        OutputFormat::GridPng | OutputFormat::Gif if count > MOST => {
+            return Err(ReportError::TooMany { path: path.to_owned(), count, most: MOST });
+        }
+        OutputFormat::Folder if path.is_dir() => {}
+        _ => return Ok(format),
     }
-    fs::create_dir_all(path).map_err(ReportError::io("create folder", path))?;
-    let names: Vec<String> = (0..count).map(|i| image_name(i, count)).collect();
     for entry in fs::read_dir(path).map_err(ReportError::io("read folder", path))? {
         let name = entry.map_err(ReportError::io("read folder", path))?.file_name().to_string_lossy().into_owned();
-        if is_numbered(&name) && names.binary_search(&name).is_err() {
+        if is_numbered(&name) && !is_new(&name, count) {
             return Err(ReportError::StaleImages { path: path.to_owned(), stale: name, count });
         }
     }
@@ -101,6 +105,12 @@ fn image_name(i: usize, total: usize) -> String {
     format!("{i:0digits$}.png")
 }
 
+/// Whether one of `total` new images has this name.
+fn is_new(name: &str, total: usize) -> bool {
+    let number = name.strip_suffix(".png").and_then(|stem| stem.parse().ok());
+    number.is_some_and(|i: usize| i < total && name == image_name(i, total))
+}
+
 fn is_numbered(name: &str) -> bool {
     name.strip_suffix(".png").is_some_and(|stem| !stem.is_empty() && stem.bytes().all(|byte| byte.is_ascii_digit()))
 }
@@ -140,6 +150,23 @@ mod tests {
         fs::create_dir(path("odd.npy")).unwrap();
         write_images(&path("odd.npy"), &[images()], &GridOptions::default()).unwrap();
         assert_eq!(names(&path("odd.npy")).len(), 3);
+    }
+
+    #[test]
+    fn checking_creates_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["a/b.png", "a/", "a/b.npy"] {
+            check_output(&folder.path().join(name), 3).unwrap();
+        }
+        assert!(names(folder.path()).is_empty());
+        for (name, is_ok) in [("x.png", false), ("x.gif", false), ("x.npy", true), ("x.npz", true), ("x/", true)] {
+            let path = folder.path().join(name);
+            assert!(check_output(&path, MOST).is_ok(), "{name}");
+            match check_output(&path, MOST + 1) {
+                Err(ReportError::TooMany { count: 4097, .. }) => assert!(!is_ok, "{name}"),
+                found => assert!(is_ok && found.is_ok(), "{name}"),
+            }
+        }
     }
 
     #[test]

@@ -19,9 +19,19 @@ use thiserror::Error;
 /// Why images could not be made.
 #[derive(Debug, Error)]
 pub enum SampleError {
-    /// No memory for the network's activations.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
+    /// No memory for the network's activations, or for the images.
+    #[error(
+        "{device} has no {bytes} bytes of memory left for {what}; lower `sample.batch` (`ddpm-dist sample --batch`) or ask for fewer \
+         images at a time"
+    )]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes asked for.
+        bytes: usize,
+        /// What they were to hold.
+        what: &'static str,
+    },
     /// The program stopped.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -56,12 +66,48 @@ pub enum SampleError {
     },
 }
 
+impl From<DeviceError> for SampleError {
+    /// The device's error with the advice that helps here: it is not the training batch that is too large.
+    fn from(error: DeviceError) -> SampleError {
+        let DeviceError::OutOfMemory { device, bytes } = error;
+        SampleError::OutOfMemory { device, bytes, what: "the network" }
+    }
+}
+
+/// An empty vector with room for `len` elements.
+///
+/// # Errors
+/// There is no memory for `what`.
+pub fn room_for<T>(len: usize, what: &'static str) -> Result<Vec<T>, SampleError> {
+    let mut room = Vec::new();
+    match room.try_reserve_exact(len) {
+        Ok(()) => Ok(room),
+        Err(_) => {
+            let bytes = len.saturating_mul(size_of::<T>());
+            Err(SampleError::OutOfMemory { device: "this machine".into(), bytes, what })
+        }
+    }
+}
+
+/// Where a reverse process stands, after one of its steps.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// Steps done, over all batches.
+    pub done: usize,
+    /// Steps to do, over all batches.
+    pub of: usize,
+    /// Index of the batch's first image.
+    pub first: usize,
+    /// The batch's images so far, `[n, H, W, C]`.
+    pub images: &'a [f32],
+}
+
 /// What images to make.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
     /// Number of images, from index 0 on.
     pub count: usize,
-    /// Key of all random numbers; image i depends on (seed, i) alone.
+    /// Key of all random numbers; what is drawn for image i depends on (seed, i) alone.
     pub seed: u64,
     /// x_T of all images, `[count, H, W, C]`, in place of drawn noise.
     pub initial_noise: Option<&'a [f32]>,
@@ -69,7 +115,8 @@ pub struct Request<'a> {
 
 /// The reverse process on a device: the network and one fused step, for a fixed number of images at a time.
 ///
-/// A last batch that is not full is padded with the images that would come next.
+/// A last batch that is not full is padded with the images that would come next: ops choose how they compute by their shapes, so the last
+/// bits of an image depend on the size of the batch, and with a fixed one on nothing but the seed and the image's number.
 pub struct Sampler {
     program: Program,
     binding: Binding,
@@ -144,19 +191,40 @@ impl Sampler {
 
     /// Makes `request.count` images `[count, H, W, C]` with the parameters in `weights`, in the range that the data had, [−1, 1].
     ///
-    /// `observe(done, of, first, x)` is called after every reverse step with the number of steps done and to do over all batches, the
-    /// index of the batch's first image, and its images so far; it returns whether to go on. If it does not, the result is `None`.
+    /// `observe` is called after every reverse step and returns whether to go on. If it does not, the result is `None`.
     ///
     /// # Errors
-    /// Images that are not finite, or initial noise of another size.
+    /// Images that are not finite, initial noise of another size, or no memory for all images at once.
     pub fn sample(
         &self,
         device: &mut Device,
         weights: BufferId,
         table: &SamplerTable,
         request: Request<'_>,
-        mut observe: impl FnMut(usize, usize, usize, &[f32]) -> bool,
+        observe: impl FnMut(Progress<'_>) -> bool,
     ) -> Result<Option<Vec<f32>>, SampleError> {
+        let mut images = room_for(request.count.saturating_mul(self.size.iter().product()), "the images")?;
+        let finished = self.sample_batches(device, weights, table, request, observe, |batch| {
+            images.extend_from_slice(batch);
+            Ok::<_, SampleError>(())
+        })?;
+        Ok((finished == request.count).then_some(images))
+    }
+
+    /// As [`Sampler::sample`], but hands each batch to `keep` as soon as it is finished, in order, so that there may be more images than
+    /// fit in memory. Gives the number of images finished: fewer than asked for if `observe` stopped it.
+    ///
+    /// # Errors
+    /// Images that are not finite, initial noise of another size, and those of `keep`.
+    pub fn sample_batches<E: From<SampleError>>(
+        &self,
+        device: &mut Device,
+        weights: BufferId,
+        table: &SamplerTable,
+        request: Request<'_>,
+        mut observe: impl FnMut(Progress<'_>) -> bool,
+        mut keep: impl FnMut(&[f32]) -> Result<(), E>,
+    ) -> Result<usize, E> {
         let [height, width, channels] = self.size;
         let image = height * width * channels;
         let Request { count, seed, initial_noise } = request;
@@ -164,12 +232,13 @@ impl Sampler {
             && noise.len() != count * image
         {
             let (found, expected) = (noise.len(), count * image);
-            return Err(SampleError::InitialNoise { found, expected, count, height, width, channels });
+            return Err(SampleError::InitialNoise { found, expected, count, height, width, channels }.into());
         }
         let binding = self.binding.with(Region::Weights, weights);
-        let mut images = vec![0.0f32; count * image];
-        let mut x = vec![0.0f32; self.batch * image];
-        let total = count.div_ceil(self.batch) * table.steps.len();
+        let mut x = room_for(self.batch * image, "a batch")?;
+        x.resize(self.batch * image, 0.0f32);
+        let mut t = vec![0u32; self.batch];
+        let of = count.div_ceil(self.batch) * table.steps.len();
         let mut done = 0;
         self.upload(device, self.slots.seed, &[seed as u32, (seed >> 32) as u32]);
         for first in (0..count).step_by(self.batch) {
@@ -182,27 +251,31 @@ impl Sampler {
                 }
             }
             self.upload(device, self.slots.x, &x);
+            let wanted = (count - first).min(self.batch);
             // Line 2: for t = T, …, 1
-            for step in &table.steps {
-                self.upload(device, self.slots.t, &vec![step.timestep; self.batch]);
+            for (i, step) in table.steps.iter().enumerate() {
+                t.fill(step.timestep);
+                self.upload(device, self.slots.t, &t);
                 self.upload(device, self.slots.clock, &[step.timestep, first as u32, 0, 0]);
                 self.upload(device, self.slots.row, &row(step, table.clip));
                 // Lines 3 and 4
-                self.program.run(device, &binding, &mut Solo)?;
+                self.program.run(device, &binding, &mut Solo).map_err(SampleError::from)?;
                 device.download(self.io, self.slots.x.offset / size_of::<f32>(), &mut x);
-                let kept = &x[..image * (count - first).min(self.batch)];
-                if let Some(bad) = kept.iter().position(|v| !v.is_finite()) {
-                    return Err(SampleError::NotFinite { image: first + bad / image, timestep: step.timestep });
+                let images = &x[..image * wanted];
+                if let Some(bad) = images.iter().position(|v| !v.is_finite()) {
+                    return Err(SampleError::NotFinite { image: first + bad / image, timestep: step.timestep }.into());
                 }
                 done += 1;
-                if !observe(done, total, first, kept) {
-                    return Ok(None);
+                let goes_on = observe(Progress { done, of, first, images });
+                if i + 1 == table.steps.len() {
+                    keep(images)?;
+                }
+                if !goes_on {
+                    return Ok(first + if i + 1 == table.steps.len() { wanted } else { 0 });
                 }
             }
-            let range = first * image..images.len().min((first + self.batch) * image);
-            images[range.clone()].copy_from_slice(&x[..range.len()]);
         }
-        Ok(Some(images))
+        Ok(count)
     }
 
     fn upload<T: crate::device::Element>(&self, device: &mut Device, slot: Slot, data: &[T]) {

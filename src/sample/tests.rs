@@ -48,7 +48,7 @@ impl Setup {
     }
 
     fn sample(&mut self, table: &SamplerTable, request: Request<'_>) -> Result<Vec<f32>, SampleError> {
-        let all = self.sampler.sample(&mut self.device, self.weights, table, request, |_, _, _, _| true)?;
+        let all = self.sampler.sample(&mut self.device, self.weights, table, request, |_| true)?;
         Ok(all.expect("nobody stopped it"))
     }
 }
@@ -62,21 +62,34 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 #[test]
-fn an_image_does_not_depend_on_count_or_batch() {
+fn an_image_does_not_depend_on_the_count() {
     let table = table(SamplerKind::Ddpm, 6, 0.0);
-    let all = bits(&Setup::new(7, 2).sample(&table, request(7, 42)).unwrap());
-    assert_eq!(all.len(), 7 * IMAGE);
-    for i in 1..7 {
-        assert_ne!(all[..IMAGE], all[i * IMAGE..][..IMAGE], "images 0 and {i} are the same");
-    }
     for batch in [1, 4, 16] {
         let mut setup = Setup::new(batch, 2);
-        for count in [1, 2, 7] {
+        let all = bits(&setup.sample(&table, request(7, 42)).unwrap());
+        assert_eq!(all.len(), 7 * IMAGE);
+        for i in 1..7 {
+            assert_ne!(all[..IMAGE], all[i * IMAGE..][..IMAGE], "images 0 and {i} are the same");
+        }
+        for count in [1, 2, 6] {
             let some = bits(&setup.sample(&table, request(count, 42)).unwrap());
             assert!(some == all[..count * IMAGE], "batch {batch}, count {count}");
         }
+        assert!(bits(&setup.sample(&table, request(7, 43)).unwrap()) != all, "the seed changes nothing");
     }
-    assert!(bits(&Setup::new(7, 2).sample(&table, request(7, 43)).unwrap()) != all, "the seed changes nothing");
+}
+
+#[test]
+fn an_image_does_not_visibly_depend_on_the_batch() {
+    // Half of one of the 255 steps between −1 and 1: what is drawn is the same, sums are rounded at other places.
+    let visible = 1.0 / 255.0;
+    let table = table(SamplerKind::Ddpm, 6, 0.0);
+    let one = Setup::new(1, 2).sample(&table, request(7, 42)).unwrap();
+    for batch in [4, 7, 16] {
+        let other = Setup::new(batch, 2).sample(&table, request(7, 42)).unwrap();
+        let worst = one.iter().zip(&other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < visible, "batch {batch}: {worst}");
+    }
 }
 
 #[test]
@@ -163,14 +176,47 @@ fn the_observer_sees_every_step_and_can_stop() {
     let mut seen = Vec::new();
     let Setup { device, sampler, weights } = &mut setup;
     let images = sampler
-        .sample(device, *weights, &table, request(3, 0), |done, of, first, x| {
-            seen.push((done, of, first, x.len() / IMAGE));
+        .sample(device, *weights, &table, request(3, 0), |at| {
+            seen.push((at.done, at.of, at.first, at.images.len() / IMAGE));
             true
         })
         .unwrap()
         .unwrap();
     assert_eq!(images.len(), 3 * IMAGE);
     assert_eq!(seen, [(1, 6, 0, 2), (2, 6, 0, 2), (3, 6, 0, 2), (4, 6, 2, 1), (5, 6, 2, 1), (6, 6, 2, 1)]);
-    let stopped = sampler.sample(device, *weights, &table, request(3, 0), |done, _, _, _| done < 2).unwrap();
+    let stopped = sampler.sample(device, *weights, &table, request(3, 0), |at| at.done < 2).unwrap();
     assert!(stopped.is_none());
+}
+
+#[test]
+fn finished_batches_are_handed_over_in_order() {
+    let table = table(SamplerKind::Ddpm, 3, 0.0);
+    let mut setup = Setup::new(2, 1);
+    let all = setup.sample(&table, request(5, 0)).unwrap();
+    let Setup { device, sampler, weights } = &mut setup;
+    // Stopped after the step `last`: whole batches are kept, also that which the step finishes.
+    for (last, expected) in [(1, 0), (2, 0), (3, 2), (4, 2), (6, 4), (8, 4), (9, 5), (100, 5)] {
+        let mut kept: Vec<f32> = Vec::new();
+        let go_on = |at: Progress<'_>| at.done < last;
+        let finished = sampler
+            .sample_batches(device, *weights, &table, request(5, 0), go_on, |batch| {
+                kept.extend_from_slice(batch);
+                Ok::<_, SampleError>(())
+            })
+            .unwrap();
+        assert_eq!(finished, expected, "stopped after {last} steps");
+        assert_eq!(bits(&kept), bits(&all[..expected * IMAGE]));
+    }
+    // Whoever keeps them may refuse.
+    let refuse = |_: &[f32]| Err(SampleError::OutOfMemory { device: "shelf".into(), bytes: 1, what: "books" });
+    let error = sampler.sample_batches(device, *weights, &table, request(5, 0), |_| true, refuse).unwrap_err();
+    assert!(error.to_string().contains("shelf has no 1 bytes"), "{error}");
+}
+
+#[test]
+fn more_images_than_memory_are_refused_and_not_tried() {
+    let table = table(SamplerKind::Ddpm, 1, 0.0);
+    let mut setup = Setup::new(1, 1);
+    let error = setup.sample(&table, request(usize::MAX / IMAGE, 0)).unwrap_err();
+    assert!(matches!(error, SampleError::OutOfMemory { .. }) && error.to_string().contains("--batch"), "{error}");
 }

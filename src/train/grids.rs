@@ -4,7 +4,7 @@ use super::{Config, TrainError, Trainer};
 use crate::device::{BufferId, Device};
 use crate::diffusion::{SamplerTable, Schedule};
 use crate::report::{Console, GridOptions, Images, Picture, grid};
-use crate::sample::{Request, SampleError, Sampler};
+use crate::sample::{Progress, Request, SampleError, Sampler};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The reverse process that `[sample]` describes, with its memory.
@@ -45,8 +45,8 @@ impl Grids {
         let count = config.sample.count;
         let request = Request { count, seed: config.sample.seed, initial_noise: None };
         let bar = console.bar("sampling", (count.div_ceil(sampler.batch()) * table.steps.len()) as u64);
-        let observe = |done: usize, _: usize, _: usize, _: &[f32]| {
-            bar.set(done as u64);
+        let observe = |at: Progress<'_>| {
+            bar.set(at.done as u64);
             !stop.load(Ordering::Relaxed)
         };
         match sampler.sample(device, weights, table, request, observe) {

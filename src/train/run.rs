@@ -61,6 +61,7 @@ pub fn train(
     let dataset = Arc::new(open_data(config, options)?);
     let [height, width, channels] = dataset.shape();
     config.model.validate(height, width)?;
+    config.model.validate_work(height, width, config.train.batch, "train.batch")?;
     // From here on the config is complete: whoever reads it later needs no data set to know the size.
     config.data.size = Some(ImageSize { height, width });
     config.data.channels = Some(channels);

@@ -34,9 +34,13 @@ impl Identity {
             config_hash: self.config_hash.clone(),
             config_toml: Some(self.config_toml.clone()),
             data_fingerprint: self.data_fingerprint.clone(),
-            build: format!("ddpm-dist {}", env!("CARGO_PKG_VERSION")),
+            build: format!("ddpm-dist {} ({})", env!("CARGO_PKG_VERSION"), env!("DDPM_DIST_COMMIT")),
             device_kind: self.device_kind.clone(),
-            libraries: BTreeMap::new(),
+            // On the CPU all that bits depend on is compiled in: the compiler, and the instruction set it chose from.
+            libraries: BTreeMap::from([
+                ("rustc".to_string(), env!("DDPM_DIST_RUSTC").to_string()),
+                ("simd".to_string(), crate::simd::level().name().to_string()),
+            ]),
             world_size: 1,
             extra: BTreeMap::new(),
         }

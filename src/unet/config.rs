@@ -8,6 +8,9 @@ const MAX_LEVELS: usize = 16;
 /// More channels than any model has; keeps the sizes of weights far from overflow.
 const MAX_CHANNELS: usize = 1 << 16;
 
+/// Most operations of a forward pass; a training step takes a few times as many, and all of them are counted in 64 bits.
+const MAX_WORK: u128 = 1 << 60;
+
 /// The architecture of the denoising UNet, without the image size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -63,6 +66,57 @@ impl UnetConfig {
     /// Number of times the resolution is halved.
     pub fn halvings(&self) -> usize {
         self.channels.len().saturating_sub(1)
+    }
+
+    /// Checks that a pass over `images` images of `height`×`width` pixels can be counted: bytes and FLOPs of all ops together stay far
+    /// below 2^63, so that no product of sizes wraps. What passes may still be too much for any machine.
+    ///
+    /// # Errors
+    /// Channels, image size or number of images (named `images_key`) that only a slip of the keyboard makes.
+    pub fn validate_work(
+        &self,
+        height: usize,
+        width: usize,
+        images: usize,
+        images_key: &str,
+    ) -> Result<(), OutOfRange> {
+        let work = |images: usize| self.work_bound(height, width).saturating_mul(images as u128);
+        if work(images) <= MAX_WORK {
+            return Ok(());
+        }
+        let why = "a pass over the network would take more than 2^60 operations";
+        if work(1) <= MAX_WORK {
+            let most = MAX_WORK / work(1).max(1);
+            return Err(OutOfRange::new(
+                images_key,
+                images,
+                format!("at most {most} for this model and image size"),
+                why,
+            ));
+        }
+        let channels = format!("{:?}", self.channels);
+        Err(OutOfRange::new(
+            "model.channels",
+            channels,
+            format!("fewer channels, less attention, or images smaller than {height}×{width}"),
+            why,
+        ))
+    }
+
+    /// Not less than the operations, elements or bytes of a forward pass over one image: per level every layer as a 3×3 convolution between
+    /// concatenations of the widest levels, and as an attention.
+    fn work_bound(&self, height: usize, width: usize) -> u128 {
+        let widest = self.channels.iter().copied().max().unwrap_or(0).max(16) as u128;
+        let layers = 2 * self.blocks as u128 + 4;
+        let mut bound = 0u128;
+        for level in 0..self.channels.len().min(MAX_LEVELS) {
+            let pixels = ((height >> level).max(1) as u128).saturating_mul((width >> level).max(1) as u128);
+            let convolutions = (2 * 2 * 9 * 2 * widest * widest).saturating_mul(pixels);
+            let attends = self.attention_levels.contains(&level) || level + 1 == self.channels.len();
+            let attention = if attends { (4 * widest).saturating_mul(pixels).saturating_mul(pixels) } else { 0 };
+            bound = bound.saturating_add(convolutions.saturating_add(attention).saturating_mul(layers));
+        }
+        bound
     }
 
     /// Checks that the network exists for images of `height`×`width` pixels.

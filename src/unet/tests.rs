@@ -239,3 +239,36 @@ fn training_draws_the_same_dropout_for_the_same_step_alone() {
     let (y, _) = run(&mut alone, &x[192..], &t[1..], &target[192..]);
     assert!(relative_error(&y, &trained.0[192..], 0.0) < TOLERANCE);
 }
+
+#[test]
+fn work_beyond_counting_is_refused_by_its_key() {
+    let cifar10 = UnetConfig::default();
+    let lsun256 =
+        UnetConfig { channels: vec![128, 128, 256, 256, 512, 512], attention_levels: vec![4], ..cifar10.clone() };
+    for (model, side, images) in [(&cifar10, 32, 1 << 20), (&lsun256, 256, 1 << 13), (&lsun256, 1024, 64)] {
+        model.validate_work(side, side, images, "train.batch").unwrap();
+    }
+    let huge = UnetConfig { channels: vec![1 << 16, 1 << 16], ..cifar10.clone() };
+    huge.validate_work(32, 32, 1, "train.batch").unwrap();
+    let key =
+        |model: &UnetConfig, side, images| model.validate_work(side, side, images, "train.batch").unwrap_err().key;
+    assert_eq!(key(&huge, 32, 1 << 20), "train.batch");
+    assert_eq!(key(&huge, 8192, 1 << 20), "model.channels");
+    // Attention over 8192² pixels.
+    let attentive = UnetConfig { channels: vec![64], attention_levels: vec![0], ..cifar10 };
+    assert_eq!(key(&attentive, 8192, 1 << 20), "model.channels");
+    assert_eq!(key(&attentive, 8192, 16), "model.channels");
+    assert_eq!(key(&attentive, usize::MAX, usize::MAX), "model.channels");
+}
+
+#[test]
+fn the_bound_of_the_work_holds() {
+    // FLOPs of the paper's models by its own count, per image; the bound is above and not absurdly so.
+    let lsun256 =
+        UnetConfig { channels: vec![128, 128, 256, 256, 512, 512], attention_levels: vec![4], ..UnetConfig::default() };
+    for (model, side, flops) in [(UnetConfig::default(), 32, 12.44e9), (lsun256, 256, 497e9)] {
+        let most = 2f64.powi(60) / flops;
+        model.validate_work(side, side, (most / 100.0) as usize, "batch").unwrap();
+        model.validate_work(side, side, most as usize, "batch").unwrap_err();
+    }
+}

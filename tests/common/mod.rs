@@ -154,10 +154,16 @@ impl Project {
     /// Begins to train for longer than anyone waits, with checkpoints every five steps.
     pub fn train_on(&self, run_dir: &str, more: &[&str]) -> Running {
         let steps = ["--set", "train.steps=10000000"];
-        let log = std::fs::File::create(self.path(format!("{run_dir}.stderr"))).unwrap();
         let mut command = self.program();
-        command.args(train_arguments(run_dir, &[&steps, more].concat())).stdout(Stdio::null()).stderr(log);
-        Running { child: command.spawn().unwrap(), stderr: self.path(format!("{run_dir}.stderr")) }
+        command.args(train_arguments(run_dir, &[&steps, more].concat()));
+        self.start(run_dir, command)
+    }
+
+    /// Starts a command; what it prints for people goes to `name.stderr`.
+    pub fn start(&self, name: &str, mut command: Command) -> Running {
+        let stderr = self.path(format!("{name}.stderr"));
+        command.stdout(Stdio::null()).stderr(std::fs::File::create(&stderr).unwrap());
+        Running { child: command.spawn().unwrap(), stderr }
     }
 
     /// Steps of the checkpoints of a run, oldest first.

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-PARTS = ("ops", "unet", "optimizer", "q_sample", "step", "schedulers", "diffusers_dir")
+PARTS = ("ops", "unet", "optimizer", "q_sample", "step", "schedulers", "diffusers_dir", "diffusers_samples")
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the order of sums, and with it the last bits, follows the number of threads

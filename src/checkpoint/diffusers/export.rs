@@ -1,12 +1,12 @@
 //! Writing a diffusers directory.
 
 use super::error::DiffusersError;
-use super::names::{check, expected_tensors, our_shape, to_theirs};
+use super::names::{expected_tensors, our_shape, to_theirs};
 use super::{DIFFUSERS_VERSION, MODEL_INDEX, SCHEDULER, SCHEDULER_CONFIG, UNET, UNET_CONFIG, WEIGHTS, scheduler, unet};
 use crate::checkpoint::io::{Disk, Io, unique_id};
 use crate::checkpoint::stream::{Writer, header};
 use crate::checkpoint::{CheckpointError, Layout};
-use crate::diffusion::DiffusionConfig;
+use crate::diffusion::{DiffusionConfig, SamplerConfig};
 use crate::unet::UnetConfig;
 use serde_json::{Value, json};
 use std::fs;
@@ -15,20 +15,25 @@ use std::path::Path;
 /// Writes a directory that `DDPMPipeline.from_pretrained(dir)` loads. `sample_size` is [height, width]; `values` is the flat
 /// buffer of `layout`, EMA or raw. The directory must not exist, or be empty; it appears whole or not at all.
 ///
+/// The scheduler is a DDPMScheduler, as that pipeline wants it, with the timestep spacing of `sampler`; the rest of a sampler (DDIM, its
+/// number of steps, η) is said to a pipeline when it is called, not stored in it.
+///
 /// A DDPMPipeline takes 1000 steps unless told otherwise, so a process with T < 1000 needs `num_inference_steps` there.
 pub fn export(
     dir: &Path,
     config: &UnetConfig,
     sample_size: [usize; 2],
-    diffusion: &DiffusionConfig,
+    (diffusion, sampler): (&DiffusionConfig, &SamplerConfig),
     layout: &Layout,
     values: &[f32],
 ) -> Result<(), DiffusersError> {
-    check(config).map_err(|(key, reason)| DiffusersError::Model(format!("{key} would be {reason}")))?;
+    let [height, width] = sample_size;
+    config.validate(height, width).map_err(|refused| DiffusersError::Model(refused.to_string()))?;
     if values.len() != layout.elements() {
         let (expected, found) = (layout.elements(), values.len());
         return Err(CheckpointError::Snapshot { group: "exported", expected, found }.into());
     }
+    let scheduler = scheduler::to_json(diffusion, sampler)?;
     let name = dir.file_name().and_then(|n| n.to_str()).ok_or_else(|| {
         let source = std::io::Error::other("the path has no last component to name the directory by");
         CheckpointError::Io { action: "create", path: dir.to_path_buf(), source }
@@ -39,7 +44,7 @@ pub fn export(
     let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(CheckpointError::io("create", parent))?;
     let temporary = parent.join(format!("{name}.tmp-{}", unique_id()));
-    let written = write_all(&temporary, config, sample_size, diffusion, layout, values).and_then(|()| {
+    let written = write_all(&temporary, config, sample_size, &scheduler, layout, values).and_then(|()| {
         fs::rename(&temporary, dir).map_err(CheckpointError::io("create", dir))?;
         Ok(Disk.sync_dir(parent).map_err(CheckpointError::io("flush to disk", parent))?)
     });
@@ -54,7 +59,7 @@ fn write_all(
     dir: &Path,
     config: &UnetConfig,
     sample_size: [usize; 2],
-    diffusion: &DiffusionConfig,
+    scheduler: &Value,
     layout: &Layout,
     values: &[f32],
 ) -> Result<(), DiffusersError> {
@@ -68,7 +73,7 @@ fn write_all(
         "unet": ["diffusers", "UNet2DModel"],
     });
     write_json(&dir.join(MODEL_INDEX), &index)?;
-    write_json(&dir.join(SCHEDULER).join(SCHEDULER_CONFIG), &scheduler::to_json(diffusion))?;
+    write_json(&dir.join(SCHEDULER).join(SCHEDULER_CONFIG), scheduler)?;
     write_json(&dir.join(UNET).join(UNET_CONFIG), &unet::to_json(config, sample_size))?;
     write_weights(&dir.join(UNET).join(WEIGHTS), config, layout, values)?;
     for path in [dir.join(UNET), dir.join(SCHEDULER), dir.to_path_buf()] {

@@ -4,8 +4,9 @@ use super::error::{DiffusersError, TensorProblem};
 use super::json::Keys;
 use super::names::{expected_tensors, fits, our_shape, present_name, to_ours};
 use super::{MODEL_INDEX, SCHEDULER, SCHEDULER_CONFIG, UNET, UNET_CONFIG, WEIGHTS, half, scheduler, unet};
-use crate::checkpoint::Layout;
+use crate::checkpoint::error::zeros;
 use crate::checkpoint::stream::Reader;
+use crate::checkpoint::{CheckpointError, Layout};
 use crate::diffusion::{DiffusionConfig, SamplerConfig};
 use crate::unet::UnetConfig;
 use safetensors::Dtype;
@@ -32,6 +33,8 @@ pub struct Imported {
     pub scheduler: Option<(DiffusionConfig, SamplerConfig)>,
     /// All weights by name.
     pub tensors: BTreeMap<String, Tensor>,
+    /// The directory.
+    pub path: PathBuf,
     /// Keys of the configs that nobody knows, as `file: key`. diffusers ignores them too; they are worth a warning.
     pub ignored: Vec<String>,
 }
@@ -40,7 +43,7 @@ impl Imported {
     /// The weights as the flat buffer of a layout whose names and shapes are those of this model.
     pub fn flat(&self, layout: &Layout) -> Result<Vec<f32>, DiffusersError> {
         let wrong = |what: String| DiffusersError::Model(format!("it is not the configured one: {what}"));
-        let mut values = vec![0.0; layout.elements()];
+        let mut values = zeros(layout.elements(), &self.path)?;
         for spec in layout.tensors() {
             let tensor = self.tensors.get(&spec.name).ok_or_else(|| wrong(format!("it lacks {}", spec.name)))?;
             if tensor.shape != spec.shape {
@@ -89,7 +92,7 @@ pub fn import(dir: &Path) -> Result<Imported, DiffusersError> {
         None
     };
     let tensors = read_weights(&weights_path(&part(UNET))?, &config)?;
-    Ok(Imported { unet: config, image_size, scheduler, tensors, ignored })
+    Ok(Imported { path: dir.to_path_buf(), unet: config, image_size, scheduler, tensors, ignored })
 }
 
 /// The pipeline's parts must be a UNet2DModel and a scheduler; a VQ-VAE or a text encoder would be needed to make its images.
@@ -155,22 +158,22 @@ fn read_weights(path: &Path, config: &UnetConfig) -> Result<BTreeMap<String, Ten
     }
     let mut tensors = BTreeMap::new();
     for (name, shape, dtype) in order {
-        let data = read_values(&mut reader, shape.iter().product(), dtype)?;
+        let mut data = zeros(shape.iter().product(), path)?;
+        read_values(&mut reader, &mut data, dtype)?;
         tensors.insert(name, Tensor { shape: our_shape(&shape), data: to_ours(&shape, data) });
     }
     Ok(tensors)
 }
 
-fn read_values(reader: &mut Reader, len: usize, dtype: Dtype) -> Result<Vec<f32>, DiffusersError> {
+fn read_values(reader: &mut Reader, values: &mut [f32], dtype: Dtype) -> Result<(), CheckpointError> {
     if dtype == Dtype::F32 {
-        let mut values = vec![0.0; len];
-        reader.read_f32(&mut values)?;
-        return Ok(values);
+        return reader.read_f32(values);
     }
     let widen = if dtype == Dtype::F16 { half::from_f16 } else { half::from_bf16 };
-    let mut values = Vec::with_capacity(len);
-    reader.read_bytes(len * 2, |part| {
-        values.extend(part.chunks_exact(2).map(|b| widen(u16::from_le_bytes([b[0], b[1]]))));
-    })?;
-    Ok(values)
+    let mut rest = values.iter_mut();
+    reader.read_bytes(2 * rest.len(), |part| {
+        for (bytes, value) in part.chunks_exact(2).zip(&mut rest) {
+            *value = widen(u16::from_le_bytes([bytes[0], bytes[1]]));
+        }
+    })
 }

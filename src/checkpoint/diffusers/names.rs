@@ -3,7 +3,7 @@
 use crate::unet::UnetConfig;
 
 /// All tensors of the model with the shapes diffusers gives them (convolutions OIHW), in the order of the forward pass.
-/// The config must be one that can be built (see [`check`]).
+/// The config must be one that can be built ([`UnetConfig::validate`]).
 pub fn expected_tensors(config: &UnetConfig) -> Vec<(String, Vec<usize>)> {
     let mut list = List { tensors: Vec::new(), temb: 4 * config.channels.first().copied().unwrap_or(0) };
     let levels = config.channels.len();
@@ -156,53 +156,19 @@ pub(super) fn fits(name: &str, expected: &[usize], found: &[usize]) -> bool {
         || (was_convolution && found.strip_prefix(expected).is_some_and(|rest| rest.iter().all(|&d| d == 1)))
 }
 
-/// Whether the model can be built; the reason and diffusers' name of the key if not. Generous limits keep hostile numbers from
-/// overflowing.
-pub(super) fn check(config: &UnetConfig) -> Result<(), (&'static str, String)> {
-    let err = |key, reason: String| Err((key, reason));
-    let c = &config.channels;
-    if c.is_empty() || c.len() > 12 || c.iter().any(|&c| c == 0 || c > 1 << 16) {
-        return err("block_out_channels", format!("{c:?}: expected 1 to 12 levels of 1 to 65536 channels"));
+/// diffusers' key for one of ours, as [`UnetConfig::validate`] names it.
+pub(super) fn their_key(ours: &str) -> &'static str {
+    match ours {
+        "model.image_channels" => "in_channels",
+        "model.channels" => "block_out_channels",
+        "model.blocks" => "layers_per_block",
+        "model.attention_levels" => "down_block_types",
+        "model.head_channels" => "attention_head_dim",
+        "model.groups" => "norm_num_groups",
+        "model.mid_attention_groups" => "attn_norm_num_groups",
+        "model.norm_eps" => "norm_eps",
+        "model.dropout" => "dropout",
+        "model.freq_shift" => "freq_shift",
+        _ => "sample_size",
     }
-    if !c[0].is_multiple_of(2) || (c[0] / 2) as f64 <= config.freq_shift {
-        return err(
-            "block_out_channels",
-            format!(
-                "{c:?}: the first must be even and more than 2·freq_shift, for the sines and cosines of the timestep"
-            ),
-        );
-    }
-    if config.blocks == 0 || config.blocks > 64 {
-        return err("layers_per_block", format!("{}: expected 1 to 64", config.blocks));
-    }
-    if config.image_channels == 0 || config.image_channels > 1 << 16 {
-        return err("in_channels", format!("{}: expected 1 to 65536", config.image_channels));
-    }
-    if let Some(level) = config.attention_levels.iter().find(|&&l| l >= c.len()) {
-        return err("down_block_types", format!("attention at level {level} of {} levels", c.len()));
-    }
-    if config.groups == 0 || c.iter().any(|c| !c.is_multiple_of(config.groups)) {
-        return err("norm_num_groups", format!("{} does not divide all of the channels {c:?}", config.groups));
-    }
-    if config.mid_attention_groups.is_some_and(|g| g == 0 || !c[c.len() - 1].is_multiple_of(g)) {
-        return err(
-            "attn_norm_num_groups",
-            format!("it does not divide the {} channels of the middle", c[c.len() - 1]),
-        );
-    }
-    let mut attends = config.attention_levels.clone();
-    attends.extend(config.mid_attention.then_some(c.len() - 1));
-    if config.head_channels != 0 && attends.iter().any(|&l| !c[l].is_multiple_of(config.head_channels)) {
-        return err("attention_head_dim", format!("{} does not divide the channels {c:?}", config.head_channels));
-    }
-    if !(config.norm_eps > 0.0 && config.norm_eps < 1.0) {
-        return err("norm_eps", format!("{}: expected a number between 0 and 1", config.norm_eps));
-    }
-    if !(0.0..1.0).contains(&config.dropout) {
-        return err("dropout", format!("{}: expected 0 or more and less than 1", config.dropout));
-    }
-    if !config.freq_shift.is_finite() || config.freq_shift < 0.0 {
-        return err("freq_shift", format!("{}: expected 0 or more", config.freq_shift));
-    }
-    Ok(())
 }

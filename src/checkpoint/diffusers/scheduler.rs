@@ -8,6 +8,7 @@ use crate::diffusion::{
     is_beta,
 };
 use serde_json::{Value, json};
+use std::fmt::Debug;
 
 const SCHEDULES: [(&str, BetaSchedule); 3] = [
     ("linear", BetaSchedule::Linear),
@@ -24,31 +25,33 @@ const KINDS: [(&str, SamplerKind); 2] = [("DDPMScheduler", SamplerKind::Ddpm), (
 /// The steps diffusers' DDIMPipeline takes when it is not told.
 const DDIM_STEPS: usize = 50;
 
-fn name_of<T: PartialEq>(table: &[(&'static str, T)], value: &T) -> &'static str {
-    table.iter().find(|(_, v)| v == value).map_or("", |(name, _)| name)
+/// diffusers' name of a value. What has none there cannot be exported: any other would make other images.
+fn name_of<T: PartialEq + Debug>(table: &[(&'static str, T)], value: &T) -> Result<&'static str, DiffusersError> {
+    let entry = table.iter().find(|(_, v)| v == value);
+    entry.map(|(name, _)| *name).ok_or_else(|| DiffusersError::Model(format!("diffusers has no {value:?}")))
 }
 
 /// All of DDPMScheduler's arguments.
-pub(super) fn to_json(config: &DiffusionConfig) -> Value {
-    json!({
+pub(super) fn to_json(config: &DiffusionConfig, sampler: &SamplerConfig) -> Result<Value, DiffusersError> {
+    Ok(json!({
         "_class_name": "DDPMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": config.timesteps,
         "beta_start": config.beta_start,
         "beta_end": config.beta_end,
-        "beta_schedule": name_of(&SCHEDULES, &config.schedule),
+        "beta_schedule": name_of(&SCHEDULES, &config.schedule)?,
         "trained_betas": config.trained_betas,
-        "variance_type": name_of(&VARIANCES, &config.variance),
+        "variance_type": name_of(&VARIANCES, &config.variance)?,
         "clip_sample": config.clip > 0.0,
         "clip_sample_range": if config.clip > 0.0 { config.clip } else { 1.0 },
-        "prediction_type": name_of(&OBJECTIVES, &config.objective),
+        "prediction_type": name_of(&OBJECTIVES, &config.objective)?,
         "thresholding": false,
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
-        "timestep_spacing": "leading",
-        "steps_offset": 0,
+        "timestep_spacing": name_of(&SPACINGS, &sampler.spacing)?,
+        "steps_offset": sampler.steps_offset,
         "rescale_betas_zero_snr": false,
-    })
+    }))
 }
 
 /// The process and the sampler that a pipeline with this scheduler runs by default.

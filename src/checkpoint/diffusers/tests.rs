@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::checkpoint::Layout;
-use crate::diffusion::{BetaSchedule, DiffusionConfig, Objective, SamplerKind, Spacing, Variance};
+use crate::diffusion::{BetaSchedule, DiffusionConfig, Objective, SamplerConfig, SamplerKind, Spacing, Variance};
 use crate::unet::UnetConfig;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -145,20 +145,24 @@ fn what_is_exported_is_imported() {
         clip: 0.0,
         ..DiffusionConfig::default()
     };
+    let sampler = SamplerConfig { spacing: Spacing::Linspace, steps_offset: 1, ..SamplerConfig::default() };
+    let process = (&diffusion, &sampler);
     let (layout, values) = model(&unet);
     let tmp = tempfile::tempdir().unwrap();
     let dir = tmp.path().join("a/b");
-    export(&dir, &unet, [16, 12], &diffusion, &layout, &values).unwrap();
+    export(&dir, &unet, [16, 12], process, &layout, &values).unwrap();
     let found = import(&dir).unwrap();
     assert_eq!((&found.unet, found.image_size, &found.ignored[..]), (&unet, Some([16, 12]), &[][..]));
-    assert_eq!(found.scheduler.as_ref().unwrap().0, diffusion);
+    let (found_diffusion, found_sampler) = found.scheduler.as_ref().unwrap();
+    assert_eq!(found_diffusion, &diffusion);
+    assert_eq!((found_sampler.spacing, found_sampler.steps_offset), (Spacing::Linspace, 1));
     assert_eq!(found.flat(&layout).unwrap(), values);
     assert_eq!(fs::read_dir(tmp.path().join("a")).unwrap().count(), 1, "nothing temporary is left");
-    assert!(matches!(export(&dir, &unet, [16, 12], &diffusion, &layout, &values), Err(DiffusersError::Exists { .. })));
+    assert!(matches!(export(&dir, &unet, [16, 12], process, &layout, &values), Err(DiffusersError::Exists { .. })));
     let short = Layout::packed([("conv_in.bias", vec![8])]).unwrap();
     let e = found.flat(&short).unwrap_err().to_string();
     assert!(e.contains("it also has"), "{e}");
-    let e = export(&tmp.path().join("c"), &unet, [16, 12], &diffusion, &short, &[0.0; 64]).unwrap_err().to_string();
+    let e = export(&tmp.path().join("c"), &unet, [16, 12], process, &short, &[0.0; 64]).unwrap_err().to_string();
     assert!(e.contains("it has no tensor") && !tmp.path().join("c").exists(), "{e}");
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1, "nothing temporary is left");
 }
@@ -248,6 +252,11 @@ fn values_that_nobody_can_mean_are_refused_by_their_key() {
         (UNET_JSON, "dropout", json!(1)),
         (UNET_JSON, "freq_shift", json!("one")),
         (UNET_JSON, "sample_size", json!([8])),
+        (UNET_JSON, "sample_size", json!(0)),
+        (UNET_JSON, "sample_size", json!(7)), // two levels
+        (UNET_JSON, "sample_size", json!([8, 8194])),
+        (UNET_JSON, "sample_size", json!(1u64 << 40)),
+        (UNET_JSON, "block_out_channels", json!([2, 1 << 17])),
         (UNET_JSON, "down_block_types", json!(["DownBlock2D"])),
         (SCHEDULER_JSON, "num_train_timesteps", json!(0)),
         (SCHEDULER_JSON, "num_train_timesteps", json!(1e15)),

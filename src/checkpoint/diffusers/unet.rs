@@ -3,9 +3,15 @@
 use super::DIFFUSERS_VERSION;
 use super::error::DiffusersError;
 use super::json::{Keys, whole};
-use super::names::check;
+use super::names::their_key;
 use crate::unet::UnetConfig;
 use serde_json::{Value, json};
+
+/// Longest side of an image, as for `data.size`.
+const MAX_SIDE: usize = 8192;
+
+/// No image that large is halved more often; a network with more levels is refused whatever the size.
+const MAX_HALVINGS: usize = 16;
 
 /// All of UNet2DModel's arguments. `sample_size` is [height, width].
 pub(super) fn to_json(config: &UnetConfig, sample_size: [usize; 2]) -> Value {
@@ -114,8 +120,17 @@ pub(super) fn from_json(keys: &Keys) -> Result<(UnetConfig, Option<[usize; 2]>),
         flip_sin_to_cos: keys.flag("flip_sin_to_cos", true)?,
         freq_shift: keys.number("freq_shift", 0.0)?,
     };
-    check(&config).map_err(|(key, reason)| keys.bad_value(key, &format!("a model that can be built ({reason})")))?;
-    Ok((config, sample_size(keys)?))
+    if config.groups == 0 || config.channels.iter().any(|c| !c.is_multiple_of(config.groups)) {
+        return Err(keys.bad_value("norm_num_groups", &format!("a divisor of all of {:?}", config.channels)));
+    }
+    let size = sample_size(keys)?;
+    // Where the size is not said, one that the levels divide.
+    let side = 1 << config.halvings().min(MAX_HALVINGS);
+    let [height, width] = size.unwrap_or([side; 2]);
+    config
+        .validate(height, width)
+        .map_err(|refused| keys.bad_value(their_key(&refused.key), &format!("{}: {}", refused.range, refused.why)))?;
+    Ok((config, size))
 }
 
 /// Levels that attend, from the block types; the way up must mirror the way down.
@@ -161,7 +176,7 @@ fn block_types(
 
 fn sample_size(keys: &Keys) -> Result<Option<[usize; 2]>, DiffusersError> {
     const KEY: &str = "sample_size";
-    let expected = "a whole number, [height, width] or null";
+    let expected = format!("1 to {MAX_SIDE}, [height, width] of these, or null");
     let size = match keys.get(KEY) {
         None | Some(Value::Null) => return Ok(None),
         Some(Value::Array(sides)) => match &sides[..] {
@@ -170,6 +185,8 @@ fn sample_size(keys: &Keys) -> Result<Option<[usize; 2]>, DiffusersError> {
         },
         Some(side) => whole(side).map(|s| (s, s)),
     };
-    let (height, width) = size.filter(|&(h, w)| h > 0 && w > 0).ok_or_else(|| keys.bad_value(KEY, expected))?;
+    let (height, width) = size
+        .filter(|(height, width)| [height, width].iter().all(|side| (1..=MAX_SIDE).contains(*side)))
+        .ok_or_else(|| keys.bad_value(KEY, &expected))?;
     Ok(Some([height, width]))
 }

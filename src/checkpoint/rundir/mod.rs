@@ -202,18 +202,23 @@ fn is_empty_dir(path: &Path) -> bool {
 fn remove_run(root: &Path) -> Result<Vec<PathBuf>, RunDirError> {
     // The checkpoints go first: a kill half-way must not leave them under another run's config.
     let checkpoints = root.join(CHECKPOINTS);
-    for name in names_if_there(&checkpoints)? {
-        if parse_dir_name(&name).is_some() || is_temporary(&name) {
-            let dir = checkpoints.join(name);
-            remove_matching(&dir, |name| is_own_file(Path::new(name)))?;
+    if !unlink(&checkpoints)? {
+        for name in names_if_there(&checkpoints)? {
+            let dir = checkpoints.join(&name);
+            if (parse_dir_name(&name).is_some() || is_temporary(&name)) && !unlink(&dir)? {
+                remove_matching(&dir, |name| is_own_file(Path::new(name)))?;
+                remove_if_empty(&dir)?;
+            }
+        }
+        remove_if_empty(&checkpoints)?;
+    }
+    for (dir, ours) in [(SAMPLES, "step-"), (TENSORBOARD, "events.out.tfevents.")] {
+        let dir = root.join(dir);
+        if !unlink(&dir)? {
+            remove_matching(&dir, |name| name.starts_with(ours))?;
             remove_if_empty(&dir)?;
         }
     }
-    remove_if_empty(&checkpoints)?;
-    remove_matching(&root.join(SAMPLES), |name| name.starts_with("step-"))?;
-    remove_if_empty(&root.join(SAMPLES))?;
-    remove_matching(&root.join(TENSORBOARD), |name| name.starts_with("events.out.tfevents."))?;
-    remove_if_empty(&root.join(TENSORBOARD))?;
     remove_matching(root, |name| {
         name == CONFIG || name == LOG || name.starts_with("config.toml.tmp-") || name.starts_with("log.jsonl.tmp-")
     })?;
@@ -241,6 +246,15 @@ fn remove_matching(dir: &Path, ours: impl Fn(&str) -> bool) -> Result<(), RunDir
         }
     }
     Ok(())
+}
+
+/// Removes `path` if it is a link, and says whether it was: what it leads to is not in the run directory, and is left as it is.
+fn unlink(path: &Path) -> Result<bool, RunDirError> {
+    if !fs::symlink_metadata(path).is_ok_and(|m| m.is_symlink()) {
+        return Ok(false);
+    }
+    fs::remove_file(path).map_err(io_error("remove", path))?;
+    Ok(true)
 }
 
 fn remove_if_empty(dir: &Path) -> Result<(), RunDirError> {
@@ -309,6 +323,36 @@ mod tests {
         assert!(RUN.iter().all(|f| !root.join(f).exists()));
         assert!(mine.iter().all(|f| root.join(f).exists()));
         assert!(left.contains(&root.join("notes.txt")));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn overwrite_removes_links_and_not_what_they_lead_to() {
+        use std::os::unix::fs::symlink;
+        let tmp = tempfile::tempdir().unwrap();
+        let elsewhere = tmp.path().join("elsewhere");
+        let kept = ["step-00000010/manifest.json", "step-00000010.png", "events.out.tfevents.1.host"];
+        for dir in [CHECKPOINTS, SAMPLES, TENSORBOARD, "checkpoints/step-00000010"] {
+            let root = tmp.path().join(dir.replace('/', "-"));
+            touch(&elsewhere, &kept);
+            drop(RunDir::open(&root, Start::Resume).unwrap());
+            touch(&root, &RUN);
+            let path = root.join(dir);
+            fs::remove_dir_all(&path).unwrap();
+            symlink(&elsewhere, &path).unwrap();
+            let left = RunDir::open(&root, Start::Fresh { overwrite: true }).unwrap().settle().unwrap();
+            assert!(kept.iter().all(|f| elsewhere.join(f).exists()), "{dir}");
+            assert!(RUN.iter().all(|f| !root.join(f).exists()), "{dir}");
+            assert!(!fs::symlink_metadata(&path).is_ok_and(|m| m.is_symlink()), "{dir}");
+            assert!(left.iter().all(|p| p.is_dir()), "{left:?}");
+        }
+        // Also one that leads nowhere.
+        let root = tmp.path().join("broken");
+        RunDir::open(&root, Start::Resume).unwrap().settle().unwrap();
+        fs::remove_dir(root.join(SAMPLES)).unwrap();
+        symlink("nowhere", root.join(SAMPLES)).unwrap();
+        RunDir::open(&root, Start::Fresh { overwrite: true }).unwrap().settle().unwrap();
+        assert!(root.join(SAMPLES).is_dir());
     }
 
     #[test]

@@ -232,6 +232,6 @@ fn a_save_that_cannot_fit_writes_nothing() {
     saver.save(Snapshot::new(Meta::default(), huge.clone(), Buffers::default())).unwrap();
     assert!(matches!(saver.wait().unwrap().result, Err(CheckpointError::Snapshot { group: "params", .. })));
     let e = crate::checkpoint::write::check_space(&Disk, tmp.path(), &huge).unwrap_err();
-    assert!(matches!(e, CheckpointError::NoSpace { .. }) && e.to_string().contains("16384.0 TiB"), "{e}");
+    assert!(matches!(e, CheckpointError::NoSpace { .. }) && e.to_string().contains("16384.00 TiB"), "{e}");
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
 }

@@ -62,6 +62,25 @@ fn a_shard_that_is_a_directory_or_a_renamed_checkpoint_is_refused() {
 }
 
 #[test]
+fn a_file_that_cannot_be_read_now_is_not_damage() {
+    // A loop of links stands for every refusal that has nothing to do with the content; permissions do not stop an administrator.
+    for file in [SHARD, "manifest.json"] {
+        for steps in [1, 2] {
+            let tmp = tempfile::tempdir().unwrap();
+            let saved: Vec<_> = (1..=steps).map(|step| save(tmp.path(), &snapshot(&layout(), step))).collect();
+            let newest = saved[saved.len() - 1].clone();
+            fs::remove_file(newest.join(file)).unwrap();
+            std::os::unix::fs::symlink(file, newest.join(file)).unwrap();
+            let error = load_newest(tmp.path(), Some(&layout()), Want::All).unwrap_err();
+            assert!(matches!(&error, CheckpointError::Unreadable { path, .. } if *path == newest), "{error}");
+            let message = error.to_string();
+            assert!(message.contains(file) && message.contains("move it away"), "{message}");
+            assert!(!message.contains("--overwrite"), "{message}");
+        }
+    }
+}
+
+#[test]
 fn when_nothing_verifies_that_is_an_error_and_an_empty_directory_is_none() {
     let tmp = tempfile::tempdir().unwrap();
     assert!(load_newest(&tmp.path().join("absent"), None, Want::All).unwrap().is_none());
