@@ -461,7 +461,7 @@ fn sources_of_samples() {
         let made = std::process::Command::new("mkfifo").arg(project.path(pipe)).status().unwrap();
         assert!(made.success());
     }
-    sample(&["run", "--init-noise", "pipe", "--out", "x.png"]).refused(3, &["pipe", "expected a file"]);
+    sample(&["run", "--init-noise", "pipe", "--out", "x.png"]).refused(3, &["pipe", "not a regular file"]);
     sample(&["pipe", "--out", "x.png"]).refused(4, &["pipe", "neither a run directory"]);
     sample(&[".", "--out", "x.png"]).refused(4, &["neither a run directory"]);
     project.train("other", &["--init", "pipe"]).refused(4, &["pipe", "neither a run directory"]);

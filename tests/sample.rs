@@ -264,7 +264,7 @@ fn shown_command(text: &str) -> Vec<String> {
 #[test]
 fn an_export_samples_as_its_run_does_by_the_command_it_shows() {
     let project = project();
-    let sets = ["--set", "sample.spacing=\"trailing\"", "--set", "sample.eta=0.5", "--set", "sample.steps=7"];
+    let sets = ["--set", "sample.spacing=\"trailing\"", "--set", "sample.eta=0.5", "--set", "sample.steps=10"];
     project.trained("spaced", &[&["--set", "train.steps=5"], &sets[..]].concat());
     let ended = project.done(&["export", "spaced", "spaced-export"]);
     let command = shown_command(&ended.stderr);
@@ -277,10 +277,16 @@ fn an_export_samples_as_its_run_does_by_the_command_it_shows() {
     let scheduler: serde_json::Value =
         serde_json::from_slice(&project.read("spaced-export/scheduler/scheduler_config.json")).unwrap();
     assert_eq!(scheduler["timestep_spacing"], "trailing");
-    for python in ["DDPMPipeline.from_pretrained(\"spaced-export\")", "DDIMScheduler", "num_inference_steps=7, eta=0.5"]
+    for python in
+        ["DDPMPipeline.from_pretrained(\"spaced-export\")", "DDIMScheduler", "num_inference_steps=10, eta=0.5"]
     {
         assert!(ended.stderr.contains(python), "{}", ended.stderr);
     }
+    assert!(!ended.stderr.contains("note"), "{}", ended.stderr);
+    // Seven steps do not divide a hundred: diffusers' DDIM goes back another way, which is said.
+    project.trained("odd", &[&["--set", "train.steps=1"], &sets[..4], &["--set", "sample.steps=7"]].concat());
+    let odd = project.done(&["export", "odd", "odd-export"]).stderr;
+    assert!(odd.contains("note") && odd.contains("7 steps"), "{odd}");
     // Nothing but the last message with -q, more with -v.
     let quiet = project.done(&["export", "spaced", "quiet-export", "-q"]).stderr;
     assert_eq!(quiet, "quiet-export is written\n");

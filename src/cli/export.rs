@@ -4,7 +4,7 @@ use super::exit::{Code, Failure, OrFail};
 use super::source::Source;
 use super::{Common, program, quoted};
 use crate::checkpoint::{Want, diffusers};
-use crate::diffusion::{SamplerConfig, SamplerKind};
+use crate::diffusion::{DiffusionConfig, SamplerConfig, SamplerKind, SamplerTable, Schedule};
 use crate::sample::reverse_step_program;
 use crate::train::layout_for_checkpoints;
 use std::path::{Path, PathBuf};
@@ -43,10 +43,27 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let layout = layout_for_checkpoints(&program.layout).or_fail(Code::State)?;
     let values = source.flat(&layout)?;
     let process = (diffusion, sampler);
+    let same = samples_alike(diffusion, sampler)?;
     diffusers::export(&arguments.dir, &source.model, size, process, &layout, &values).or_fail(Code::State)?;
     console.last(format!("{} is written", arguments.dir.display()));
     console.say(next(&arguments.dir, sampler, source.batch));
+    if !same {
+        let SamplerConfig { steps, .. } = sampler;
+        console.say(format!(
+            "  note        diffusers' DDIM goes back by whole multiples of T/steps, and so does `sample` from this directory; with {steps} \
+             steps that is not quite the run's own order, and images differ a little"
+        ));
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether the run's reverse process is the one that diffusers makes of the exported scheduler.
+fn samples_alike(diffusion: &DiffusionConfig, sampler: &SamplerConfig) -> Result<bool, Failure> {
+    let schedule = Schedule::new(diffusion).or_fail(Code::Usage)?;
+    let table = |uniform_stride| {
+        SamplerTable::new(&schedule, &SamplerConfig { uniform_stride, ..sampler.clone() }).or_fail(Code::Usage)
+    };
+    Ok(table(false)?.steps == table(true)?.steps)
 }
 
 /// How to sample from the directory as from the run: a pipeline's files hold neither DDIM beside DDPM, nor the number of steps, nor η.
