@@ -1,5 +1,6 @@
 //! The CPU device's matrix products on shapes of convolutions, beside the `gemm` crate on a plain product of the same size
-//! (which a convolution could use only after unfolding its input, not counted here).
+//! (which a convolution could use only after unfolding its input, not counted here), and the 3×3 convolutions in Winograd's form, which is
+//! the one that is used where it pays. Speeds are those of the plain products: 2 FLOPs for each term of the definition.
 //!
 //! `cargo bench --bench gemm -- [threads] [name]`
 
@@ -8,6 +9,7 @@ use std::time::Instant;
 
 use ::gemm as peer;
 use ddpm_dist::device::cpu::Pool;
+use ddpm_dist::device::cpu::gemm::winograd::{self, Convolution, Filter};
 use ddpm_dist::device::cpu::gemm::{self, Init, OutRows, Rows, Segment, window::Window};
 
 struct Shape {
@@ -25,10 +27,10 @@ fn main() {
     let wanted = arguments.get(1).cloned().unwrap_or_default();
     let pool = Pool::new(threads);
     println!("{threads} threads, {}", ddpm_dist::simd::level().name());
-    println!("{:<24} {:>6} {:>16} {:>16} {:>8} {:>16}", "", "", "ms", "GFLOP/s", "pack ms", "gemm crate");
+    println!("{:<24} {:>6} {:>16} {:>16} {:>16}   GFLOP/s", "", "", "direct", "Winograd", "gemm crate");
     println!(
-        "{:<24} {:>6} {:>8}{:>8} {:>8}{:>8} {:>8} {:>8}{:>8}",
-        "shape", "form", "median", "best", "median", "best", "", "median", "best"
+        "{:<24} {:>6} {:>8}{:>8} {:>8}{:>8} {:>8}{:>8}",
+        "shape", "form", "median", "best", "median", "best", "median", "best"
     );
     for shape in shapes().iter().filter(|s| s.name.contains(&wanted)) {
         measure(shape, &pool, threads);
@@ -122,46 +124,58 @@ fn measure(shape: &Shape, pool: &Pool, threads: usize) {
     let inputs = vec![Segment { data: &x, k: cin }; taps];
     let forward = |tap: usize, rows, out: &mut [usize]| window.input_offsets(tap / size, tap % size, rows, cin, out);
     let a = Rows { segments: &inputs, offsets: &forward };
-    let report = |form: &str, time: (f64, f64), pack: Option<(f64, f64)>, peer: (f64, f64)| {
-        let speed = |seconds: f64| flops / seconds / 1e9;
-        println!(
-            "{name:<24} {form:>6} {:>8.3}{:>8.3} {:>8.0}{:>8.0} {:>8} {:>8.0}{:>8.0}",
-            time.0 * 1e3,
-            time.1 * 1e3,
-            speed(time.0),
-            speed(time.1),
-            pack.map(|time| format!("{:.3}", time.0 * 1e3)).unwrap_or_default(),
-            speed(peer.0),
-            speed(peer.1),
-        );
+    let report = |form: &str, direct: (f64, f64), fewer: Option<(f64, f64)>, peer: (f64, f64)| {
+        let speeds = |(median, best): (f64, f64)| {
+            let speed = |seconds: f64| format!("{:>8.0}", flops / seconds / 1e9);
+            speed(median) + &speed(best)
+        };
+        let fewer = fewer.map_or_else(String::new, speeds);
+        println!("{name:<24} {form:>6} {} {fewer:>16} {}", speeds(direct), speeds(peer));
     };
+    let Window { images, height, width, stride, .. } = window;
+    let convolution = Convolution { images, height, width, channels: cin, out: cout };
+    let pays = size == 3 && stride == 1 && convolution.pays();
 
     // Forward: the time includes packing the weights.
     let mut packed = Floats::zeros(gemm::packed_len(cout, taps * cin));
-    let pack = time(|| gemm::pack_transposed(pool, &w, cout, taps * cin, &mut packed));
     let linear = OutRows::Linear { start: 0, ld: cout };
     let fprop = time(|| {
         gemm::pack_transposed(pool, &w, cout, taps * cin, &mut packed);
         gemm::rows_times_packed(pool, &a, rows_out, cout, &packed, &mut y, linear, Init::ZERO);
     });
-    report("fprop", fprop, Some(pack), beside(rows_out, cout, taps * cin, threads, false));
+    let mut filters = Floats::zeros(winograd::filters_len(&convolution));
+    let fewer = pays.then(|| {
+        time(|| {
+            winograd::transform_filters(pool, &convolution, Filter::Upright, &w, &mut filters);
+            winograd::convolve(pool, &convolution, &x, &filters, &mut y, Init::ZERO);
+        })
+    });
+    report("fprop", fprop, fewer, beside(rows_out, cout, taps * cin, threads, false));
 
     let outputs = vec![Segment { data: &dy, k: cout }; taps];
     let backward = |tap: usize, rows, out: &mut [usize]| window.output_offsets(tap / size, tap % size, rows, cout, out);
     let da = Rows { segments: &outputs, offsets: &backward };
     let mut packed = Floats::zeros(gemm::packed_len(cin, taps * cout));
     let row = |i: usize| (i % cout * taps + i / cout) * cin;
-    let pack = time(|| gemm::pack_rows(pool, cin, taps * cout, row, &w, &mut packed));
     let grid = OutRows::Grid { grid: window.input_grid(), start: 0, ld: cin };
     let dgrad = time(|| {
         gemm::pack_rows(pool, cin, taps * cout, row, &w, &mut packed);
         gemm::rows_times_packed(pool, &da, rows_in, cin, &packed, &mut dx, grid, Init::ZERO);
     });
-    report("dgrad", dgrad, Some(pack), beside(rows_out, cin, taps * cout, threads, false));
+    let back = convolution.backward();
+    let mut filters = Floats::zeros(winograd::filters_len(&back));
+    let fewer = pays.then(|| {
+        time(|| {
+            winograd::transform_filters(pool, &back, Filter::Turned, &w, &mut filters);
+            winograd::convolve(pool, &back, &dy, &filters, &mut dx, Init::ZERO);
+        })
+    });
+    report("dgrad", dgrad, fewer, beside(rows_out, cin, taps * cout, threads, false));
 
     let wgrad =
         time(|| gemm::transposed_times_rows(pool, &dy, cout, cout, &a, rows_out, &mut dw, false, Some(&mut db)));
-    report("wgrad", wgrad, None, beside(cout, taps * cin, rows_out, threads, true));
+    let fewer = pays.then(|| time(|| winograd::weight_gradient(pool, &convolution, &dy, &x, &mut dw, &mut db, false)));
+    report("wgrad", wgrad, fewer, beside(cout, taps * cin, rows_out, threads, true));
     std::hint::black_box((y, dx, dw, db));
 }
 

@@ -46,7 +46,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let same = samples_alike(diffusion, sampler)?;
     diffusers::export(&arguments.dir, &source.model, size, process, &layout, &values).or_fail(Code::State)?;
     console.last(format!("{} is written", arguments.dir.display()));
-    console.say(next(&arguments.dir, sampler, source.batch));
+    console.say(next(&arguments.dir, sampler));
     if !same {
         let SamplerConfig { steps, .. } = sampler;
         console.say(format!(
@@ -67,7 +67,7 @@ fn samples_alike(diffusion: &DiffusionConfig, sampler: &SamplerConfig) -> Result
 }
 
 /// How to sample from the directory as from the run: a pipeline's files hold neither DDIM beside DDPM, nor the number of steps, nor η.
-fn next(dir: &Path, sampler: &SamplerConfig, batch: usize) -> String {
+fn next(dir: &Path, sampler: &SamplerConfig) -> String {
     let SamplerConfig { sampler, steps, eta, .. } = sampler;
     let (name, swap, argument) = match sampler {
         SamplerKind::Ddpm => ("ddpm".to_string(), "", String::new()),
@@ -78,7 +78,7 @@ fn next(dir: &Path, sampler: &SamplerConfig, batch: usize) -> String {
         ),
     };
     format!(
-        "  sample      {} sample {} --sampler {name} --steps {steps} --batch {batch} --out samples.png\n  \
+        "  sample      {} sample {} --sampler {name} --steps {steps} --out samples.png\n  \
            in Python   pipeline = DDPMPipeline.from_pretrained({:?}){swap}\n              \
            pipeline(num_inference_steps={steps}{argument}).images[0]",
         program(),

@@ -43,8 +43,8 @@ pub(super) struct Arguments {
     /// DDIM's η: 0 is deterministic, 1 as random as DDPM
     #[arg(long)]
     eta: Option<f64>,
-    /// Images that go through the network together; sums may be rounded in another order, which no one sees [default: sample.batch of the
-    /// run, 16 for a diffusers directory]
+    /// Images that go through the network together, a matter of speed and memory [default: sample.batch of the run, 16 for a diffusers
+    /// directory]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     batch: Option<u16>,
     /// x_T of all images, f32 [N, H, W, C]

@@ -2,7 +2,7 @@
 
 use super::exit::{Code, Failure, OrFail};
 use super::source::Source;
-use super::{Common, ConfigArguments, absolute, stop_on_signals};
+use super::{Common, ConfigArguments, absolute, program, stop_on_signals};
 use crate::checkpoint::{Layout, Start, Want};
 use crate::collective::Solo;
 use crate::report::Console;
@@ -54,6 +54,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         run_dir: &run_dir,
         start,
         config_file: Some(file),
+        program: &program(),
         initial: initial.as_ref().map(|f| f as &Initial),
         stop: &stop,
         console: &console,

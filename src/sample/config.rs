@@ -22,7 +22,7 @@ pub struct SampleConfig {
     pub count: usize,
     /// Key of the grids' random numbers.
     pub seed: u64,
-    /// Images that go through the network together. What is drawn for an image does not depend on it; how sums are rounded may.
+    /// Images that go through the network together: a matter of speed and memory, which changes no image.
     pub batch: usize,
 }
 

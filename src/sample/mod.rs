@@ -115,8 +115,8 @@ pub struct Request<'a> {
 
 /// The reverse process on a device: the network and one fused step, for a fixed number of images at a time.
 ///
-/// A last batch that is not full is padded with the images that would come next: ops choose how they compute by their shapes, so the last
-/// bits of an image depend on the size of the batch, and with a fixed one on nothing but the seed and the image's number.
+/// A last batch that is not full is padded with the images that would come next, as the program's shapes are fixed. An image depends on
+/// the seed and its number alone: ops choose how they compute by the shape of one image, and cut sums over nothing that belongs to several.
 pub struct Sampler {
     program: Program,
     binding: Binding,

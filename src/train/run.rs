@@ -28,6 +28,8 @@ pub struct Options<'a> {
     pub start: Start,
     /// The config file, beside which relative data paths are looked up too.
     pub config_file: Option<&'a Path>,
+    /// How this program is called, for the commands it shows.
+    pub program: &'a str,
     /// Weights to begin with, in place of drawn ones.
     pub initial: Option<&'a Initial<'a>>,
     /// Set by a signal: save and leave.
@@ -80,6 +82,7 @@ pub fn train(
 /// A run between two steps.
 struct Run<'a> {
     config: &'a Config,
+    program: &'a str,
     device: &'a mut Device,
     collective: &'a mut dyn Collective,
     console: &'a Console,
@@ -108,7 +111,7 @@ impl<'a> Run<'a> {
         options: &Options<'a>,
         dataset: &Dataset,
     ) -> Result<Run<'a>, TrainError> {
-        let Options { console, stop, .. } = *options;
+        let Options { console, stop, program, .. } = *options;
         let [height, width, channels] = dataset.shape();
         let schedule = Schedule::new(&config.diffusion)?;
         let run_dir = RunDir::open(options.run_dir, options.start)?;
@@ -158,6 +161,7 @@ impl<'a> Run<'a> {
         let reports = Reports::open(console, config, &run_dir, step)?;
         Ok(Run {
             config,
+            program,
             device,
             collective,
             console,
@@ -301,7 +305,7 @@ impl<'a> Run<'a> {
             Ended::Stopped => None,
         };
         self.reports.flush();
-        self.console.last(farewell(ended, self.step, self.config, &self.run_dir, picture.as_deref()));
+        self.console.last(farewell(&self, ended, picture.as_deref()));
         Ok(ended)
     }
 
@@ -347,11 +351,12 @@ fn open_data(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainErr
     Ok(dataset)
 }
 
-fn farewell(ended: Ended, step: u64, config: &Config, run_dir: &RunDir, picture: Option<&Path>) -> String {
-    let root = run_dir.root().display();
+fn farewell(run: &Run<'_>, ended: Ended, picture: Option<&Path>) -> String {
+    let Run { config, program, step, .. } = run;
+    let root = run.run_dir.root().display();
     let mut text = match ended {
         Ended::Finished => format!("done: {step} steps. The run is in {root}"),
-        Ended::Stopped if step == 0 => {
+        Ended::Stopped if *step == 0 => {
             return "stopped before the first step; the same command begins again".to_string();
         }
         Ended::Stopped => {
@@ -364,7 +369,7 @@ fn farewell(ended: Ended, step: u64, config: &Config, run_dir: &RunDir, picture:
     if let Some(picture) = picture {
         text += &format!("\n  look at     {}", picture.display());
     }
-    text += &format!("\n  sample      ddpm-dist sample {root} --count 64 --seed 1 --out samples.png");
+    text += &format!("\n  sample      {program} sample {root} --count 64 --seed 1 --out samples.png");
     text += &format!("\n  train on    the same command with --set train.steps={}", 2 * config.train.steps);
     if config.log.tensorboard {
         text += &format!("\n  curves      tensorboard --logdir {root}");
