@@ -7,6 +7,7 @@
 
 mod environment;
 mod slurm;
+pub mod store;
 mod world;
 
 #[cfg(test)]
