@@ -3,7 +3,7 @@
 use super::super::StoreAddress;
 use super::wire::{self, Request};
 use std::io::{self, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -72,6 +72,14 @@ impl Client {
             }
         };
         Ok(Client { stream, address: name, prefix: prefix.to_string() })
+    }
+
+    /// The address of this machine as the store sees it: one that other ranks can reach.
+    ///
+    /// # Errors
+    /// A store that is lost.
+    pub fn local_address(&self) -> Result<IpAddr, StoreError> {
+        self.stream.local_addr().map(|address| address.ip()).map_err(self.lost())
     }
 
     fn key(&self, key: &str) -> Vec<u8> {
