@@ -8,6 +8,7 @@ pub mod config;
 pub mod rng;
 pub mod diffusion;
 pub mod device;
+pub mod rendezvous;
 pub mod collective;
 pub mod tape;
 pub mod ops;

@@ -1,21 +1,60 @@
-//! Sums between ranks. One rank for now: [`Solo`].
+//! Sums between ranks: [`Solo`] for one, [`Host`](host::Host) over sockets.
+
+pub mod host;
+mod tree;
+
+pub use tree::sum_along_tree;
 
 use crate::device::{BufferId, Device};
 use std::fmt;
 use std::ops::Range;
+use std::time::Duration;
 use thiserror::Error;
 
 /// What can go wrong between ranks.
 #[derive(Debug, Error)]
 pub enum CollectiveError {
-    /// A rank did not take part in time.
-    #[error("rank {rank} did not answer during {operation}")]
+    /// A rank is gone.
+    #[error("rank {rank} was lost during {operation}")]
     PeerLost {
         /// The missing rank.
         rank: usize,
         /// What was under way.
         operation: String,
     },
+    /// Ranks that did not take part by the deadline.
+    #[error("ranks {ranks:?} did not answer within {} s during {operation}", .after.as_secs())]
+    TimedOut {
+        /// Who is missing.
+        ranks: Vec<usize>,
+        /// What was under way.
+        operation: String,
+        /// The deadline.
+        after: Duration,
+    },
+    /// A rank that does something else.
+    #[error(
+        "rank {rank} is out of step: it is at {theirs}, this rank at {ours}; are all ranks of one version and config?"
+    )]
+    OutOfStep {
+        /// Who.
+        rank: usize,
+        /// What is due.
+        ours: String,
+        /// What came.
+        theirs: String,
+    },
+    /// The system.
+    #[error("{operation} failed: {source}")]
+    Io {
+        /// What was under way.
+        operation: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// An earlier operation failed, after which there are no more.
+    #[error("the ranks have parted after an earlier error")]
+    Ended,
 }
 
 /// The ranks of a run, which add up their gradients bucket by bucket.

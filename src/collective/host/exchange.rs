@@ -1,0 +1,222 @@
+//! One round of messages between ranks, all under way at once, with a deadline.
+
+use super::super::CollectiveError;
+use super::mesh::Mesh;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// Most bytes that a rank may announce for a message whose length the others do not know.
+const MAX_BYTES: u64 = 1 << 30;
+
+/// What a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Slices for those who add them up.
+    Scatter = 1,
+    /// Everyone's part for everyone.
+    Gather,
+    /// Rank 0's bytes.
+    Broadcast,
+    /// The length of what follows.
+    Length,
+}
+
+impl Kind {
+    fn name(number: u8) -> &'static str {
+        match number {
+            1 => "scatter",
+            2 => "gather",
+            3 => "broadcast",
+            4 => "length",
+            _ => "something unknown",
+        }
+    }
+}
+
+fn name(kind: Kind, sequence: u64) -> String {
+    format!("{} number {sequence}", Kind::name(kind as u8))
+}
+
+/// What precedes every message: sequence number u64, length u64, kind u8, all little-endian.
+const HEADER: usize = 17;
+
+fn header(sequence: u64, kind: Kind, len: usize) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..8].copy_from_slice(&sequence.to_le_bytes());
+    header[8..16].copy_from_slice(&(len as u64).to_le_bytes());
+    header[16] = kind as u8;
+    header
+}
+
+/// A length as a rank announced it, if it is one to believe.
+pub(super) fn bounded(len: u64, rank: usize) -> Result<usize, CollectiveError> {
+    match len {
+        0..=MAX_BYTES => Ok(len as usize),
+        _ => Err(CollectiveError::OutOfStep {
+            rank,
+            ours: format!("at most {MAX_BYTES} bytes"),
+            theirs: format!("{len} bytes"),
+        }),
+    }
+}
+
+struct Outgoing<'a> {
+    peer: usize,
+    header: [u8; HEADER],
+    body: &'a [u8],
+    sent: usize,
+}
+
+struct Incoming<'a> {
+    peer: usize,
+    header: [u8; HEADER],
+    body: &'a mut [u8],
+    got: usize,
+}
+
+/// Messages of one operation: at most one to each rank and one from each.
+pub(super) struct Round<'a> {
+    mesh: &'a Mesh,
+    kind: Kind,
+    sequence: u64,
+    patience: Duration,
+    sends: Vec<Outgoing<'a>>,
+    receives: Vec<Incoming<'a>>,
+}
+
+impl<'a> Round<'a> {
+    pub(super) fn new(mesh: &'a Mesh, kind: Kind, sequence: u64, patience: Duration) -> Self {
+        Round { mesh, kind, sequence, patience, sends: Vec::new(), receives: Vec::new() }
+    }
+
+    pub(super) fn send<'b>(&mut self, peer: usize, body: &'b [u8])
+    where
+        'b: 'a,
+    {
+        self.sends.push(Outgoing { peer, header: header(self.sequence, self.kind, body.len()), body, sent: 0 });
+    }
+
+    pub(super) fn receive(&mut self, peer: usize, body: &'a mut [u8]) {
+        self.receives.push(Incoming { peer, header: [0; HEADER], body, got: 0 });
+    }
+
+    fn name(&self) -> String {
+        name(self.kind, self.sequence)
+    }
+
+    /// Sends and receives all messages.
+    pub(super) fn run(mut self) -> Result<(), CollectiveError> {
+        let start = Instant::now();
+        loop {
+            let (kind, sequence) = (self.kind, self.sequence);
+            let lost = |rank: usize| {
+                move |e: io::Error| {
+                    let operation = format!("{} ({e})", name(kind, sequence));
+                    CollectiveError::PeerLost { rank, operation }
+                }
+            };
+            for out in &mut self.sends {
+                out.advance(self.mesh.stream(out.peer)).map_err(lost(out.peer))?;
+            }
+            for incoming in &mut self.receives {
+                incoming.advance(self.mesh.stream(incoming.peer)).map_err(lost(incoming.peer))?;
+                incoming.check(self.sequence, self.kind)?;
+            }
+            self.sends.retain(|out| out.sent < HEADER + out.body.len());
+            self.receives.retain(|incoming| incoming.got < HEADER + incoming.body.len());
+            if self.sends.is_empty() && self.receives.is_empty() {
+                return Ok(());
+            }
+            let left = self.patience.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Err(self.timed_out());
+            }
+            self.poll(left).map_err(|source| CollectiveError::Io { operation: self.name(), source })?;
+        }
+    }
+
+    /// Waits until a socket is ready, or `left` is over.
+    fn poll(&self, left: Duration) -> io::Result<()> {
+        let sends = self.sends.iter().map(|out| (out.peer, PollFlags::OUT));
+        let receives = self.receives.iter().map(|incoming| (incoming.peer, PollFlags::IN));
+        let mut sockets: Vec<PollFd<'_>> =
+            sends.chain(receives).map(|(peer, flags)| PollFd::new(self.mesh.stream(peer), flags)).collect();
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut sockets, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn timed_out(&self) -> CollectiveError {
+        // Those whose message is missing; where none is, those who do not take ours.
+        let mut ranks: Vec<usize> = self.receives.iter().map(|incoming| incoming.peer).collect();
+        if ranks.is_empty() {
+            ranks = self.sends.iter().map(|out| out.peer).collect();
+        }
+        CollectiveError::TimedOut { ranks, operation: self.name(), after: self.patience }
+    }
+}
+
+impl Outgoing<'_> {
+    fn advance(&mut self, mut stream: &TcpStream) -> io::Result<()> {
+        while self.sent < HEADER + self.body.len() {
+            let rest = match self.sent {
+                0..HEADER => &self.header[self.sent..],
+                _ => &self.body[self.sent - HEADER..],
+            };
+            match stream.write(rest) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(n) => self.sent += n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Incoming<'_> {
+    fn advance(&mut self, mut stream: &TcpStream) -> io::Result<()> {
+        while self.got < HEADER + self.body.len() {
+            // The body is not read before the header is checked.
+            let (rest, is_header) = match self.got {
+                0..HEADER => (&mut self.header[self.got..], true),
+                _ => (&mut self.body[self.got - HEADER..], false),
+            };
+            match stream.read(rest) {
+                Ok(0) => return Err(io::Error::new(ErrorKind::UnexpectedEof, "it closed its connection")),
+                Ok(n) => self.got += n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+            if is_header && self.got == HEADER {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the header, once it is there, with what is due.
+    fn check(&self, sequence: u64, kind: Kind) -> Result<(), CollectiveError> {
+        let due = header(sequence, kind, self.body.len());
+        if self.got < HEADER || self.header == due {
+            return Ok(());
+        }
+        let number = |at: usize| {
+            let mut bytes = [0; 8];
+            bytes.copy_from_slice(&self.header[at..at + 8]);
+            u64::from_le_bytes(bytes)
+        };
+        let say = |kind: u8, sequence: u64, len: u64| format!("{} number {sequence} of {len} bytes", Kind::name(kind));
+        Err(CollectiveError::OutOfStep {
+            rank: self.peer,
+            ours: say(kind as u8, sequence, self.body.len() as u64),
+            theirs: say(self.header[16], number(0), number(8)),
+        })
+    }
+}

@@ -1,0 +1,180 @@
+//! Ranks as threads of this process, over real sockets.
+
+use super::*;
+use crate::device::cpu::Cpu;
+use crate::rendezvous::store::{Client, Server};
+use crate::rendezvous::{StoreAddress, StoreHost};
+use std::io::Write;
+use std::net::TcpStream;
+use std::time::Instant;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn connect(server: &Server) -> Client {
+    let address =
+        StoreAddress { host: "127.0.0.1".into(), port: server.address().port(), served_by: StoreHost::RankZero };
+    Client::connect(&address, "/test/", PATIENCE).unwrap()
+}
+
+fn join(server: &Server, rank: usize, size: usize, deadline: Duration) -> Result<Host, MeetingError> {
+    let store = connect(server);
+    Host::join(Meeting { rank, size, one_machine: true, store, patience: PATIENCE }, deadline)
+}
+
+/// Runs `work` as every rank of a world; gives what each returns.
+fn world<T: Send>(size: usize, deadline: Duration, work: impl Fn(Host) -> T + Sync) -> Vec<T> {
+    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..size)
+            .map(|rank| {
+                let (server, work) = (&server, &work);
+                scope.spawn(move || work(join(server, rank, size, deadline).unwrap()))
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// Values of a rank whose sum depends on the order.
+fn values(rank: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| ((rank * 7919 + i) as f32 * 0.37).sin() * 10f32.powi((rank as i32 * 3) % 7)).collect()
+}
+
+#[test]
+fn sums_are_those_of_the_tree_at_every_rank() {
+    for size in [1, 2, 3, 4, 7] {
+        // Buckets of odd lengths, shorter than the ranks are many too, begun before the first is waited for.
+        let lens = [1000, 1, 17, 4096 + 5, 33];
+        let results = world(size, PATIENCE, |mut host| {
+            let mut device = Device::Cpu(Cpu::new(1));
+            let total: usize = lens.iter().sum();
+            let buffer = device.allocate(4 * total).unwrap();
+            device.upload(buffer, 0, &values(host.rank(), total));
+            let ranges: Vec<Range<usize>> = lens
+                .iter()
+                .scan(0, |end, len| {
+                    *end += len;
+                    Some(*end - len..*end)
+                })
+                .collect();
+            for range in &ranges {
+                host.all_reduce_start(&mut device, buffer, range.clone()).unwrap();
+            }
+            for range in &ranges {
+                host.all_reduce_wait(&mut device, buffer, range.clone()).unwrap();
+            }
+            let mut sums = vec![0.0f32; total];
+            device.download(buffer, 0, &mut sums);
+            sums
+        });
+        let mut parts: Vec<Vec<f32>> = (0..size).map(|rank| values(rank, lens.iter().sum())).collect();
+        sum_along_tree(&mut parts);
+        for (rank, sums) in results.iter().enumerate() {
+            assert!(sums.iter().zip(&parts[0]).all(|(a, b)| a.to_bits() == b.to_bits()), "rank {rank} of {size}");
+        }
+    }
+}
+
+#[test]
+fn bytes_are_gathered_and_broadcast() {
+    let results = world(3, PATIENCE, |mut host| {
+        let mine = vec![host.rank() as u8; 10 * host.rank()];
+        let all = host.all_gather(mine).unwrap();
+        let first = host.broadcast(if host.rank() == 0 { b"go".to_vec() } else { Vec::new() }).unwrap();
+        host.barrier().unwrap();
+        (all, first)
+    });
+    for result in results {
+        assert_eq!(result, (vec![vec![], vec![1; 10], vec![2; 20]], b"go".to_vec()));
+    }
+}
+
+#[test]
+fn a_rank_that_is_gone_is_named() {
+    let results =
+        world(3, PATIENCE, |mut host| if host.rank() == 1 { None } else { Some(host.barrier().unwrap_err()) });
+    for error in results.into_iter().flatten() {
+        assert!(matches!(error, CollectiveError::PeerLost { rank: 1, .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_rank_that_is_silent_is_named_at_the_deadline() {
+    let deadline = Duration::from_millis(300);
+    let (silence, speak) = std::sync::mpsc::channel::<()>();
+    let speak = std::sync::Mutex::new(speak);
+    let silence = std::sync::Mutex::new(Some(silence));
+    let results = world(2, deadline, |mut host| {
+        if host.rank() == 1 {
+            // Its connection stays open until rank 0 has given up.
+            let _ = speak.lock().unwrap().recv();
+            return None;
+        }
+        let start = Instant::now();
+        let error = host.barrier().unwrap_err();
+        let again = host.barrier().unwrap_err();
+        drop(silence.lock().unwrap().take());
+        Some((error, again, start.elapsed()))
+    });
+    let (error, again, after) = results.into_iter().flatten().next().unwrap();
+    assert!(matches!(&error, CollectiveError::TimedOut { ranks, .. } if *ranks == [1]), "{error}");
+    assert!(matches!(again, CollectiveError::Ended), "{again}");
+    assert!(after >= deadline && after < PATIENCE);
+}
+
+#[test]
+fn ranks_that_do_different_things_are_told_so() {
+    let results = world(2, PATIENCE, |mut host| {
+        let mut device = Device::Cpu(Cpu::new(1));
+        let len = 100 + 50 * host.rank();
+        let buffer = device.allocate(4 * len).unwrap();
+        host.all_reduce_start(&mut device, buffer, 0..len).unwrap();
+        host.all_reduce_wait(&mut device, buffer, 0..len).unwrap_err()
+    });
+    // Either may hang up on the other first.
+    assert!(results.iter().any(|e| matches!(e, CollectiveError::OutOfStep { .. })), "{results:?}");
+    assert!(results.iter().all(|e| matches!(e, CollectiveError::OutOfStep { .. } | CollectiveError::PeerLost { .. })));
+}
+
+#[test]
+fn two_ranks_with_one_number_are_refused() {
+    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let mut store = connect(&server);
+    store.add("collective/claim/0", 1).unwrap();
+    assert!(matches!(join(&server, 0, 2, PATIENCE), Err(MeetingError::Twice { rank: 0 })));
+}
+
+#[test]
+fn ranks_that_do_not_come_are_named() {
+    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let patience = Duration::from_millis(100);
+    let meeting = Meeting { rank: 0, size: 4, one_machine: true, store: connect(&server), patience };
+    match Host::join(meeting, PATIENCE).unwrap_err() {
+        MeetingError::Missing { missing, .. } => assert_eq!(missing, [1, 2, 3]),
+        other => panic!("{other}"),
+    }
+    let meeting = Meeting { rank: 3, size: 4, one_machine: true, store: connect(&server), patience };
+    let error = Host::join(meeting, PATIENCE).unwrap_err();
+    assert!(matches!(&error, MeetingError::Missing { .. } | MeetingError::Io { .. }), "{error}");
+}
+
+#[test]
+fn strangers_do_not_keep_ranks_from_meeting() {
+    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| join(&server, 0, 2, PATIENCE).unwrap());
+        let address = connect(&server).get("collective/address/0", PATIENCE).unwrap();
+        let address = String::from_utf8(address).unwrap();
+        for garbage in
+            [&b"GET / HTTP/1.1\r\n\r\n padding padding"[..], b"short", &[0xff; 64], b"ddpm-co1........\x01\0\0\0"]
+        {
+            let mut stream = TcpStream::connect(&address).unwrap();
+            stream.write_all(garbage).unwrap();
+        }
+        let second = scope.spawn(|| join(&server, 1, 2, PATIENCE).unwrap());
+        let (mut first, mut second) = (first.join().unwrap(), second.join().unwrap());
+        let other = scope.spawn(move || second.barrier());
+        first.barrier().unwrap();
+        other.join().unwrap().unwrap();
+    });
+}

@@ -1,0 +1,230 @@
+//! One connection to a store.
+
+use super::super::StoreAddress;
+use super::wire::{self, Request};
+use std::io::{self, Write};
+use std::net::{IpAddr, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Pause between two attempts to reach a store that does not answer yet.
+const RETRY: Duration = Duration::from_millis(20);
+/// How long a store may take over an answer that does not wait for other ranks.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// What can go wrong with a store.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// Nobody answers.
+    #[error("the store at {address} cannot be reached within {} s: {source}; is rank 0, or the launcher, running there?", .after.as_secs())]
+    Unreachable {
+        /// Host and port.
+        address: String,
+        /// How long it was tried.
+        after: Duration,
+        /// The last attempt's error.
+        source: io::Error,
+    },
+    /// A key did not appear.
+    #[error("no other rank has set `{key}` in the store at {address} within {} s", .after.as_secs())]
+    TimedOut {
+        /// Host and port.
+        address: String,
+        /// The (first) key.
+        key: String,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The connection broke, or what answers is no store.
+    #[error("the store at {address} is lost: {source}")]
+    Lost {
+        /// Host and port.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A connection to a store. All keys are under a prefix, so that worlds that use one store do not meet each other's keys.
+#[derive(Debug)]
+pub struct Client {
+    stream: TcpStream,
+    address: String,
+    prefix: String,
+}
+
+impl Client {
+    /// Connects, trying until `patience` is over: the rank that serves the store may start later than this one.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`].
+    pub fn connect(address: &StoreAddress, prefix: &str, patience: Duration) -> Result<Client, StoreError> {
+        let start = Instant::now();
+        let name = format!("{}:{}", address.host, address.port);
+        let stream = loop {
+            let left = patience.saturating_sub(start.elapsed()).max(Duration::from_millis(1));
+            match try_connect(&address.host, address.port, left) {
+                Ok(stream) => break stream,
+                Err(source) if start.elapsed() >= patience => {
+                    return Err(StoreError::Unreachable { address: name, after: patience, source });
+                }
+                Err(_) => std::thread::sleep(RETRY.min(left)),
+            }
+        };
+        Ok(Client { stream, address: name, prefix: prefix.to_string() })
+    }
+
+    /// The address of this machine as the store sees it: one that other ranks can reach.
+    ///
+    /// # Errors
+    /// A store that is lost.
+    pub fn local_address(&self) -> Result<IpAddr, StoreError> {
+        self.stream.local_addr().map(|address| address.ip()).map_err(self.lost())
+    }
+
+    fn key(&self, key: &str) -> Vec<u8> {
+        format!("{}{key}", self.prefix).into_bytes()
+    }
+
+    fn lost(&self) -> impl FnOnce(io::Error) -> StoreError {
+        let address = self.address.clone();
+        move |source| StoreError::Lost { address, source }
+    }
+
+    fn send(&mut self, request: &Request) -> Result<(), StoreError> {
+        let mut bytes = Vec::new();
+        request.encode(&mut bytes);
+        self.stream.write_all(&bytes).map_err(self.lost())
+    }
+
+    fn answer<const N: usize>(&mut self) -> Result<[u8; N], StoreError> {
+        wire::array(&mut self.stream).map_err(self.lost())
+    }
+
+    fn answer_value(&mut self) -> Result<Vec<u8>, StoreError> {
+        wire::value(&mut self.stream).map_err(self.lost())
+    }
+
+    /// Sets a key.
+    ///
+    /// # Errors
+    /// A store that is lost.
+    pub fn set(&mut self, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        self.send(&Request::Set { key: self.key(key), value: value.to_vec() })
+    }
+
+    /// Whether a key is there.
+    ///
+    /// # Errors
+    /// A store that is lost.
+    pub fn has(&mut self, key: &str) -> Result<bool, StoreError> {
+        self.send(&Request::Check { keys: vec![self.key(key)] })?;
+        Ok(self.answer::<1>()? == [wire::READY])
+    }
+
+    /// The value of a key, for which it waits until `patience` is over.
+    ///
+    /// # Errors
+    /// A key that does not appear, or a store that is lost.
+    pub fn get(&mut self, key: &str, patience: Duration) -> Result<Vec<u8>, StoreError> {
+        self.wait(&[key], patience)?;
+        self.send(&Request::Get { key: self.key(key) })?;
+        self.answer_value()
+    }
+
+    /// Returns when all keys are there.
+    ///
+    /// # Errors
+    /// A key that does not appear, or a store that is lost.
+    pub fn wait(&mut self, keys: &[&str], patience: Duration) -> Result<(), StoreError> {
+        self.send(&Request::Wait { keys: keys.iter().map(|key| self.key(key)).collect() })?;
+        let timeout = patience.max(Duration::from_millis(1));
+        self.stream.set_read_timeout(Some(timeout)).map_err(self.lost())?;
+        let answer = wire::array::<1>(&mut self.stream);
+        self.stream.set_read_timeout(Some(ANSWER)).map_err(self.lost())?;
+        match answer {
+            Ok([wire::STOP_WAITING]) => Ok(()),
+            Ok(other) => Err(self.lost()(unexpected(other[0]))),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                self.cancel_wait(keys, patience)
+            }
+            Err(e) => Err(self.lost()(e)),
+        }
+    }
+
+    /// Takes a wait back. It may have ended meanwhile: then all keys are there after all.
+    fn cancel_wait(&mut self, keys: &[&str], after: Duration) -> Result<(), StoreError> {
+        self.send(&Request::CancelWait)?;
+        match self.answer::<1>()? {
+            [wire::WAIT_CANCELED] => {
+                let key = keys.first().copied().unwrap_or_default().to_string();
+                Err(StoreError::TimedOut { address: self.address.clone(), key, after })
+            }
+            [wire::STOP_WAITING] => match self.answer::<1>()? {
+                [wire::WAIT_CANCELED] => Ok(()),
+                [other] => Err(self.lost()(unexpected(other))),
+            },
+            [other] => Err(self.lost()(unexpected(other))),
+        }
+    }
+
+    /// Adds to a number, which is 0 at first, and gives the sum.
+    ///
+    /// # Errors
+    /// A store that is lost.
+    pub fn add(&mut self, key: &str, amount: i64) -> Result<i64, StoreError> {
+        self.send(&Request::Add { key: self.key(key), amount })?;
+        Ok(i64::from_le_bytes(self.answer()?))
+    }
+
+    /// Sets a key to `desired` if it holds `expected`, or is not there and `expected` is empty. Gives what it holds then.
+    ///
+    /// # Errors
+    /// A store that is lost.
+    pub fn compare_set(&mut self, key: &str, expected: &[u8], desired: &[u8]) -> Result<Vec<u8>, StoreError> {
+        let (expected, desired) = (expected.to_vec(), desired.to_vec());
+        self.send(&Request::CompareSet { key: self.key(key), expected, desired })?;
+        self.answer_value()
+    }
+
+    /// Removes a key; gives whether it was there.
+    ///
+    /// # Errors
+    /// A store that is lost.
+    pub fn delete(&mut self, key: &str) -> Result<bool, StoreError> {
+        self.send(&Request::Delete { key: self.key(key) })?;
+        Ok(i64::from_le_bytes(self.answer()?) == 1)
+    }
+}
+
+fn unexpected(answer: u8) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("{answer} is no answer to what was asked"))
+}
+
+/// Connects to the first address of the host that answers like a store.
+fn try_connect(host: &str, port: u16, patience: Duration) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, patience).and_then(greet) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Says what protocol this is, and hears whether the other side speaks it too.
+fn greet(mut stream: TcpStream) -> io::Result<TcpStream> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(ANSWER))?;
+    stream.set_write_timeout(Some(ANSWER))?;
+    let number = std::process::id();
+    let mut bytes = Vec::new();
+    Request::Validate(wire::MAGIC).encode(&mut bytes);
+    Request::Ping(number).encode(&mut bytes);
+    stream.write_all(&bytes)?;
+    match u32::from_le_bytes(wire::array(&mut stream)?) {
+        answer if answer == number => Ok(stream),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "what listens there is no store")),
+    }
+}
