@@ -8,14 +8,14 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The Python that `DDPM_DIST_PYTHON` names (`python3` otherwise), if it has PyTorch.
+/// The Python that `PYTHON` names (`python3` otherwise), if it has PyTorch.
 fn python() -> Option<String> {
-    let python = std::env::var("DDPM_DIST_PYTHON").unwrap_or_else(|_| "python3".into());
+    let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
     let found = Command::new(&python).args(["-c", "import torch"]).stderr(Stdio::null()).status();
     if found.is_ok_and(|status| status.success()) {
         return Some(python);
     }
-    eprintln!("skipped: {python} has no PyTorch; DDPM_DIST_PYTHON may name one that has");
+    eprintln!("skipped: {python} has no PyTorch; PYTHON may name one that has");
     None
 }
 
