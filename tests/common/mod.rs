@@ -141,6 +141,12 @@ impl Project {
         ended
     }
 
+    /// Trains with these arguments and expects a refusal that leaves no run behind.
+    pub fn train_refused(&self, more: &[&str], code: i32, words: &[&str]) {
+        self.train("run", more).refused(code, words);
+        assert!(!self.path("run").exists(), "{more:?} left a run directory");
+    }
+
     /// Trains in `run_dir`.
     pub fn train(&self, run_dir: &str, more: &[&str]) -> Ended {
         self.run(&train_arguments(run_dir, more))
