@@ -14,6 +14,12 @@ pub(super) struct Patch {
     pub pixel: usize,
 }
 
+impl Patch {
+    fn strides(&self) -> (isize, isize) {
+        (self.line as isize, self.pixel as isize)
+    }
+}
+
 /// Writes place p of the transformed patch to `out + p * step`: `(patch, channels, out, step)`.
 pub(super) type PatchTransform = unsafe fn(&Patch, usize, *mut f32, usize);
 
@@ -139,45 +145,106 @@ unsafe fn store<V: Vector, const FULL: bool>(value: V, to: *mut f32, lanes: usiz
     unsafe { if FULL { value.store(to) } else { value.store_first(to, lanes) } }
 }
 
-/// Bᵀ d
-#[inline(always)]
-unsafe fn input_side<V: Vector>([a, b, c, d]: [V; 4]) -> [V; 4] {
-    // SAFETY: the caller's.
-    unsafe { [a.sub(c), b.add(c), c.sub(b), b.sub(d)] }
+/// A matrix of the transforms, N columns and M lines.
+trait Matrix<const N: usize, const M: usize> {
+    /// Its product with a column of vectors.
+    ///
+    /// # Safety
+    /// A processor that has the vectors' instruction set.
+    unsafe fn times<V: Vector>(x: [V; N]) -> [V; M];
 }
 
-/// A dy
-#[inline(always)]
-unsafe fn output_gradient_side<V: Vector>([a, b]: [V; 2]) -> [V; 4] {
-    // SAFETY: the caller's.
-    unsafe { [a, a.add(b), a.sub(b), V::splat(0.0).sub(b)] }
-}
+/// Bᵀ
+struct Bt;
+/// A
+struct A;
+/// Aᵀ
+struct At;
+/// G
+struct G;
+/// Gᵀ
+struct Gt;
 
-/// Aᵀ m
-#[inline(always)]
-unsafe fn output_side<V: Vector>([a, b, c, d]: [V; 4]) -> [V; 2] {
-    // SAFETY: the caller's.
-    unsafe { [a.add(b).add(c), b.sub(c).sub(d)] }
-}
-
-/// G g
-#[inline(always)]
-unsafe fn filter_side<V: Vector>([a, b, c]: [V; 3]) -> [V; 4] {
-    // SAFETY: the caller's.
-    unsafe {
-        let (half, ends) = (V::splat(0.5), a.add(c));
-        [a, half.times(ends.add(b)), half.times(ends.sub(b)), c]
+impl Matrix<4, 4> for Bt {
+    #[inline(always)]
+    unsafe fn times<V: Vector>([a, b, c, d]: [V; 4]) -> [V; 4] {
+        // SAFETY: the caller's.
+        unsafe { [a.sub(c), b.add(c), c.sub(b), b.sub(d)] }
     }
 }
 
-/// Gᵀ u
+impl Matrix<2, 4> for A {
+    #[inline(always)]
+    unsafe fn times<V: Vector>([a, b]: [V; 2]) -> [V; 4] {
+        // SAFETY: the caller's.
+        unsafe { [a, a.add(b), a.sub(b), V::splat(0.0).sub(b)] }
+    }
+}
+
+impl Matrix<4, 2> for At {
+    #[inline(always)]
+    unsafe fn times<V: Vector>([a, b, c, d]: [V; 4]) -> [V; 2] {
+        // SAFETY: the caller's.
+        unsafe { [a.add(b).add(c), b.sub(c).sub(d)] }
+    }
+}
+
+impl Matrix<3, 4> for G {
+    #[inline(always)]
+    unsafe fn times<V: Vector>([a, b, c]: [V; 3]) -> [V; 4] {
+        // SAFETY: the caller's.
+        unsafe {
+            let (half, ends) = (V::splat(0.5), a.add(c));
+            [a, half.times(ends.add(b)), half.times(ends.sub(b)), c]
+        }
+    }
+}
+
+impl Matrix<4, 3> for Gt {
+    #[inline(always)]
+    unsafe fn times<V: Vector>([a, b, c, d]: [V; 4]) -> [V; 3] {
+        // SAFETY: the caller's.
+        unsafe {
+            let half = V::splat(0.5);
+            let (sum, difference) = (half.times(b.add(c)), half.times(b.sub(c)));
+            [a.add(sum), difference, sum.add(d)]
+        }
+    }
+}
+
+/// m x mᵀ, where x has the value of line i and column j at `from + i * line + j * column`; the result is lines.
 #[inline(always)]
-unsafe fn filter_gradient_side<V: Vector>([a, b, c, d]: [V; 4]) -> [V; 3] {
-    // SAFETY: the caller's.
+unsafe fn both_sides<X: Matrix<N, M>, V: Vector, const FULL: bool, const N: usize, const M: usize>(
+    from: *const f32,
+    (line, column): (isize, isize),
+    lanes: usize,
+) -> [[V; M]; M] {
+    // SAFETY: the caller promises pointers that are valid for what the arguments say.
     unsafe {
-        let half = V::splat(0.5);
-        let (sum, difference) = (half.times(b.add(c)), half.times(b.sub(c)));
-        [a.add(sum), difference, sum.add(d)]
+        let mut lines = [[V::splat(0.0); N]; M];
+        for j in 0..N {
+            let mut x = [V::splat(0.0); N];
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = load::<V, FULL>(from.offset(i as isize * line + j as isize * column), lanes);
+            }
+            for (line, value) in lines.iter_mut().zip(X::times(x)) {
+                line[j] = value;
+            }
+        }
+        let mut result = [[V::splat(0.0); M]; M];
+        for (result, line) in result.iter_mut().zip(lines) {
+            *result = X::times(line);
+        }
+        result
+    }
+}
+
+/// Stores 4×4 values at 16 places `step` apart.
+#[inline(always)]
+unsafe fn store_places<V: Vector, const FULL: bool>(values: [[V; 4]; 4], to: *mut f32, step: usize, lanes: usize) {
+    for (place, value) in values.into_iter().flatten().enumerate() {
+        // SAFETY: the caller's.
+        unsafe { store::<V, FULL>(value, to.add(place * step), lanes) };
     }
 }
 
@@ -189,23 +256,10 @@ unsafe fn input_vector<V: Vector, const FULL: bool>(
     at: usize,
     lanes: usize,
 ) {
-    // SAFETY: the caller promises pointers that are valid for what the arguments say.
+    // SAFETY: the caller's.
     unsafe {
-        let mut columns = [[V::splat(0.0); 4]; 4];
-        for (j, column) in columns.iter_mut().enumerate() {
-            let mut d = [V::splat(0.0); 4];
-            for (i, d) in d.iter_mut().enumerate() {
-                *d = load::<V, FULL>(patch.data.add(i * patch.line + j * patch.pixel + at), lanes);
-            }
-            *column = input_side(d);
-        }
-        let [a, b, c, d] = columns;
-        for i in 0..4 {
-            let line = input_side([a[i], b[i], c[i], d[i]]);
-            for (j, value) in line.into_iter().enumerate() {
-                store::<V, FULL>(value, out.add((4 * i + j) * step + at), lanes);
-            }
-        }
+        let values = both_sides::<Bt, V, FULL, 4, 4>(patch.data.add(at), patch.strides(), lanes);
+        store_places::<V, FULL>(values, out.add(at), step, lanes);
     }
 }
 
@@ -217,42 +271,21 @@ unsafe fn output_gradient_vector<V: Vector, const FULL: bool>(
     at: usize,
     lanes: usize,
 ) {
-    // SAFETY: as in `input_vector`.
+    // SAFETY: the caller's.
     unsafe {
-        let mut columns = [[V::splat(0.0); 4]; 2];
-        for (j, column) in columns.iter_mut().enumerate() {
-            let mut dy = [V::splat(0.0); 2];
-            for (i, dy) in dy.iter_mut().enumerate() {
-                *dy = load::<V, FULL>(patch.data.add(i * patch.line + j * patch.pixel + at), lanes);
-            }
-            *column = output_gradient_side(dy);
-        }
-        let [a, b] = columns;
-        for i in 0..4 {
-            let line = output_gradient_side([a[i], b[i]]);
-            for (j, value) in line.into_iter().enumerate() {
-                store::<V, FULL>(value, out.add((4 * i + j) * step + at), lanes);
-            }
-        }
+        let values = both_sides::<A, V, FULL, 2, 4>(patch.data.add(at), patch.strides(), lanes);
+        store_places::<V, FULL>(values, out.add(at), step, lanes);
     }
 }
 
 #[inline(always)]
 unsafe fn output_vector<V: Vector, const FULL: bool>(tile: &OutputTile, at: usize, lanes: usize) {
-    // SAFETY: as in `input_vector`.
+    // SAFETY: the caller's.
     unsafe {
-        let mut columns = [[V::splat(0.0); 2]; 4];
-        for (j, column) in columns.iter_mut().enumerate() {
-            let mut m = [V::splat(0.0); 4];
-            for (i, m) in m.iter_mut().enumerate() {
-                *m = load::<V, FULL>(tile.products.add((4 * i + j) * tile.step + at), lanes);
-            }
-            *column = output_side(m);
-        }
-        let [a, b, c, d] = columns;
+        let step = tile.step as isize;
+        let values = both_sides::<At, V, FULL, 4, 2>(tile.products.add(at), (4 * step, step), lanes);
         let bias = if tile.bias.is_null() { V::splat(0.0) } else { load::<V, FULL>(tile.bias.add(at), lanes) };
-        for i in 0..tile.lines {
-            let line = output_side([a[i], b[i], c[i], d[i]]);
+        for (i, line) in values.into_iter().enumerate().take(tile.lines) {
             for (j, value) in line.into_iter().enumerate().take(tile.pixels) {
                 let place = i * tile.line + j * tile.pixel + at;
                 let mut sum = bias;
@@ -276,23 +309,10 @@ unsafe fn filter_vector<V: Vector, const FULL: bool>(
     at: usize,
     lanes: usize,
 ) {
-    // SAFETY: as in `input_vector`.
+    // SAFETY: the caller's.
     unsafe {
-        let mut columns = [[V::splat(0.0); 4]; 3];
-        for (j, column) in columns.iter_mut().enumerate() {
-            let mut g_column = [V::splat(0.0); 3];
-            for (i, value) in g_column.iter_mut().enumerate() {
-                *value = load::<V, FULL>(g.offset((3 * i + j) as isize * taps.ld).add(at), lanes);
-            }
-            *column = filter_side(g_column);
-        }
-        let [a, b, c] = columns;
-        for i in 0..4 {
-            let line = filter_side([a[i], b[i], c[i]]);
-            for (j, value) in line.into_iter().enumerate() {
-                store::<V, FULL>(value, out.add((4 * i + j) * taps.step + at), lanes);
-            }
-        }
+        let values = both_sides::<G, V, FULL, 3, 4>(g.add(at), (3 * taps.ld, taps.ld), lanes);
+        store_places::<V, FULL>(values, out.add(at), taps.step, lanes);
     }
 }
 
@@ -305,26 +325,16 @@ unsafe fn filter_gradient_vector<V: Vector, const FULL: bool>(
     at: usize,
     lanes: usize,
 ) {
-    // SAFETY: as in `input_vector`.
+    // SAFETY: the caller's.
     unsafe {
-        let mut columns = [[V::splat(0.0); 3]; 4];
-        for (j, column) in columns.iter_mut().enumerate() {
-            let mut u_column = [V::splat(0.0); 4];
-            for (i, value) in u_column.iter_mut().enumerate() {
-                *value = load::<V, FULL>(u.add((4 * i + j) * taps.step + at), lanes);
+        let step = taps.step as isize;
+        let values = both_sides::<Gt, V, FULL, 4, 3>(u.add(at), (4 * step, step), lanes);
+        for (tap, mut value) in values.into_iter().flatten().enumerate() {
+            let place = dg.offset(tap as isize * taps.ld).add(at);
+            if accumulate {
+                value = value.add(load::<V, FULL>(place, lanes));
             }
-            *column = filter_gradient_side(u_column);
-        }
-        let [a, b, c, d] = columns;
-        for i in 0..3 {
-            let line = filter_gradient_side([a[i], b[i], c[i], d[i]]);
-            for (j, mut value) in line.into_iter().enumerate() {
-                let place = dg.offset((3 * i + j) as isize * taps.ld).add(at);
-                if accumulate {
-                    value = value.add(load::<V, FULL>(place, lanes));
-                }
-                store::<V, FULL>(value, place, lanes);
-            }
+            store::<V, FULL>(value, place, lanes);
         }
     }
 }
