@@ -148,7 +148,6 @@ pub fn reverse_step_program(
     let clock = tape.io("clock", Spec::u32([4]));
     let seed = tape.io("seed", Spec::u32([2]));
     let out = unet(&mut tape, model, x, t, None);
-    tape.fuse_residuals(|op| op == "add");
     p_sample(&mut tape, x, StepInputs { out, row, clock, seed });
     plan(&tape, layout, None)
 }

@@ -35,7 +35,6 @@ pub fn step_program(config: &Config, [height, width]: [usize; 2]) -> (Program, T
 
     let (x_t, t) = q_sample(&mut tape, &samples, pixels, forward_table, clock);
     let out = unet(&mut tape, &config.model, x_t, t, Some(Randomness { seed, clock }));
-    tape.fuse_residuals(|op| op == "add");
 
     tape.begin(Phase::Backward);
     let inputs = LossInputs { out, pixels, t, table: target_table, clock };

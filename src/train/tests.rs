@@ -72,7 +72,6 @@ fn given_step(model: &UnetConfig) -> Planned {
     let target = tape.io("target", Spec::f32(SHAPE));
     let hyper = tape.io("hyper", Spec::f32([Hyper::LEN]));
     let out = unet(&mut tape, model, x_t, t, None);
-    tape.fuse_residuals(|op| op == "add");
     tape.begin(Phase::Backward);
     let outputs = tape.push(GivenLoss { shape: SHAPE.into() }, &[out, target]);
     tape.backward(out, outputs[0]);

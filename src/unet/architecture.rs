@@ -34,7 +34,10 @@ pub struct Randomness {
 pub fn unet(tape: &mut Tape, config: &UnetConfig, x: Var, t: Var, training: Option<Randomness>) -> Var {
     let blocks = residual_blocks(config);
     let timestep = timestep_features(tape, config, t, &blocks);
-    Trace { config, training, timestep, blocks, dropouts: 0 }.body(tape, x)
+    let out = Trace { config, training, timestep, blocks, dropouts: 0 }.body(tape, x);
+    // x + F(x) of every residual block and attention, by F's last op: one pass over memory less.
+    tape.fuse_residuals(|op| op == "add");
+    out
 }
 
 /// State of the trace: what all residual blocks read, and which dropout mask comes next.

@@ -39,7 +39,7 @@ pub struct Host {
     /// Taken when the thread is to end.
     jobs: Option<SyncSender<Job>>,
     done: Receiver<Result<Job, CollectiveError>>,
-    worker: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
     /// Copies that are not in use.
     spare: Vec<Vec<f32>>,
 }
@@ -65,10 +65,10 @@ impl Host {
         let mesh = Mesh::join(&mut meeting)?;
         let (jobs, todo) = sync_channel::<Job>(DEPTH);
         let (give, done) = sync_channel(DEPTH);
-        let mut ring = Ring { mesh, store: meeting.store, patience, sequence: 0, parts: Vec::new() };
+        let mut worker = Worker { mesh, store: meeting.store, patience, sequence: 0, parts: Vec::new() };
         let work = move || {
             while let Ok(job) = todo.recv() {
-                let result = ring.work(job).map_err(|error| ring.agree(error));
+                let result = worker.work(job).map_err(|error| worker.agree(error));
                 let failed = result.is_err();
                 // Nobody listens any more when the collective is dropped. After an error ranks are out of step for good.
                 if give.send(result).is_err() || failed {
@@ -76,11 +76,11 @@ impl Host {
                 }
             }
         };
-        let worker = std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("collective".into())
             .spawn(work)
             .map_err(|source| MeetingError::Io { action: "start a thread", source })?;
-        Ok(Host { rank, size, jobs: Some(jobs), done, worker: Some(worker), spare: Vec::new() })
+        Ok(Host { rank, size, jobs: Some(jobs), done, thread: Some(thread), spare: Vec::new() })
     }
 
     fn begin(&mut self, job: Job) -> Result<(), CollectiveError> {
@@ -168,14 +168,14 @@ impl Collective for Host {
 impl Drop for Host {
     fn drop(&mut self) {
         self.jobs = None;
-        if let Some(worker) = self.worker.take() {
-            let _ = worker.join();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
     }
 }
 
 /// The thread's side.
-struct Ring {
+struct Worker {
     mesh: Mesh,
     store: Client,
     patience: Duration,
@@ -185,7 +185,7 @@ struct Ring {
     parts: Vec<Vec<f32>>,
 }
 
-impl Ring {
+impl Worker {
     fn work(&mut self, job: Job) -> Result<Job, CollectiveError> {
         self.sequence += 1;
         match job {

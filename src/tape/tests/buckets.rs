@@ -22,7 +22,6 @@ fn unet_program(buckets: Buckets) -> (Tape, Program) {
     let x = tape.io("x", Spec::f32([2, 8, 8, 1]));
     let t = tape.io("t", Spec::u32([2]));
     let out = unet(&mut tape, &config, x, t, None);
-    tape.fuse_residuals(|op| op == "add");
     let dout = tape.io("dout", Spec::f32([2, 8, 8, 1]));
     tape.backward(out, dout);
     tape.begin(Phase::Update);

@@ -46,17 +46,17 @@ impl<'a> Sums<'a> {
 
 #[inline(always)]
 fn lanes<const W: usize>(x: &[f32], at: usize) -> &[f32; W] {
-    match x[at..at + W].first_chunk() {
+    match x[at..].first_chunk() {
         Some(lanes) => lanes,
-        None => unreachable!(),
+        None => panic!("no {W} channels from {at} on"),
     }
 }
 
 #[inline(always)]
 fn lanes_mut<const W: usize>(x: &mut [f32], at: usize) -> &mut [f32; W] {
-    match x[at..at + W].first_chunk_mut() {
+    match x[at..].first_chunk_mut() {
         Some(lanes) => lanes,
-        None => unreachable!(),
+        None => panic!("no {W} channels from {at} on"),
     }
 }
 
