@@ -90,6 +90,15 @@ pub trait Collective: fmt::Debug {
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError>;
+
+    /// The bytes of all ranks, in their order, at every rank: for what is small and for the host. No sum may be under way.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError>;
+
+    /// Changes the deadline of the operations that are begun from now on.
+    fn set_patience(&mut self, patience: Duration);
 }
 
 /// A world of one rank: every sum is already there.
@@ -112,4 +121,10 @@ impl Collective for Solo {
     fn all_reduce_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
         Ok(())
     }
+
+    fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        Ok(vec![mine])
+    }
+
+    fn set_patience(&mut self, _: Duration) {}
 }

@@ -37,11 +37,13 @@ pub struct Host {
     rank: usize,
     size: usize,
     /// Taken when the thread is to end.
-    jobs: Option<SyncSender<Job>>,
+    jobs: Option<SyncSender<(Job, Duration)>>,
     done: Receiver<Result<Job, CollectiveError>>,
     thread: Option<JoinHandle<()>>,
     /// Copies that are not in use.
     spare: Vec<Vec<f32>>,
+    /// Deadline of what is begun next.
+    patience: Duration,
 }
 
 /// What the thread does, with its data; given back when it is done.
@@ -63,11 +65,12 @@ impl Host {
     pub fn join(mut meeting: Meeting, patience: Duration) -> Result<Host, MeetingError> {
         let (rank, size) = (meeting.rank, meeting.size);
         let mesh = Mesh::join(&mut meeting)?;
-        let (jobs, todo) = sync_channel::<Job>(DEPTH);
+        let (jobs, todo) = sync_channel::<(Job, Duration)>(DEPTH);
         let (give, done) = sync_channel(DEPTH);
         let mut worker = Worker { mesh, store: meeting.store, patience, sequence: 0, parts: Vec::new() };
         let work = move || {
-            while let Ok(job) = todo.recv() {
+            while let Ok((job, patience)) = todo.recv() {
+                worker.patience = patience;
                 let result = worker.work(job).map_err(|error| worker.agree(error));
                 let failed = result.is_err();
                 // Nobody listens any more when the collective is dropped. After an error ranks are out of step for good.
@@ -80,11 +83,11 @@ impl Host {
             .name("collective".into())
             .spawn(work)
             .map_err(|source| MeetingError::Io { action: "start a thread", source })?;
-        Ok(Host { rank, size, jobs: Some(jobs), done, thread: Some(thread), spare: Vec::new() })
+        Ok(Host { rank, size, jobs: Some(jobs), done, thread: Some(thread), spare: Vec::new(), patience })
     }
 
     fn begin(&mut self, job: Job) -> Result<(), CollectiveError> {
-        match self.jobs.as_ref().map(|jobs| jobs.send(job)) {
+        match self.jobs.as_ref().map(|jobs| jobs.send((job, self.patience))) {
             Some(Ok(())) => Ok(()),
             _ => Err(self.done.try_iter().find_map(Result::err).unwrap_or(CollectiveError::Ended)),
         }
@@ -103,18 +106,6 @@ impl Host {
         match self.finish()? {
             Job::Broadcast(bytes) => Ok(bytes),
             Job::Sum(_) | Job::Gather(_) => Err(CollectiveError::Ended),
-        }
-    }
-
-    /// The bytes of all ranks, in their order, at every rank.
-    ///
-    /// # Errors
-    /// A rank that does not take part.
-    pub fn all_gather(&mut self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
-        self.begin(Job::Gather(vec![bytes]))?;
-        match self.finish()? {
-            Job::Gather(all) => Ok(all),
-            Job::Sum(_) | Job::Broadcast(_) => Err(CollectiveError::Ended),
         }
     }
 
@@ -162,6 +153,18 @@ impl Collective for Host {
             }
             Job::Broadcast(_) | Job::Gather(_) => Err(CollectiveError::Ended),
         }
+    }
+
+    fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        self.begin(Job::Gather(vec![mine]))?;
+        match self.finish()? {
+            Job::Gather(all) => Ok(all),
+            Job::Sum(_) | Job::Broadcast(_) => Err(CollectiveError::Ended),
+        }
+    }
+
+    fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
     }
 }
 
