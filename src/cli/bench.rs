@@ -1,6 +1,7 @@
 //! `ddpm-dist bench`
 
 use super::exit::{Code, Failure, OrFail};
+use super::ranks::Ranks;
 use super::stdout::{json, print, table};
 use super::{Common, ConfigArguments, Stop};
 use crate::device::Device;
@@ -41,6 +42,8 @@ struct Report {
     model: String,
     batch: usize,
     device: &'static str,
+    ranks: usize,
+    /// Of each rank.
     threads: usize,
     dtype: &'static str,
     simd: &'static str,
@@ -81,15 +84,17 @@ struct OpRow {
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
     let (config, size) = arguments.config.load_with_size()?;
     let stop = Stop::on_signals()?;
-    let console = common.console();
-    let mut device = common.device();
+    let mut ranks = Ranks::join(common)?;
+    let console = ranks.console(common);
+    let mut device = common.device(ranks.here());
     let Device::Cpu(cpu) = &device;
     let threads = cpu.pool().threads();
     let (warmup, steps) = (u64::from(arguments.warmup), u64::from(arguments.steps));
 
     let bar = console.bar("measuring steps", warmup + steps);
     let options = BenchOptions { warmup, steps, per_op: arguments.per_op, stop: &stop.flag };
-    let timings = time_steps(&mut device, &config, size, options, |done| bar.set(done)).map_err(|error| {
+    let timings = time_steps(&mut device, ranks.collective(), &config, size, options, |done| bar.set(done));
+    let timings = timings.map_err(|error| {
         let code = match &error {
             BenchError::OutOfRange(_) => Code::Usage,
             BenchError::Device(_) => Code::Device,
@@ -108,7 +113,10 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         ));
     }
 
-    let report = Report::new(&timings, arguments.config.name(), config.train.batch, threads);
+    if !ranks.is_rank_zero() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let report = Report::new(&timings, arguments.config.name(), config.train.batch, ranks.number(), threads);
     let image = [size[0], size[1], config.model.image_channels];
     match &arguments.json {
         Some(None) => print(&json(&report)?)?,
@@ -125,7 +133,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
 }
 
 impl Report {
-    fn new(timings: &Timings, model: String, batch: usize, threads: usize) -> Report {
+    fn new(timings: &Timings, model: String, batch: usize, ranks: usize, threads: usize) -> Report {
         let steps = milliseconds(&timings.steps);
         let median = percentile(&steps, 50.0);
         let row = |(group, durations): &(crate::tape::OpGroup, Vec<Duration>)| {
@@ -150,6 +158,7 @@ impl Report {
             model,
             batch,
             device: "cpu",
+            ranks,
             threads,
             dtype: "f32",
             simd: simd::level().name(),
@@ -163,10 +172,11 @@ impl Report {
     }
 
     fn to_text(&self, [height, width, channels]: [usize; 3], warmup: u64) -> String {
-        let Report { model, batch, threads, simd, .. } = self;
+        let Report { model, batch, ranks, threads, simd, .. } = self;
+        let on = if *ranks > 1 { format!("{ranks} ranks of ") } else { String::new() };
         let Spread { median, p10, p90 } = self.step_ms;
         let mut text = format!(
-            "{model}: batch {batch} of {height}×{width}×{channels} on {threads} CPU threads ({simd}), {}\n\n",
+            "{model}: batch {batch} of {height}×{width}×{channels} on {on}{threads} CPU threads ({simd}), {}\n\n",
             self.dtype
         );
         let row = |name: &str, value: String| vec![name.to_string(), value];

@@ -22,6 +22,10 @@ pub enum Code {
     PeerLost = 6,
     /// Too little memory, or a device that does not work.
     Device = 7,
+    /// Ranks hold different weights: memory or a device is at fault.
+    Corrupt = 8,
+    /// Ranks that did not find each other.
+    Meeting = 9,
     /// Stopped by a signal after the state was saved: start again to go on (`EX_TEMPFAIL`).
     Preempted = 75,
     /// Stopped by SIGINT, with no state to go on from; as shells say it.
@@ -33,7 +37,7 @@ pub enum Code {
 /// The text that `--help` ends with.
 pub const HELP: &str = "\
 Exit codes: 0 done, 1 failed, 2 command line or config, 3 data set or image file, 4 checkpoint or run directory, 5 training diverged, \
-6 a rank was lost, 7 device or memory, 75 training stopped by a signal with its state saved, 130 and 143 stopped by SIGINT and SIGTERM \
+6 a rank was lost, 7 device or memory, 8 ranks hold different weights, 9 ranks did not meet, 75 training stopped by a signal with its state saved, 130 and 143 stopped by SIGINT and SIGTERM \
 otherwise (by the second one, or in a command that has no state)";
 
 /// A message for the user and the exit code that goes with it.

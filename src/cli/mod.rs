@@ -5,6 +5,7 @@ mod doctor;
 mod exit;
 mod export;
 mod plan;
+mod ranks;
 mod sample;
 mod source;
 mod stdout;
@@ -53,6 +54,9 @@ struct Common {
     /// CPU threads [default: as many as the process may use]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Seconds that ranks wait for each other to come
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u16).range(1..))]
+    rdzv_timeout: u16,
     /// Say nothing but alarms and the last message
     #[arg(short, long, global = true)]
     quiet: bool,
@@ -66,13 +70,14 @@ impl Common {
         Console::new(Verbosity::from_flags(self.quiet, self.verbose))
     }
 
-    /// Threads to compute with: what was asked for, or what affinity and cgroup allow.
-    fn threads(&self) -> usize {
-        self.threads.map_or_else(available_threads, usize::from)
+    /// Threads to compute with, for each of so many ranks on this machine: what was asked for, or this rank's part of what affinity and
+    /// cgroup allow.
+    fn threads(&self, local_ranks: usize) -> usize {
+        self.threads.map_or_else(|| (available_threads() / local_ranks).max(1), usize::from)
     }
 
-    fn device(&self) -> Device {
-        Device::Cpu(Cpu::new(self.threads()))
+    fn device(&self, local_ranks: usize) -> Device {
+        Device::Cpu(Cpu::new(self.threads(local_ranks)))
     }
 }
 

@@ -6,8 +6,8 @@ use super::{Common, ConfigArguments};
 use crate::device::Region;
 use crate::device::cpu::pool::BASE_SCRATCH;
 use crate::sample::reverse_step_program;
-use crate::tape::{Program, human_bytes, human_flops};
-use crate::train::{STATE, forward_products, step_program};
+use crate::tape::{OpGroup, Program, human_bytes, human_flops};
+use crate::train::{STATE, Share, forward_products, step_groups, step_programs, step_runs};
 use serde::Serialize;
 use std::fmt::Write;
 use std::process::ExitCode;
@@ -72,38 +72,42 @@ struct OpRow {
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
     let (config, size) = arguments.config.load_with_size()?;
     let batch = config.train.batch;
-    let (program, _) = step_program(&config, size);
-    let summary = program.summary();
-    let forward = forward_products(&program);
+    let share = Share::solo(&config.train).map_err(|refused| arguments.config.refused(refused))?;
+    let (programs, _) = step_programs(&config, size, &share);
+    // That of the last shard: the whole step, if there is one.
+    let program = &programs[programs.len() - 1];
+    let forward = share.shards as u64 * forward_products(program);
+    let (groups, _) = step_groups(&programs);
     // Grids are made while training, beside everything else.
     let grid = config.sample.batch.min(config.sample.count);
     let sampler = (grid > 0).then(|| reverse_step_program(&config.model, size, grid, Some(&program.layout)));
-    let memory = memory(&program, sampler.as_ref().map(|program| (program, grid)), common.threads());
-    let ops = program.op_groups().into_iter().map(|group| OpRow {
+    let memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), common.threads(1));
+    let row = |group: &OpGroup| OpRow {
         phase: group.phase.name(),
         op: group.name,
         count: group.instructions.len(),
         flops: group.flops,
         bytes: group.bytes,
-    });
+    };
+    let ops: Vec<OpRow> = groups.iter().map(row).collect();
     let plan = Plan {
         tool: "ddpm-dist",
         version: env!("CARGO_PKG_VERSION"),
         model: arguments.config.name(),
         image: [size[0], size[1], config.model.image_channels],
         batch,
-        threads: common.threads(),
-        parameters: summary.parameters,
+        threads: common.threads(1),
+        parameters: program.layout.parameters(),
         forward_flops_per_image: forward / batch as u64,
         forward_flops: forward,
         step_flops: 3 * forward,
-        arithmetic: summary.flops,
-        bytes_moved: summary.bytes_moved,
-        instructions: summary.instructions,
+        arithmetic: ops.iter().map(|op| op.flops).sum(),
+        bytes_moved: step_runs(&programs).map(|(runs, program)| runs * program.summary().bytes_moved).sum(),
+        instructions: ops.iter().map(|op| op.count).sum(),
         memory_total: memory.iter().map(|part| part.bytes).sum(),
         memory,
-        ops: ops.collect(),
-        listing: arguments.listing.then(|| program.listing().lines().map(str::to_owned).collect()),
+        ops,
+        listing: arguments.listing.then(|| listing(&programs)),
     };
     match arguments.json {
         true => print_json(&plan)?,
@@ -113,19 +117,24 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
 }
 
 /// All memory of a training process that grows with the config, the data set aside.
-fn memory(program: &Program, sampler: Option<(&Program, usize)>, threads: usize) -> Vec<Part> {
-    let flat = program.summary().flat_bytes;
+fn memory(programs: &[Program], sampler: Option<(&Program, usize)>, threads: usize) -> Vec<Part> {
+    let largest = |size: fn(&Program) -> usize| programs.iter().map(size).max().unwrap_or(0);
+    let flat = largest(|program| program.summary().flat_bytes);
+    let gradients = match programs.len() {
+        1 => "of the parameters".to_string(),
+        buffers => format!("of the parameters: {buffers} buffers, as shards are added along a tree"),
+    };
     let part = |name, bytes: usize, holds: &str| Part { name, bytes: bytes as u64, holds: holds.to_string() };
     let mut parts = vec![
         part("weights", flat, "parameters, f32"),
-        part("gradients", flat, "of the parameters"),
+        part("gradients", programs.len() * flat, &gradients),
         part("moments", 2 * flat, "Adam's averages of gradients and their squares"),
         part("ema", flat, "moving average of the parameters"),
-        part("arena", program.arena_bytes, "activations and temporaries of a step"),
-        part("io", program.io_bytes, "pixels, tables and results of a step"),
+        part("arena", largest(|program| program.arena_bytes), "activations and temporaries of a step"),
+        part("io", largest(|program| program.io_bytes), "pixels, tables and results of a step"),
         part(
             "scratch",
-            threads * program.thread_scratch.max(BASE_SCRATCH) * size_of::<f32>(),
+            threads * largest(|program| program.thread_scratch).max(BASE_SCRATCH) * size_of::<f32>(),
             "workspace of the CPU threads",
         ),
     ];
@@ -137,6 +146,21 @@ fn memory(program: &Program, sampler: Option<(&Program, usize)>, threads: usize)
     let copies: Vec<&str> = STATE.map(Region::name).to_vec();
     parts.push(part("checkpoint", copies.len() * flat, &format!("copy to be written: {}", copies.join(", "))));
     parts
+}
+
+/// The program of each kind of shard, one line per instruction.
+fn listing(programs: &[Program]) -> Vec<String> {
+    let mut lines = Vec::new();
+    let last = programs.len() - 1;
+    for (t, program) in programs.iter().enumerate() {
+        match t {
+            _ if last == 0 => {}
+            _ if t == last => lines.push("the last shard".to_string()),
+            _ => lines.push(format!("shards whose number, from 0 and in binary, ends in {t} ones")),
+        }
+        lines.extend(program.listing().lines().map(str::to_owned));
+    }
+    lines
 }
 
 impl Plan {

@@ -1,6 +1,7 @@
 //! `ddpm-dist sample`
 
 use super::exit::{Code, Failure, OrFail};
+use super::ranks::Ranks;
 use super::source::Source;
 use super::{Common, Stop};
 use crate::checkpoint::Want;
@@ -8,7 +9,7 @@ use crate::diffusion::{DiffusionConfig, SamplerConfig, SamplerKind, SamplerTable
 use crate::report::{
     GridOptions, ImageStream, Images, OutputFormat, ReportError, check_output, read_npy, write_images,
 };
-use crate::sample::{Progress, Request, SampleError, Sampler, room_for};
+use crate::sample::{Finished, Request, ReverseProcess, SampleError, Sampler, room_for};
 use crate::train::layout_for_checkpoints;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -56,14 +57,16 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
-    let console = common.console();
     let count = arguments.count as usize;
     let format = check_output(&arguments.out, count).or_fail(Code::Usage)?;
     let stop = Stop::on_signals()?;
+    let mut ranks = Ranks::join(common)?;
+    let console = ranks.console(common);
     let source = Source::open(&arguments.source, Want::Ema, &console)?;
     let size = source.size()?;
     source.model.validate(size[0], size[1]).or_fail(Code::State)?;
-    let batch = arguments.batch.map_or(source.batch, usize::from);
+    // Images are the same in any batch: as many as there are, divided among the ranks.
+    let batch = arguments.batch.map_or(source.batch, usize::from).min(count.div_ceil(ranks.number()));
     source.model.validate_work(size[0], size[1], batch, "--batch").or_fail(Code::Usage)?;
     let (diffusion, choice) = source.process()?;
     let table = table(&arguments, diffusion, choice.clone())?;
@@ -72,31 +75,38 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         None => None,
     };
 
-    let mut device = common.device();
+    let mut device = common.device(ranks.here());
     let sampler = Sampler::new(&mut device, &source.model, size, batch, None)?;
     let layout = layout_for_checkpoints(sampler.layout()).or_fail(Code::State)?;
     let weights = device.allocate(layout.elements() * size_of::<f32>()).map_err(SampleError::from)?;
     device.upload(weights, 0, &source.flat(&layout)?);
     drop(source);
 
-    let mut output = Output::create(&arguments.out, format, count, sampler.size(), table.steps.len())?;
-    let bar = console.bar("sampling", (count.div_ceil(batch) * table.steps.len()) as u64);
-    let request = Request { count, seed: arguments.seed, initial_noise: noise.as_deref() };
-    let Output { frames, images } = &mut output;
+    let stages = if format == OutputFormat::Gif { FRAMES.min(table.steps.len()) - 1 } else { 0 };
+    // Rank 0 writes what all have made.
+    let mut output = match ranks.is_rank_zero() {
+        true => Some(Output::create(&arguments.out, format, count, sampler.size(), stages)?),
+        false => None,
+    };
+    let bar = console.bar("sampling", (count.div_ceil(batch * ranks.number()) * table.steps.len()) as u64);
+    let request = Request { count, seed: arguments.seed, initial_noise: noise.as_deref(), stages };
     let finished = sampler.sample_batches(
         &mut device,
-        weights,
-        &table,
+        ranks.collective(),
+        ReverseProcess { weights, table: &table },
         request,
         |at| {
             bar.set(at.done as u64);
-            frames.keep(&at);
             !stop.is_set()
         },
-        |batch| images.append(batch),
+        |batch| output.as_mut().map_or(Ok(()), |output| output.append(&batch)),
     )?;
     drop(bar);
-    output.finish(&arguments.out, finished, sampler.size())?;
+    if let Some(output) = output {
+        output.finish(&arguments.out, finished, sampler.size())?;
+    } else if finished == count {
+        return Ok(ExitCode::SUCCESS);
+    }
     let out = arguments.out.display();
     if finished == count {
         console.last(format!("{count} images in {out}"));
@@ -172,7 +182,8 @@ fn cannot_be_written(error: ReportError) -> Failure {
 
 /// What becomes of the images.
 struct Output {
-    frames: Frames,
+    /// The stages of an animation; none for other formats.
+    stages: Vec<Vec<f32>>,
     images: Kept,
 }
 
@@ -184,18 +195,6 @@ enum Kept {
     Whole(Vec<f32>),
 }
 
-impl Kept {
-    fn append(&mut self, batch: &[f32]) -> Result<(), Failure> {
-        match self {
-            Kept::Streamed(stream) => stream.append(batch).or_fail(Code::Failed),
-            Kept::Whole(images) => {
-                images.extend_from_slice(batch); // within what was reserved
-                Ok(())
-            }
-        }
-    }
-}
-
 impl Output {
     /// Finds out whether `path` can be written, and takes the memory that its form needs.
     fn create(
@@ -203,7 +202,7 @@ impl Output {
         format: OutputFormat,
         count: usize,
         size: [usize; 3],
-        steps: usize,
+        stages: usize,
     ) -> Result<Output, Failure> {
         let [height, width, channels] = size;
         let shape = [count, height, width, channels];
@@ -211,7 +210,24 @@ impl Output {
             Some(stream) => Kept::Streamed(stream),
             None => Kept::Whole(room_for(count * height * width * channels, "the images")?),
         };
-        Ok(Output { frames: Frames::new(format, count, size, steps)?, images })
+        let mut room = Vec::with_capacity(stages);
+        for _ in 0..stages {
+            room.push(room_for(count * height * width * channels, "the stages of the animation")?);
+        }
+        Ok(Output { stages: room, images })
+    }
+
+    /// Takes a finished batch.
+    fn append(&mut self, batch: &Finished<'_>) -> Result<(), Failure> {
+        // Within what was reserved.
+        self.stages.iter_mut().zip(batch.stages).for_each(|(all, stage)| all.extend_from_slice(stage));
+        match &mut self.images {
+            Kept::Streamed(stream) => stream.append(batch.images).or_fail(Code::Failed),
+            Kept::Whole(images) => {
+                images.extend_from_slice(batch.images);
+                Ok(())
+            }
+        }
     }
 
     /// Writes the `finished` first images, if there are any.
@@ -221,43 +237,11 @@ impl Output {
             Kept::Whole(_) if finished == 0 => Ok(()),
             Kept::Whole(images) => {
                 let mut stages = Vec::new();
-                for pixels in self.frames.stages.iter().chain([&images]) {
+                for pixels in self.stages.iter().chain([&images]) {
                     let shape = [finished, height, width, channels];
                     stages.push(Images::new(&pixels[..images.len()], shape).or_fail(Code::Failed)?);
                 }
                 write_images(path, &stages, &GridOptions::default()).or_fail(Code::Failed)
-            }
-        }
-    }
-}
-
-/// The stages of an animation; none for other formats.
-struct Frames {
-    stages: Vec<Vec<f32>>,
-    /// Reverse steps of one batch.
-    steps: usize,
-    image: usize,
-}
-
-impl Frames {
-    fn new(format: OutputFormat, count: usize, size: [usize; 3], steps: usize) -> Result<Frames, Failure> {
-        let number = if format == OutputFormat::Gif { FRAMES.min(steps) - 1 } else { 0 };
-        let image = size.iter().product();
-        let mut stages = Vec::with_capacity(number);
-        for _ in 0..number {
-            let mut stage = room_for(count * image, "the stages of the animation")?;
-            stage.resize(count * image, 0.0);
-            stages.push(stage);
-        }
-        Ok(Frames { stages, steps, image })
-    }
-
-    /// Keeps the images of a batch where the number of steps done (over all batches) is that of a stage.
-    fn keep(&mut self, at: &Progress<'_>) {
-        let (step, stages) = ((at.done - 1) % self.steps + 1, self.stages.len() + 1);
-        for (i, stage) in self.stages.iter_mut().enumerate() {
-            if step == (i + 1) * self.steps / stages {
-                stage[at.first * self.image..][..at.images.len()].copy_from_slice(at.images);
             }
         }
     }

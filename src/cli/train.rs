@@ -1,15 +1,16 @@
 //! `ddpm-dist train`
 
 use super::exit::{Code, Failure, OrFail};
+use super::ranks::Ranks;
 use super::source::Source;
 use super::{Common, ConfigArguments, absolute, program, stop_on_signals};
 use crate::checkpoint::{Layout, Start, Want};
-use crate::collective::Solo;
 use crate::report::Console;
 use crate::train::{Config, Ended, Initial, Options, TrainError, differences, train};
 use crate::unet::UnetConfig;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -27,12 +28,39 @@ pub(super) struct Arguments {
     /// Begin with the weights of a run, checkpoint or diffusers directory of the same model
     #[arg(long, value_name = "DIR")]
     init: Option<PathBuf>,
+    /// Save and leave before so much time is over: minutes, hours:minutes:seconds or days-hours, as Slurm's --time
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    max_time: Option<Duration>,
+}
+
+/// A time as Slurm's `--time` takes it.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong =
+        || "expected minutes, minutes:seconds, hours:minutes:seconds, or days-hours[:minutes[:seconds]]".to_string();
+    let number = |text: &str| text.parse::<u32>().map_err(|_| wrong());
+    let (days, clock) = match text.split_once('-') {
+        Some((days, clock)) => (number(days)?, clock),
+        None => (0, text),
+    };
+    let parts: Vec<u32> = clock.split(':').map(number).collect::<Result<_, _>>()?;
+    let [hours, minutes, seconds] = match (text.contains('-'), &parts[..]) {
+        (false, [minutes]) => [0, *minutes, 0],
+        (false, [minutes, seconds]) => [0, *minutes, *seconds],
+        (true, [hours]) => [*hours, 0, 0],
+        (true, [hours, minutes]) => [*hours, *minutes, 0],
+        (_, [hours, minutes, seconds]) => [*hours, *minutes, *seconds],
+        _ => return Err(wrong()),
+    };
+    let [days, hours, minutes, seconds] = [days, hours, minutes, seconds].map(u64::from);
+    Ok(Duration::from_secs(((24 * days + hours) * 60 + minutes) * 60 + seconds))
 }
 
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
+    let started = Instant::now();
     let mut config = arguments.config.load()?;
-    let console = common.console();
     let stop = stop_on_signals()?;
+    let mut ranks = Ranks::join(common)?;
+    let console = ranks.console(common);
     let file = &arguments.config.config;
     let run_dir = arguments
         .run_dir
@@ -57,9 +85,12 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         program: &program(),
         initial: initial.as_ref().map(|f| f as &Initial),
         stop: &stop,
+        deadline: arguments.max_time.map(|time| started + time),
+        first_here: ranks.is_first_here(),
         console: &console,
     };
-    let ended = train(&mut config, &mut common.device(), &mut Solo, &options).map_err(|error| {
+    let mut device = common.device(ranks.here());
+    let ended = train(&mut config, &mut device, ranks.collective(), &options).map_err(|error| {
         let code = code_of(&error);
         match error {
             // Said as a value of the file, with its line.
@@ -110,6 +141,31 @@ fn code_of(error: &TrainError) -> Code {
         TrainError::Diverged { .. } => Code::Diverged,
         TrainError::Sample(error) => super::sample::code_of(error),
         TrainError::Device(_) => Code::Device,
-        TrainError::Run(_) => Code::PeerLost,
+        TrainError::Run(_) | TrainError::OtherRank { .. } => Code::PeerLost,
+        TrainError::Unequal { .. } => Code::Usage,
+        TrainError::Corrupt { .. } => Code::Corrupt,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_those_of_slurm() {
+        for (text, seconds) in [
+            ("90", 5400),
+            ("2:30", 150),
+            ("1:02:03", 3723),
+            ("2-0", 172_800),
+            ("1-12:30", 131_400),
+            ("0-0:0:7", 7),
+            ("0:20", 20),
+        ] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "1h", "-5", "1:2:3:4", "1-", "1-2:3:4:5", "4294967296", "1.5"] {
+            assert!(duration(text).unwrap_err().contains("days-hours"), "{text}");
+        }
     }
 }

@@ -1,8 +1,12 @@
 //! Sums between ranks: [`Solo`] for one, [`Host`](host::Host) over sockets.
 
 pub mod host;
+#[cfg(test)]
+pub(crate) mod testing;
+mod timed;
 mod tree;
 
+pub use timed::Timed;
 pub use tree::sum_along_tree;
 
 use crate::device::{BufferId, Device};

@@ -3,6 +3,7 @@
 //!
 //! The function named after an op puts it on a tape; the type of that name is the op itself.
 
+pub mod accumulate;
 pub mod adam_ema;
 pub mod add;
 pub mod attention;

@@ -1,13 +1,14 @@
 //! Algorithm 2 and its relatives: images from noise.
 
 mod config;
+mod rounds;
 
 #[cfg(test)]
 mod tests;
 
 pub use config::SampleConfig;
 
-use crate::collective::Solo;
+use crate::collective::{Collective, CollectiveError, Solo};
 use crate::device::{Binding, BufferId, Device, DeviceError, Region, Slot};
 use crate::diffusion::SamplerTable;
 use crate::ops::p_sample::{StepInputs, p_sample, row};
@@ -89,17 +90,39 @@ pub fn room_for<T>(len: usize, what: &'static str) -> Result<Vec<T>, SampleError
     }
 }
 
+impl From<CollectiveError> for SampleError {
+    fn from(error: CollectiveError) -> SampleError {
+        SampleError::Run(RunError::Collective(error))
+    }
+}
+
 /// Where a reverse process stands, after one of its steps.
 #[derive(Clone, Copy, Debug)]
-pub struct Progress<'a> {
-    /// Steps done, over all batches.
+pub struct Progress {
+    /// Steps that this rank has done, over all its batches.
     pub done: usize,
-    /// Steps to do, over all batches.
+    /// Steps that it has to do.
     pub of: usize,
-    /// Index of the batch's first image.
+}
+
+/// A batch of images.
+#[derive(Clone, Copy, Debug)]
+pub struct Finished<'a> {
+    /// Index of the first.
     pub first: usize,
-    /// The batch's images so far, `[n, H, W, C]`.
+    /// `[n, H, W, C]`.
     pub images: &'a [f32],
+    /// The same images at the stages on the way that were asked for, in order.
+    pub stages: &'a [Vec<f32>],
+}
+
+/// p_θ: the parameters θ, and the steps that are taken.
+#[derive(Clone, Copy, Debug)]
+pub struct ReverseProcess<'a> {
+    /// The buffer of the parameters.
+    pub weights: BufferId,
+    /// The steps.
+    pub table: &'a SamplerTable,
 }
 
 /// What images to make.
@@ -111,6 +134,8 @@ pub struct Request<'a> {
     pub seed: u64,
     /// x_T of all images, `[count, H, W, C]`, in place of drawn noise.
     pub initial_noise: Option<&'a [f32]>,
+    /// Stages to be kept of each image on its way from noise, equally far from each other.
+    pub stages: usize,
 }
 
 /// The reverse process on a device: the network and one fused step, for a fixed number of images at a time.
@@ -124,6 +149,15 @@ pub struct Sampler {
     size: [usize; 3],
     batch: usize,
     slots: Slots,
+}
+
+/// Images on their way.
+struct Batch {
+    /// `[N, H, W, C]`, the padding of a last batch included.
+    x: Vec<f32>,
+    t: Vec<u32>,
+    /// Those of the batch that are wanted, at each stage.
+    kept: Vec<Vec<f32>>,
 }
 
 struct Slots {
@@ -188,93 +222,79 @@ impl Sampler {
         self.batch
     }
 
-    /// Makes `request.count` images `[count, H, W, C]` with the parameters in `weights`, in the range that the data had, [−1, 1].
+    /// Makes `request.count` images `[count, H, W, C]` in the range that the data had, [−1, 1], with
+    /// all ranks, each of which gets all images.
     ///
-    /// `observe` is called after every reverse step and returns whether to go on. If it does not, the result is `None`.
+    /// `observe` is called after every reverse step and returns whether to go on. If it does not at some rank, the result is `None`.
     ///
     /// # Errors
-    /// Images that are not finite, initial noise of another size, or no memory for all images at once.
+    /// Images that are not finite, initial noise of another size, no memory for all images at once, or a rank that is lost.
     pub fn sample(
         &self,
         device: &mut Device,
-        weights: BufferId,
-        table: &SamplerTable,
+        collective: &mut dyn Collective,
+        process: ReverseProcess<'_>,
         request: Request<'_>,
-        observe: impl FnMut(Progress<'_>) -> bool,
+        observe: impl FnMut(Progress) -> bool,
     ) -> Result<Option<Vec<f32>>, SampleError> {
         let mut images = room_for(request.count.saturating_mul(self.size.iter().product()), "the images")?;
-        let finished = self.sample_batches(device, weights, table, request, observe, |batch| {
-            images.extend_from_slice(batch);
+        let finished = self.sample_batches(device, collective, process, request, observe, |batch| {
+            images.extend_from_slice(batch.images);
             Ok::<_, SampleError>(())
         })?;
         Ok((finished == request.count).then_some(images))
     }
 
-    /// As [`Sampler::sample`], but hands each batch to `keep` as soon as it is finished, in order, so that there may be more images than
-    /// fit in memory. Gives the number of images finished: fewer than asked for if `observe` stopped it.
-    ///
-    /// # Errors
-    /// Images that are not finite, initial noise of another size, and those of `keep`.
-    pub fn sample_batches<E: From<SampleError>>(
+    /// Algorithm 2 for the images from `first` on, as many as `images` has room for: x_0 in place. `observe` is called after every step and
+    /// returns whether to go on; if it does not, what is there is not finished. Gives whether it is.
+    fn make_batch(
         &self,
         device: &mut Device,
-        weights: BufferId,
-        table: &SamplerTable,
-        request: Request<'_>,
-        mut observe: impl FnMut(Progress<'_>) -> bool,
-        mut keep: impl FnMut(&[f32]) -> Result<(), E>,
-    ) -> Result<usize, E> {
-        let [height, width, channels] = self.size;
-        let image = height * width * channels;
-        let Request { count, seed, initial_noise } = request;
-        if let Some(noise) = initial_noise
-            && noise.len() != count * image
-        {
-            let (found, expected) = (noise.len(), count * image);
-            return Err(SampleError::InitialNoise { found, expected, count, height, width, channels }.into());
-        }
+        process: ReverseProcess<'_>,
+        request: &Request<'_>,
+        first: usize,
+        batch: &mut Batch,
+        mut observe: impl FnMut() -> bool,
+    ) -> Result<bool, SampleError> {
+        let image: usize = self.size.iter().product();
+        let Request { count, seed, initial_noise, stages } = *request;
+        let ReverseProcess { weights, table } = process;
         let binding = self.binding.with(Region::Weights, weights);
-        let mut x = room_for(self.batch * image, "a batch")?;
-        x.resize(self.batch * image, 0.0f32);
-        let mut t = vec![0u32; self.batch];
-        let of = count.div_ceil(self.batch) * table.steps.len();
-        let mut done = 0;
+        let Batch { x, t, kept } = batch;
         self.upload(device, self.slots.seed, &[seed as u32, (seed >> 32) as u32]);
-        for first in (0..count).step_by(self.batch) {
-            // Algorithm 2, line 1: x_T ~ N(0, I)
-            for (j, x) in x.chunks_exact_mut(image).enumerate() {
-                let index = first + j;
-                match initial_noise.and_then(|noise| noise.get(index * image..(index + 1) * image)) {
-                    Some(noise) => x.copy_from_slice(noise),
-                    None => initial_noise_of(seed, index).fill_normal(0, x),
-                }
-            }
-            self.upload(device, self.slots.x, &x);
-            let wanted = (count - first).min(self.batch);
-            // Line 2: for t = T, …, 1
-            for (i, step) in table.steps.iter().enumerate() {
-                t.fill(step.timestep);
-                self.upload(device, self.slots.t, &t);
-                self.upload(device, self.slots.clock, &[step.timestep, first as u32, 0, 0]);
-                self.upload(device, self.slots.row, &row(step, table.clip));
-                // Lines 3 and 4
-                self.program.run(device, &binding, &mut Solo).map_err(SampleError::from)?;
-                device.download(self.io, self.slots.x.offset / size_of::<f32>(), &mut x);
-                let images = &x[..image * wanted];
-                if let Some(bad) = images.iter().position(|v| !v.is_finite()) {
-                    return Err(SampleError::NotFinite { image: first + bad / image, timestep: step.timestep }.into());
-                }
-                done += 1;
-                let goes_on = observe(Progress { done, of, first, images });
-                if i + 1 == table.steps.len() {
-                    keep(images)?;
-                }
-                if !goes_on {
-                    return Ok(first + if i + 1 == table.steps.len() { wanted } else { 0 });
-                }
+        // Line 1: x_T ~ N(0, I)
+        for (j, x) in x.chunks_exact_mut(image).enumerate() {
+            let index = first + j;
+            match initial_noise.and_then(|noise| noise.get(index * image..(index + 1) * image)) {
+                Some(noise) => x.copy_from_slice(noise),
+                None => initial_noise_of(seed, index).fill_normal(0, x),
             }
         }
-        Ok(count)
+        self.upload(device, self.slots.x, x);
+        let wanted = (count - first).min(self.batch);
+        // Line 2: for t = T, …, 1
+        for (i, step) in table.steps.iter().enumerate() {
+            t.fill(step.timestep);
+            self.upload(device, self.slots.t, t);
+            self.upload(device, self.slots.clock, &[step.timestep, first as u32, 0, 0]);
+            self.upload(device, self.slots.row, &row(step, table.clip));
+            // Lines 3 and 4
+            self.program.run(device, &binding, &mut Solo)?;
+            device.download(self.io, self.slots.x.offset / size_of::<f32>(), x);
+            let images = &x[..image * wanted];
+            if let Some(bad) = images.iter().position(|v| !v.is_finite()) {
+                return Err(SampleError::NotFinite { image: first + bad / image, timestep: step.timestep });
+            }
+            let done = i + 1;
+            for stage in (0..stages).filter(|stage| (stage + 1) * table.steps.len() / (stages + 1) == done) {
+                kept[stage].clear();
+                kept[stage].extend_from_slice(images); // within what was reserved
+            }
+            if !observe() && done < table.steps.len() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn upload<T: crate::device::Element>(&self, device: &mut Device, slot: Slot, data: &[T]) {

@@ -21,7 +21,7 @@ pub use backward::{Gradient, Of};
 pub use layout::{Param, ParamLayout, Part, Placed};
 pub use listing::{OpGroup, Summary, human_bytes, human_flops};
 pub use op::{Op, Scratch, Signature, Spec};
-pub use plan::{Buckets, plan};
+pub use plan::{Buckets, Reduction, plan};
 pub use program::{Instruction, IoSlot, Kind, Lane, Program, RunError};
 pub use record::{Phase, Tape, Var};
 pub use shape::Shape;

@@ -2,9 +2,10 @@
 
 use super::program::{Instruction, IoSlot, Kind, Lane, Program};
 use super::record::{Home, Node, Tape};
-use super::{ParamLayout, Phase};
+use super::{Op, ParamLayout, Phase};
 use crate::device::{ALIGNMENT, DType, Region, Slot};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// How gradients are cut into buckets for the sum over ranks, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,11 +22,27 @@ impl Default for Buckets {
     }
 }
 
+/// How gradients become sums over all shards of the batch.
+#[derive(Clone, Copy, Default)]
+pub struct Reduction<'a> {
+    /// The ranges that are summed over ranks, each as soon as it is complete.
+    pub buckets: Buckets,
+    /// Gives, for a bucket of so many elements, the op that goes before its sum over ranks: it changes the bucket in place and reads the same
+    /// range of flat buffers 1, 2, … of [`Region::Gradients`], as many as it has inputs.
+    pub before: Option<&'a dyn Fn(usize) -> Arc<dyn Op>>,
+}
+
+impl From<Buckets> for Reduction<'_> {
+    fn from(buckets: Buckets) -> Self {
+        Reduction { buckets, before: None }
+    }
+}
+
 /// Plans `tape`. Parameters are placed by `layout`, or, if there is none, in the order in which their gradients are completed.
 ///
 /// # Panics
 /// If `layout` lacks a parameter of the tape.
-pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>) -> Program {
+pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reduction<'_>>) -> Program {
     let completed = gradient_completion(tape);
     let layout = layout.cloned().unwrap_or_else(|| {
         let mut order: Vec<usize> = (0..tape.params.len()).collect();
@@ -35,6 +52,7 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>)
 
     let (io, io_bytes) = place_io(tape);
     let (temporaries, scratch, arena_bytes) = place_arena(tape);
+    let flat = |number: usize| number * layout.len() * DType::F32.size();
     let slot_of = |v: super::Var| -> Slot {
         let value = &tape.values[v.index()];
         let len = || value.shape.as_ref().map_or(layout.len(), |s| s.len());
@@ -45,8 +63,8 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>)
         let (region, offset) = match &value.home {
             Home::Arena => (Region::Arena, temporaries[v.index()]),
             Home::Param(id) => (Region::Weights, param(*id)),
-            Home::GradientOf(id) => (Region::Gradients, param(*id)),
-            Home::Flat(region) => (*region, 0),
+            Home::GradientOf(id) => (Region::Gradients, flat(tape.gradients) + param(*id)),
+            Home::Flat(region, number) => (*region, flat(*number)),
             Home::Io(name) => match io.iter().find(|i| &i.name == name) {
                 Some(io) => (Region::Io, io.slot.offset),
                 None => panic!("no place for {name}"),
@@ -55,7 +73,7 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>)
         Slot { region, offset, len: len(), dtype: value.dtype }
     };
 
-    let mut ends = buckets.map_or(vec![], |sizes| cut_buckets(tape, &layout, &completed, sizes));
+    let mut ends = reduction.map_or(vec![], |how| cut_buckets(tape, &layout, &completed, how.buckets));
     ends.reverse(); // popped from the back, first completed first
     let mut started = Vec::new();
     let mut instructions = Vec::new();
@@ -86,6 +104,9 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>)
             label: node.label.clone(),
         });
         while let Some(bucket) = ends.pop_if(|bucket| bucket.complete_at <= id) {
+            if let Some(before) = reduction.and_then(|how| how.before) {
+                instructions.push(in_place(before(bucket.range.len()), &bucket.range, &layout));
+            }
             let number = started.len();
             instructions.push(comm(Kind::ReduceStart { bucket: number, range: bucket.range.clone() }, String::new()));
             started.push((number, bucket.range));
@@ -96,6 +117,26 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, buckets: Option<Buckets>)
     }
     let thread_scratch = tape.nodes.iter().map(|n| n.op.scratch().thread).max().unwrap_or(0);
     Program { instructions, layout, io, io_bytes, arena_bytes, thread_scratch }
+}
+
+/// `op` on a range of the gradients, which it changes, and of the flat buffers after them.
+fn in_place(op: Arc<dyn Op>, range: &Range<usize>, layout: &ParamLayout) -> Instruction {
+    let slot = |number: usize| Slot {
+        region: Region::Gradients,
+        offset: (number * layout.len() + range.start) * DType::F32.size(),
+        len: range.len(),
+        dtype: DType::F32,
+    };
+    Instruction {
+        inputs: (1..=op.signature().inputs.len()).map(slot).collect(),
+        kind: Kind::Launch(op),
+        outputs: vec![slot(0)],
+        updates: 1,
+        scratch: None,
+        lane: Lane::Compute,
+        phase: Phase::Backward,
+        label: String::new(),
+    }
 }
 
 /// For each parameter the last node of the backward pass that writes to its gradient.

@@ -19,10 +19,10 @@ pub(super) enum Home {
     Arena,
     /// In the flat buffer of parameters.
     Param(usize),
-    /// At a parameter's place in the flat buffer of gradients.
+    /// At a parameter's place in the flat buffer of gradients that the tape writes to.
     GradientOf(usize),
-    /// A whole flat buffer.
-    Flat(Region),
+    /// A whole flat buffer: which one of those that stand one after another in the region.
+    Flat(Region, usize),
     /// Known to the host by name.
     Io(String),
 }
@@ -76,12 +76,13 @@ pub struct Tape {
     pub(super) nodes: Vec<Node>,
     pub(super) params: Vec<Param>,
     pub(super) phase: Phase,
+    pub(super) gradients: usize,
     scope: Vec<String>,
 }
 
 impl Default for Tape {
     fn default() -> Self {
-        Tape { values: vec![], nodes: vec![], params: vec![], phase: Phase::Forward, scope: vec![] }
+        Tape { values: vec![], nodes: vec![], params: vec![], phase: Phase::Forward, gradients: 0, scope: vec![] }
     }
 }
 
@@ -147,7 +148,17 @@ impl Tape {
 
     /// All of a flat buffer.
     pub fn flat(&mut self, region: Region) -> Var {
-        self.value(None, DType::F32, Home::Flat(region), false)
+        self.flat_number(region, 0)
+    }
+
+    /// All of flat buffer `number` of a region that holds several one after another.
+    pub fn flat_number(&mut self, region: Region, number: usize) -> Var {
+        self.value(None, DType::F32, Home::Flat(region, number), false)
+    }
+
+    /// Says to which of the flat buffers of [`Region::Gradients`] the gradients of parameters are written; 0 if nothing is said.
+    pub fn write_gradients_to(&mut self, number: usize) {
+        self.gradients = number;
     }
 
     /// A temporary of the given shape.

@@ -1,7 +1,8 @@
 //! How long steps take, as a whole and op by op.
 
-use super::{Config, Trainer};
-use crate::collective::Solo;
+use super::step::step_runs;
+use super::{Config, Share, Trainer};
+use crate::collective::Collective;
 use crate::device::{Device, DeviceError};
 use crate::diffusion::Schedule;
 use crate::rng::{Kind as Random, Stream};
@@ -63,50 +64,51 @@ pub fn forward_products(program: &Program) -> u64 {
 
 /// Measures training steps on random images of `size` = [H, W]. `done` is called after each step, warm-up included, with their number.
 ///
-/// A step is all of training except fetching images: upload, forward, backward, norm, Adam, EMA, and reading the loss.
+/// A step is all of training except fetching images: upload, forward, backward, sums over ranks, norm, Adam, EMA, and reading the loss.
 ///
 /// # Errors
-/// Too little memory for the config.
+/// Too little memory for the config, or a rank that is lost.
 pub fn time_steps(
     device: &mut Device,
+    collective: &mut dyn Collective,
     config: &Config,
     size: [usize; 2],
     options: BenchOptions<'_>,
     mut done: impl FnMut(u64),
 ) -> Result<Timings, BenchError> {
     let schedule = Schedule::new(&config.diffusion)?;
-    let mut trainer = Trainer::new(device, config, &schedule, size)?;
-    let pixels = random_pixels(config.train.seed, config.train.batch * size[0] * size[1] * config.model.image_channels);
-    let groups = if options.per_op { trainer.program().op_groups() } else { Vec::new() };
-    let mut group_of = vec![0; trainer.program().instructions.len()];
-    for (group, OpGroup { instructions, .. }) in groups.iter().enumerate() {
-        instructions.iter().for_each(|&number| group_of[number] = group);
-    }
+    let share = Share::new(&config.train, collective.rank(), collective.world_size())?;
+    let mut trainer = Trainer::new(device, config, &schedule, size, share)?;
+    let pixels = random_pixels(config.train.seed, share.images() * size[0] * size[1] * config.model.image_channels);
+    let (groups, group_of) = if options.per_op { step_groups(trainer.programs()) } else { Default::default() };
     let mut timings = Timings {
         steps: Vec::new(),
         ops: groups.into_iter().map(|group| (group, Vec::new())).collect(),
-        step_flops: 3 * forward_products(trainer.program()),
+        step_flops: 3 * (share.shards * share.world_size) as u64 * forward_products(trainer.program()),
         not_finite: 0,
     };
     let mut sums = vec![Duration::ZERO; timings.ops.len()];
     for step in 0..options.warmup + options.steps {
-        if options.stop.load(Ordering::Relaxed) {
+        // All ranks stop at the same step, whichever of them was told to.
+        let stops = collective.all_gather(vec![u8::from(options.stop.load(Ordering::Relaxed))]);
+        if stops.map_err(RunError::from)?.iter().any(|stop| *stop == [1]) {
             break;
         }
         sums.fill(Duration::ZERO);
         let start = Instant::now();
-        let metrics = if options.per_op {
+        let losses = if options.per_op {
             let mut last = start;
-            trainer.step_observed(device, &mut Solo, config, step, &pixels, &mut |number| {
+            trainer.step_observed(device, collective, config, step, &pixels, &mut |program, number| {
                 let now = Instant::now();
-                sums[group_of[number]] += now - last;
+                sums[group_of[program][number]] += now - last;
                 last = now;
             })?
         } else {
-            trainer.step(device, &mut Solo, config, step, &pixels)?
+            trainer.step(device, collective, config, step, &pixels)?
         };
+        let finite = losses.norm[1] == 1.0 && losses.losses.iter().all(|loss| loss.is_finite());
         let whole = start.elapsed();
-        timings.not_finite += u64::from(!metrics.finite);
+        timings.not_finite += u64::from(!finite);
         if step >= options.warmup {
             timings.steps.push(whole);
             timings.ops.iter_mut().zip(&sums).for_each(|((_, durations), &sum)| durations.push(sum));
@@ -114,6 +116,31 @@ pub fn time_steps(
         done(step + 1);
     }
     Ok(timings)
+}
+
+/// The groups of ops of a rank's step, whose instructions are counted as often as they run, and for each instruction of each of the step's
+/// programs the number of its group.
+pub fn step_groups(programs: &[Program]) -> (Vec<OpGroup>, Vec<Vec<usize>>) {
+    let mut groups: Vec<OpGroup> = Vec::new();
+    let mut group_of = Vec::new();
+    for (runs, program) in step_runs(programs) {
+        let mut numbers = vec![0; program.instructions.len()];
+        for mut group in program.op_groups() {
+            let count = std::mem::take(&mut group.instructions);
+            let at = groups.iter().position(|g| (g.phase, g.name) == (group.phase, group.name)).unwrap_or_else(|| {
+                groups.push(OpGroup { flops: 0, bytes: 0, ..group.clone() });
+                groups.len() - 1
+            });
+            groups[at].flops += runs * group.flops;
+            groups[at].bytes += runs * group.bytes;
+            count.iter().for_each(|&number| numbers[number] = at);
+            for _ in 0..runs {
+                groups[at].instructions.extend(&count);
+            }
+        }
+        group_of.push(numbers);
+    }
+    (groups, group_of)
 }
 
 /// Pixels that are as good as any for measuring time.
@@ -164,7 +191,11 @@ mod tests {
         config.model.attention_levels = vec![];
         config.model.mid_attention = false;
         config.train.batch = 3;
-        let without = forward_products(&super::super::step_program(&config, [4, 4]).0);
+        let forward = |config: &Config| {
+            let share = Share::solo(&config.train).unwrap();
+            forward_products(&super::super::step_programs(config, [4, 4], &share).0[0])
+        };
+        let without = forward(&config);
         let conv = |from: u64, to: u64| 2 * 16 * 9 * from * to;
         let down = conv(8, 8) + conv(8, 8);
         let up = conv(16, 8) + conv(8, 8) + 2 * 16 * 16 * 8;
@@ -175,7 +206,7 @@ mod tests {
         config.model.mid_attention = true;
         for head_channels in [0, 4] {
             config.model.head_channels = head_channels;
-            let with = forward_products(&super::super::step_program(&config, [4, 4]).0);
+            let with = forward(&config);
             assert_eq!(with - without, 3 * (4 * 2 * 16 * 8 * 8 + 2 * 2 * 16 * 16 * 8));
         }
     }

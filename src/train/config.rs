@@ -1,6 +1,8 @@
 //! A run's config: the sections of the other rooms, and those of training itself.
 
+use super::{Shards, Share};
 use crate::checkpoint::CheckpointConfig;
+use crate::cluster::ClusterConfig;
 use crate::config::OutOfRange;
 use crate::data::DataConfig;
 use crate::diffusion::{DiffusionConfig, SamplerTable, Schedule};
@@ -30,6 +32,8 @@ pub struct Config {
     pub sample: SampleConfig,
     /// `[log]`: what is reported.
     pub log: LogConfig,
+    /// `[cluster]`: how ranks watch each other.
+    pub cluster: ClusterConfig,
 }
 
 /// The `[train]` section.
@@ -40,13 +44,15 @@ pub struct TrainConfig {
     pub steps: u64,
     /// Images per step, over all ranks.
     pub batch: usize,
+    /// Parts of a batch whose gradients are added along a fixed tree: a power of two for the same bits at any number of ranks, or `"auto"`.
+    pub shards: Shards,
     /// Key of everything random in the run.
     pub seed: u64,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        TrainConfig { steps: 800_000, batch: 128, seed: 0 }
+        TrainConfig { steps: 800_000, batch: 128, shards: Shards::Auto, seed: 0 }
     }
 }
 
@@ -174,6 +180,7 @@ impl Config {
         self.ema.validate()?;
         self.checkpoint.validate()?;
         self.sample.validate(&self.diffusion)?;
+        self.cluster.validate()?;
         OutOfRange::check(self.log.every > 0, "log.every", self.log.every, "every ≥ 1", "steps between two lines")
     }
 }
@@ -193,7 +200,14 @@ impl TrainConfig {
             self.batch,
             "1 ≤ batch ≤ 1048576",
             "images per optimiser step, over all ranks",
-        )
+        )?;
+        if let Shards::Fixed(shards) = self.shards {
+            let why = "gradients are added along a binary tree over the shards";
+            OutOfRange::check(shards.is_power_of_two(), "train.shards", shards, "\"auto\" or a power of two", why)?;
+            // That they divide the batch.
+            Share::new(self, 0, shards)?;
+        }
+        Ok(())
     }
 }
 

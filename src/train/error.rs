@@ -89,12 +89,56 @@ pub enum TrainError {
     /// The logs cannot be opened.
     #[error(transparent)]
     Report(#[from] ReportError),
+    /// Another rank cannot begin.
+    #[error("rank {rank} cannot begin: {message}")]
+    OtherRank {
+        /// The rank.
+        rank: usize,
+        /// Why.
+        message: String,
+    },
+    /// Ranks that would not train the same model.
+    #[error("the ranks do not belong together: {what}; {remedy}")]
+    Unequal {
+        /// In what they differ.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// Ranks that hold other weights than the rest.
+    #[error(
+        "after step {step}, {} weights or averages that differ from {}: a fault of memory or of a device. Nothing is saved of this state; \
+         the same command goes on from the checkpoint before. If it happens again, take {} out", whose(.ranks), .rest, nodes(.ranks)
+    )]
+    Corrupt {
+        /// Steps done.
+        step: u64,
+        /// The minority; all ranks, where there is no majority.
+        ranks: Vec<usize>,
+        /// The others, in words.
+        rest: &'static str,
+    },
     /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
     /// The step.
     #[error(transparent)]
     Run(#[from] RunError),
+}
+
+fn whose(ranks: &[usize]) -> String {
+    match ranks {
+        [rank] => format!("rank {rank} holds"),
+        _ => format!("ranks {} hold", listed(ranks)),
+    }
+}
+
+fn nodes(ranks: &[usize]) -> &'static str {
+    if ranks.len() == 1 { "its node" } else { "one node after the other" }
+}
+
+fn listed(ranks: &[usize]) -> String {
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn lines(differences: &[Difference]) -> String {

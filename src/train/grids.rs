@@ -1,10 +1,11 @@
 //! Grids of images made while training.
 
 use super::{Config, TrainError, Trainer};
+use crate::collective::Collective;
 use crate::device::{BufferId, Device};
 use crate::diffusion::{SamplerTable, Schedule};
 use crate::report::{Console, GridOptions, Images, Picture, grid};
-use crate::sample::{Progress, Request, SampleError, Sampler};
+use crate::sample::{Progress, Request, ReverseProcess, SampleError, Sampler};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The reverse process that `[sample]` describes, with its memory.
@@ -26,7 +27,8 @@ impl Grids {
         if section.count == 0 {
             return Ok(None);
         }
-        let batch = section.batch.min(section.count);
+        // As many images as there are, divided among the ranks.
+        let batch = section.batch.min(section.count.div_ceil(trainer.share().world_size));
         let sampler = Sampler::new(device, &config.model, size, batch, Some(&trainer.program().layout))?;
         let table = SamplerTable::new(schedule, &section.sampler(&config.diffusion))?;
         Ok(Some(Grids { sampler, table }))
@@ -37,19 +39,21 @@ impl Grids {
         &self,
         config: &Config,
         device: &mut Device,
+        collective: &mut dyn Collective,
         weights: BufferId,
         console: &Console,
         stop: &AtomicBool,
     ) -> Result<Option<Picture>, TrainError> {
         let Grids { sampler, table } = self;
         let count = config.sample.count;
-        let request = Request { count, seed: config.sample.seed, initial_noise: None };
-        let bar = console.bar("sampling", (count.div_ceil(sampler.batch()) * table.steps.len()) as u64);
-        let observe = |at: Progress<'_>| {
+        let request = Request { count, seed: config.sample.seed, initial_noise: None, stages: 0 };
+        let rounds = count.div_ceil(sampler.batch() * collective.world_size());
+        let bar = console.bar("sampling", (rounds * table.steps.len()) as u64);
+        let observe = |at: Progress| {
             bar.set(at.done as u64);
             !stop.load(Ordering::Relaxed)
         };
-        match sampler.sample(device, weights, table, request, observe) {
+        match sampler.sample(device, collective, ReverseProcess { weights, table }, request, observe) {
             Ok(Some(pixels)) => {
                 let [height, width, channels] = sampler.size();
                 Ok(Some(grid(&Images::new(&pixels, [count, height, width, channels])?, &GridOptions::default())))

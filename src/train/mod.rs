@@ -1,22 +1,29 @@
 //! Algorithm 1: from a config and a data set to weights, with everything a run leaves behind.
 
 mod bench;
+mod cards;
+mod checksum;
 mod config;
 mod error;
 mod grids;
+mod ranks;
 mod reports;
 mod resume;
 mod run;
+mod shards;
 mod state;
 mod step;
 
 #[cfg(test)]
+mod shards_tests;
+#[cfg(test)]
 mod tests;
 
-pub use bench::{BenchError, BenchOptions, Timings, forward_products, percentile, time_steps};
+pub use bench::{BenchError, BenchOptions, Timings, forward_products, percentile, step_groups, time_steps};
 pub use config::{Config, Decay, EmaConfig, LogConfig, OptimConfig, Optimizer, TrainConfig};
 pub use error::TrainError;
 pub use resume::{Difference, differences, trajectory_hash};
 pub use run::{Ended, Initial, Options, train};
+pub use shards::{Shards, Share};
 pub use state::layout_for_checkpoints;
-pub use step::{Metrics, STATE, Trainer, step_program};
+pub use step::{Losses, Metrics, STATE, Trainer, step_programs, step_runs};

@@ -17,6 +17,7 @@ const FREE: &[&str] = &[
     "checkpoint.",
     "sample.",
     "log.",
+    "cluster.",
     "data.path",
     "data.format",
     "data.cache_dir",
@@ -38,8 +39,16 @@ pub struct Difference {
     pub now: String,
 }
 
+/// Keys that may differ between ranks: where each finds the data.
+const OWN: &[&str] = &["data.path", "data.cache_dir", "data.cache_limit", "data.decode_threads"];
+
 /// All keys of `config` that determine its trajectory, with their values in TOML.
 fn trajectory(config: &Config) -> Result<BTreeMap<String, String>, ConfigError> {
+    keys_but(FREE, config)
+}
+
+/// All keys of `config` but those of a list, with their values in TOML.
+fn keys_but(free: &[&str], config: &Config) -> Result<BTreeMap<String, String>, ConfigError> {
     let text = to_toml(config)?;
     let table: toml::Table = toml::from_str(&text).map_err(|e| ConfigError::Encode { message: e.to_string() })?;
     let mut keys = BTreeMap::new();
@@ -47,7 +56,7 @@ fn trajectory(config: &Config) -> Result<BTreeMap<String, String>, ConfigError> 
         if let toml::Value::Table(entries) = value {
             for (name, value) in entries {
                 let key = format!("{section}.{name}");
-                if !FREE.iter().any(|free| key == *free || (free.ends_with('.') && key.starts_with(free))) {
+                if !free.iter().any(|free| key == *free || (free.ends_with('.') && key.starts_with(free))) {
                     keys.insert(key, value.to_string());
                 }
             }
@@ -73,18 +82,25 @@ pub fn trajectory_hash(config: &Config) -> Result<String, ConfigError> {
 /// # Errors
 /// A config that TOML cannot hold.
 pub fn differences(saved: &Config, now: &Config) -> Result<Vec<Difference>, ConfigError> {
-    let (saved, now) = (trajectory(saved)?, trajectory(now)?);
+    Ok(different(&trajectory(saved)?, &trajectory(now)?))
+}
+
+/// The keys in which two ranks differ that must not.
+pub(super) fn differences_of_ranks(zero: &Config, other: &Config) -> Result<Vec<Difference>, ConfigError> {
+    Ok(different(&keys_but(OWN, zero)?, &keys_but(OWN, other)?))
+}
+
+fn different(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Vec<Difference> {
     let absent = || "(not set)".to_string();
     let keys: std::collections::BTreeSet<&String> = saved.keys().chain(now.keys()).collect();
-    Ok(keys
-        .into_iter()
+    keys.into_iter()
         .filter(|key| saved.get(*key) != now.get(*key))
         .map(|key| Difference {
             key: key.clone(),
             saved: saved.get(key).cloned().unwrap_or_else(absent),
             now: now.get(key).cloned().unwrap_or_else(absent),
         })
-        .collect())
+        .collect()
 }
 
 /// Compares the config with that of the newest checkpoint whose manifest can be read, if there is one.
@@ -134,7 +150,7 @@ mod tests {
     use crate::device::{Device, cpu::Cpu};
 
     fn identity(config: &Config) -> Identity {
-        Identity::new(config, "pixels".into(), &Device::Cpu(Cpu::new(1))).unwrap()
+        Identity::new(config, "pixels".into(), &Device::Cpu(Cpu::new(1)), 1).unwrap()
     }
 
     #[test]

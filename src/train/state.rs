@@ -14,15 +14,22 @@ pub(super) struct Identity {
     pub config_toml: String,
     pub data_fingerprint: String,
     pub device_kind: String,
+    pub world_size: usize,
 }
 
 impl Identity {
-    pub fn new(config: &Config, data_fingerprint: String, device: &Device) -> Result<Identity, ConfigError> {
+    pub fn new(
+        config: &Config,
+        data_fingerprint: String,
+        device: &Device,
+        world_size: usize,
+    ) -> Result<Identity, ConfigError> {
         Ok(Identity {
             config_hash: super::trajectory_hash(config)?,
             config_toml: to_toml(config)?,
             data_fingerprint,
             device_kind: device.kind(),
+            world_size,
         })
     }
 
@@ -34,14 +41,14 @@ impl Identity {
             config_hash: self.config_hash.clone(),
             config_toml: Some(self.config_toml.clone()),
             data_fingerprint: self.data_fingerprint.clone(),
-            build: format!("ddpm-dist {} ({})", env!("CARGO_PKG_VERSION"), env!("DDPM_DIST_COMMIT")),
+            build: super::ranks::build(),
             device_kind: self.device_kind.clone(),
             // On the CPU all that bits depend on is compiled in: the compiler, and the instruction set it chose from.
             libraries: BTreeMap::from([
                 ("rustc".to_string(), env!("DDPM_DIST_RUSTC").to_string()),
                 ("simd".to_string(), crate::simd::level().name().to_string()),
             ]),
-            world_size: 1,
+            world_size: self.world_size,
             extra: BTreeMap::new(),
         }
     }

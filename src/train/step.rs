@@ -7,47 +7,95 @@
 //! 5:  gradient step on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖²
 //!                                                    unet, loss, backward, grad_norm, adam_ema
 //! ```
+//!
+//! A batch is divided into shards ([`Share`]). For each shard but the last one of a rank, lines 3 to 5 end with the gradient, which is added
+//! to those of the shards before it ([`accumulate`]).
 
-use super::{Config, Optimizer};
+use super::{Config, Optimizer, Share};
 use crate::collective::Collective;
 use crate::device::{Binding, BufferId, Device, DeviceError, Element, Region, Slot};
 use crate::diffusion::Schedule;
+use crate::ops::accumulate::{Accumulate, accumulate};
 use crate::ops::adam_ema::{Hyper, adam_ema, bias_correction};
 use crate::ops::grad_norm::grad_norm;
 use crate::ops::loss::{LossInputs, mse_loss};
 use crate::ops::q_sample::{TrainingBatch, q_sample};
-use crate::tape::{Buckets, Phase, Program, RunError, Spec, Tape, plan};
+use crate::tape::{Buckets, Op, Phase, Program, Reduction, RunError, Spec, Tape, plan};
 use crate::unet::{Randomness, initial_parameters, unet};
+use std::sync::Arc;
 
-/// Traces one training step for `batch` images of `[height, width]`: inputs `pixels`, `clock` and `hyper`; results `loss` (per image),
-/// `t` and `norm`.
-pub fn step_program(config: &Config, [height, width]: [usize; 2]) -> (Program, Tape) {
-    let (batch, channels) = (config.train.batch, config.model.image_channels);
+/// Traces one training step of a rank with the given share of images of `[height, width]`: one program for each number of ones in which the
+/// number of a shard can end (in binary), of which the last one, that of the last shard, also sums over ranks and updates the weights.
+///
+/// All have the inputs `pixels`, `clock` and `hyper`, and the results `loss` (per image), `t` and `norm` at the same places.
+pub fn step_programs(config: &Config, size: [usize; 2], share: &Share) -> (Vec<Program>, Tape) {
+    let last = share.partial_sums();
+    let before = |elements: usize| Arc::new(Accumulate { sums: last, elements }) as Arc<dyn Op>;
+    let before: Option<&dyn Fn(usize) -> Arc<dyn Op>> = if last > 0 { Some(&before) } else { None };
+    let reduction = Reduction { buckets: Buckets::default(), before };
+    let tape = shard(config, size, share.shard, None);
+    let whole = plan(&tape, None, Some(reduction));
+    let accumulating = |t: usize| plan(&shard(config, size, share.shard, Some(t)), Some(&whole.layout), None);
+    let mut programs: Vec<Program> = (0..last).map(accumulating).collect();
+    programs.push(whole);
+    (programs, tape)
+}
+
+/// The programs of a step, each with how often the step runs it: of 2^L shards, 2^(L−1−t) have numbers that end in exactly t < L ones.
+pub fn step_runs(programs: &[Program]) -> impl Iterator<Item = (u64, &Program)> {
+    let last = programs.len() - 1;
+    programs.iter().enumerate().map(move |(t, program)| (if t == last { 1 } else { 1 << (last - 1 - t) }, program))
+}
+
+/// Forward and backward pass of one shard of `images` images; then what follows from the number of ones in which the shard's number ends:
+/// its gradients are kept with those before it, or, for the last shard (none given), the weights are updated.
+fn shard(config: &Config, [height, width]: [usize; 2], images: usize, trailing_ones: Option<usize>) -> Tape {
+    let channels = config.model.image_channels;
     let timesteps = config.diffusion.timesteps;
     let mut tape = Tape::new();
-    let pixels = tape.io("pixels", Spec::u8([batch, height, width, channels]));
+    let pixels = tape.io("pixels", Spec::u8([images, height, width, channels]));
     let clock = tape.io("clock", Spec::u32([4]));
     let hyper = tape.io("hyper", Spec::f32([Hyper::LEN]));
+    let norm = tape.io("norm", Spec::f32([2]));
     let forward_table = tape.io("forward_table", Spec::f32([timesteps, 2]));
     let target_table = tape.io("target_table", Spec::f32([timesteps, 2]));
     let seed = config.train.seed;
-    let samples = TrainingBatch { images: batch, height, width, channels, timesteps, flip: config.data.flip, seed };
+    let samples = TrainingBatch { images, height, width, channels, timesteps, flip: config.data.flip, seed };
 
     let (x_t, t) = q_sample(&mut tape, &samples, pixels, forward_table, clock);
     let out = unet(&mut tape, &config.model, x_t, t, Some(Randomness { seed, clock }));
 
     tape.begin(Phase::Backward);
     let inputs = LossInputs { out, pixels, t, table: target_table, clock };
-    let (dout, loss) = mse_loss(&mut tape, &samples, batch, inputs);
-    tape.backward(out, dout);
-
-    tape.begin(Phase::Update);
-    let norm = tape.io("norm", Spec::f32([2]));
-    grad_norm(&mut tape, norm);
-    adam_ema(&mut tape, config.optim.optimizer == Optimizer::Adamw, norm, hyper);
+    let (dout, loss) = mse_loss(&mut tape, &samples, config.train.batch, inputs);
     tape.publish(t, "t");
     tape.publish(loss, "loss");
-    (plan(&tape, None, Some(Buckets::default())), tape)
+    if let Some(ones) = trailing_ones {
+        tape.write_gradients_to(1 + ones);
+    }
+    tape.backward(out, dout);
+
+    match trailing_ones {
+        Some(0) => {}
+        Some(ones) => accumulate(&mut tape, ones),
+        None => {
+            tape.begin(Phase::Update);
+            grad_norm(&mut tape, norm);
+            adam_ema(&mut tape, config.optim.optimizer == Optimizer::Adamw, norm, hyper);
+        }
+    }
+    tape
+}
+
+/// What a rank's images of a step gave.
+#[derive(Clone, Copy, Debug)]
+pub struct Losses<'a> {
+    /// Mean squared error of each image, in the order of the batch.
+    pub losses: &'a [f32],
+    /// The timestep that was drawn for each.
+    pub timesteps: &'a [u32],
+    /// Global norm of the gradient before clipping, and 1 if all of it is finite, else 0.
+    pub norm: [f32; 2],
 }
 
 /// What a step measured.
@@ -63,14 +111,37 @@ pub struct Metrics {
     pub finite: bool,
 }
 
-/// Weights, optimiser and program of a run on a device.
+impl Metrics {
+    /// Of all images of a batch, given as their losses and timesteps (of T) in the order of the batch, and the norm of their gradient.
+    pub fn new(images: impl Iterator<Item = (f32, u32)>, timesteps: usize, norm: [f32; 2]) -> Metrics {
+        let (mut all, mut number) = (0.0f64, 0usize);
+        let mut sums = [(0.0f64, 0usize); 4];
+        for (loss, t) in images {
+            let loss = f64::from(loss);
+            let (sum, count) = &mut sums[(4 * t as usize / timesteps).min(3)];
+            *sum += loss;
+            *count += 1;
+            all += loss;
+            number += 1;
+        }
+        let loss = all / number as f64;
+        Metrics {
+            loss,
+            quartiles: sums.map(|(sum, count)| (count > 0).then(|| sum / count as f64)),
+            grad_norm: f64::from(norm[0]),
+            finite: norm[1] == 1.0 && loss.is_finite(),
+        }
+    }
+}
+
+/// Weights, optimiser and programs of a rank on a device.
 pub struct Trainer {
-    program: Program,
+    programs: Vec<Program>,
+    share: Share,
     binding: Binding,
     buffers: [BufferId; 4],
     io: BufferId,
     slots: Slots,
-    timesteps: usize,
     losses: Vec<f32>,
     drawn: Vec<u32>,
 }
@@ -97,23 +168,26 @@ impl Trainer {
         config: &Config,
         schedule: &Schedule,
         size: [usize; 2],
+        share: Share,
     ) -> Result<Trainer, DeviceError> {
-        let (program, tape) = step_program(config, size);
-        let flat_bytes = program.layout.len() * size_of::<f32>();
-        let io = device.allocate(program.io_bytes)?;
+        let (programs, tape) = step_programs(config, size, &share);
+        let whole = &programs[programs.len() - 1];
+        let flat_bytes = whole.layout.len() * size_of::<f32>();
+        let arena_bytes = programs.iter().map(|program| program.arena_bytes).max().unwrap_or(0);
+        let io = device.allocate(whole.io_bytes)?;
         let mut binding = Binding::default()
             .with(Region::Io, io)
-            .with(Region::Arena, device.allocate(program.arena_bytes)?)
-            .with(Region::Gradients, device.allocate(flat_bytes)?);
+            .with(Region::Arena, device.allocate(arena_bytes)?)
+            .with(Region::Gradients, device.allocate((1 + share.partial_sums()) * flat_bytes)?);
         let mut buffers = [io; 4];
         for (buffer, region) in buffers.iter_mut().zip(STATE) {
             *buffer = device.allocate(flat_bytes)?;
             binding = binding.with(region, *buffer);
         }
         // After the device's share, which is the larger one: what does not fit is then refused before anything is drawn.
-        let initial = initial_parameters(&tape, &program.layout, config.train.seed)
+        let initial = initial_parameters(&tape, &whole.layout, config.train.seed)
             .map_err(|_| DeviceError::OutOfMemory { device: "this machine".into(), bytes: flat_bytes })?;
-        let slot = |name| program.io(name);
+        let slot = |name| whole.io(name);
         let slots = Slots {
             pixels: slot("pixels"),
             clock: slot("clock"),
@@ -122,25 +196,24 @@ impl Trainer {
             t: slot("t"),
             norm: slot("norm"),
         };
-        let trainer = Trainer {
-            losses: vec![0.0; config.train.batch],
-            drawn: vec![0; config.train.batch],
-            timesteps: config.diffusion.timesteps,
-            program,
-            binding,
-            buffers,
-            io,
-            slots,
-        };
-        trainer.upload(device, trainer.program.io("forward_table"), schedule.q_sample_table().as_flattened());
-        trainer.upload(device, trainer.program.io("target_table"), schedule.target_table().as_flattened());
+        let tables = [slot("forward_table"), slot("target_table")];
+        let images = share.images();
+        let trainer =
+            Trainer { losses: vec![0.0; images], drawn: vec![0; images], programs, share, binding, buffers, io, slots };
+        trainer.upload(device, tables[0], schedule.q_sample_table().as_flattened());
+        trainer.upload(device, tables[1], schedule.target_table().as_flattened());
         trainer.set_parameters(device, &initial);
         Ok(trainer)
     }
 
-    /// The program of a step.
+    /// The program of the last shard: the whole step, where there is one.
     pub fn program(&self) -> &Program {
-        &self.program
+        &self.programs[self.programs.len() - 1]
+    }
+
+    /// The images of this rank.
+    pub fn share(&self) -> Share {
+        self.share
     }
 
     /// The flat buffer of a part of the state.
@@ -154,13 +227,20 @@ impl Trainer {
         }
     }
 
+    /// Copies the sum of the gradients of the last step.
+    pub fn gradients(&self, device: &Device, out: &mut [f32]) {
+        if let Some(buffer) = self.binding.get(Region::Gradients) {
+            device.download(buffer, 0, out);
+        }
+    }
+
     /// Sets the weights and, as they are at the start, their moving average.
     pub fn set_parameters(&self, device: &mut Device, flat: &[f32]) {
         device.upload(self.buffer(Region::Weights), 0, flat);
         device.upload(self.buffer(Region::Ema), 0, flat);
     }
 
-    /// Runs step `step` (from 0) on `pixels` `[N, H, W, C]`.
+    /// Runs step `step` (from 0) on this rank's `pixels` `[N, H, W, C]`.
     ///
     /// # Errors
     /// A rank that does not answer.
@@ -171,11 +251,11 @@ impl Trainer {
         config: &Config,
         step: u64,
         pixels: &[u8],
-    ) -> Result<Metrics, RunError> {
-        self.step_observed(device, collective, config, step, pixels, &mut |_| ())
+    ) -> Result<Losses<'_>, RunError> {
+        self.step_observed(device, collective, config, step, pixels, &mut |_, _| ())
     }
 
-    /// [`Trainer::step`], with `done` called after each instruction with its number.
+    /// [`Trainer::step`], with `done` called after each instruction with its program and its number in that.
     ///
     /// # Errors
     /// As [`Trainer::step`].
@@ -186,37 +266,28 @@ impl Trainer {
         config: &Config,
         step: u64,
         pixels: &[u8],
-        done: &mut dyn FnMut(usize),
-    ) -> Result<Metrics, RunError> {
-        self.prepare(device, config, step, pixels);
-        self.program.run_observed(device, &self.binding, collective, done)?;
-        Ok(self.metrics(device))
-    }
-
-    fn prepare(&self, device: &mut Device, config: &Config, step: u64, pixels: &[u8]) {
-        self.upload(device, self.slots.pixels, pixels);
-        self.upload(device, self.slots.clock, &[step as u32, 0, 0, 0]);
+        done: &mut dyn FnMut(usize, usize),
+    ) -> Result<Losses<'_>, RunError> {
+        let Share { shard, shards, .. } = self.share;
+        let first = self.share.places().start;
         self.upload(device, self.slots.hyper, &hyper(config, step).to_array());
-    }
-
-    fn metrics(&mut self, device: &Device) -> Metrics {
+        for (i, pixels) in pixels.chunks_exact(pixels.len() / shards).enumerate() {
+            let images = i * shard..(i + 1) * shard;
+            self.upload(device, self.slots.pixels, pixels);
+            self.upload(device, self.slots.clock, &[step as u32, (first + images.start) as u32, 0, 0]);
+            let which = i.trailing_ones() as usize;
+            self.programs[which].run_observed(device, &self.binding, collective, &mut |number| done(which, number))?;
+            download(device, self.io, self.slots.loss, &mut self.losses[images.clone()]);
+            download(device, self.io, self.slots.t, &mut self.drawn[images]);
+        }
         let mut norm = [0.0f32; 2];
         download(device, self.io, self.slots.norm, &mut norm);
-        download(device, self.io, self.slots.loss, &mut self.losses);
-        download(device, self.io, self.slots.t, &mut self.drawn);
-        let mut sums = [(0.0f64, 0usize); 4];
-        for (loss, &t) in self.losses.iter().zip(&self.drawn) {
-            let (sum, count) = &mut sums[(4 * t as usize / self.timesteps).min(3)];
-            *sum += f64::from(*loss);
-            *count += 1;
-        }
-        let loss = self.losses.iter().map(|&l| f64::from(l)).sum::<f64>() / self.losses.len() as f64;
-        Metrics {
-            loss,
-            quartiles: sums.map(|(sum, count)| (count > 0).then(|| sum / count as f64)),
-            grad_norm: f64::from(norm[0]),
-            finite: norm[1] == 1.0 && loss.is_finite(),
-        }
+        Ok(Losses { losses: &self.losses, timesteps: &self.drawn, norm })
+    }
+
+    /// Programs, of which a step runs program t for each shard whose number ends in t ones.
+    pub fn programs(&self) -> &[Program] {
+        &self.programs
     }
 
     fn upload<T: Element>(&self, device: &mut Device, slot: Slot, data: &[T]) {

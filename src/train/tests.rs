@@ -246,12 +246,14 @@ impl Run {
     fn new(config: Config, size: [usize; 2], threads: usize) -> Run {
         let mut device = Device::Cpu(Cpu::new(threads));
         let schedule = Schedule::new(&config.diffusion).unwrap();
-        let trainer = Trainer::new(&mut device, &config, &schedule, size).unwrap();
+        let trainer = Trainer::new(&mut device, &config, &schedule, size, Share::solo(&config.train).unwrap()).unwrap();
         Run { device, trainer, config, size }
     }
 
     fn step(&mut self, step: u64, pixels: &[u8]) -> Metrics {
-        self.trainer.step(&mut self.device, &mut Solo, &self.config, step, pixels).unwrap()
+        let losses = self.trainer.step(&mut self.device, &mut Solo, &self.config, step, pixels).unwrap();
+        let (norm, images) = (losses.norm, losses.losses.iter().copied().zip(losses.timesteps.iter().copied()));
+        Metrics::new(images, self.config.diffusion.timesteps, norm)
     }
 
     fn image(&self) -> usize {

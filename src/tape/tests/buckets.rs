@@ -28,7 +28,7 @@ fn unet_program(buckets: Buckets) -> (Tape, Program) {
     tape.begin(Phase::Update);
     let norm = tape.io("norm", Spec::f32([2]));
     grad_norm(&mut tape, norm);
-    let program = plan(&tape, None, Some(buckets));
+    let program = plan(&tape, None, Some(buckets.into()));
     (tape, program)
 }
 
@@ -118,7 +118,7 @@ fn a_program_can_take_the_layout_of_another() {
     let (tape, program) = unet_program(Buckets::default());
     let reversed: Vec<Param> = tape.params().iter().rev().cloned().collect();
     let layout = ParamLayout::new(reversed.iter());
-    let moved = plan(&tape, Some(&layout), Some(Buckets { first: 1 << 10, other: 4 << 10 }));
+    let moved = plan(&tape, Some(&layout), Some(Buckets { first: 1 << 10, other: 4 << 10 }.into()));
     assert_eq!(moved.layout, layout);
     assert_ne!(moved.layout, program.layout);
     let ranges: Vec<_> = moved

@@ -1,0 +1,89 @@
+//! This process among the ranks of a run, as every subcommand that computes sees it.
+
+use super::Common;
+use super::exit::{Code, Failure, OrFail};
+use crate::collective::host::{Host, Meeting};
+use crate::collective::{Collective, Solo};
+use crate::rendezvous::store::{Client, Server};
+use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, detect};
+use crate::report::Console;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+/// This rank, and its connection to the others.
+pub(super) struct Ranks {
+    collective: Box<dyn Collective>,
+    world: Option<World>,
+    /// Dropped last: the other ranks use it as long as they run.
+    _store: Option<Server>,
+}
+
+impl Ranks {
+    /// Meets the other ranks, if a launcher has started several.
+    pub fn join(common: &Common) -> Result<Ranks, Failure> {
+        let world = match detect(&Environment::of_this_process()).or_fail(Code::Usage)? {
+            Detected::Rank(world) => world,
+            Detected::Alone | Detected::Node(_) => {
+                return Ok(Ranks { collective: Box::new(Solo), world: None, _store: None });
+            }
+        };
+        if world.size == 1 {
+            return Ok(Ranks { collective: Box::new(Solo), world: Some(world), _store: None });
+        }
+        let patience = Duration::from_secs(common.rdzv_timeout.into());
+        let one_machine = world.local_size == world.size;
+        let server = match world.store.served_by == StoreHost::RankZero && world.rank == 0 {
+            true => Some(serve(&world.store, one_machine, &common.console())?),
+            false => None,
+        };
+        let prefix = format!("ddpm-dist/{}/", world.attempt);
+        let store = Client::connect(&world.store, &prefix, patience).or_fail(Code::Meeting)?;
+        let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store, patience };
+        let host = Host::join(meeting, patience).or_fail(Code::Meeting)?;
+        Ok(Ranks { collective: Box::new(host), world: Some(world), _store: server })
+    }
+
+    pub fn collective(&mut self) -> &mut dyn Collective {
+        &mut *self.collective
+    }
+
+    /// Number of ranks.
+    pub fn number(&self) -> usize {
+        self.collective.world_size()
+    }
+
+    pub fn is_rank_zero(&self) -> bool {
+        self.collective.rank() == 0
+    }
+
+    /// Number of ranks on this machine.
+    pub fn here(&self) -> usize {
+        self.world.as_ref().map_or(1, |world| world.local_size)
+    }
+
+    /// Whether this is the first rank of its machine.
+    pub fn is_first_here(&self) -> bool {
+        self.world.as_ref().is_none_or(|world| world.local_rank == 0)
+    }
+
+    /// Where this rank speaks: rank 0 for all, the others when something is wrong.
+    pub fn console(&self, common: &Common) -> Console {
+        if self.is_rank_zero() { common.console() } else { Console::new(crate::report::Verbosity::Quiet) }
+    }
+}
+
+/// Serves the store at the port that all ranks agree on.
+fn serve(store: &StoreAddress, one_machine: bool, console: &Console) -> Result<Server, Failure> {
+    let here = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+    let port = store.port;
+    let server = Server::listen(SocketAddr::new(here.into(), port)).map_err(|error| {
+        let message = format!(
+            "cannot listen on port {port}, where the ranks are to meet: {error}; set MASTER_PORT to a free port, for all ranks alike"
+        );
+        Failure::new(Code::Meeting, message)
+    })?;
+    if !one_machine {
+        console.say(format!("the ranks meet on port {port}, open on all networks of this machine"));
+    }
+    Ok(server)
+}

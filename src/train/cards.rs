@@ -1,0 +1,106 @@
+//! What the ranks tell each other after every step, so that all of them know the same and decide alike.
+
+use super::Losses;
+use crate::collective::{Collective, CollectiveError};
+use std::time::Duration;
+
+/// One rank's account of a step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Card {
+    /// It was asked to stop.
+    pub stop: bool,
+    /// Nothing is being written of an earlier checkpoint.
+    pub idle: bool,
+    /// Time it spent on the step, but for waiting for others.
+    pub busy: Duration,
+    /// Of weights and averages, where it is due.
+    pub checksum: Option<u64>,
+    /// Of its images, in the order of the batch.
+    pub losses: Vec<f32>,
+    /// Drawn for them.
+    pub timesteps: Vec<u32>,
+}
+
+const STOP: u32 = 1;
+const IDLE: u32 = 2;
+const CHECKSUM: u32 = 4;
+/// Words before losses and timesteps.
+const HEAD: usize = 4;
+
+impl Card {
+    /// Takes over what a step gave.
+    pub fn fill(&mut self, losses: &Losses<'_>) {
+        self.losses.clear();
+        self.losses.extend_from_slice(losses.losses);
+        self.timesteps.clear();
+        self.timesteps.extend_from_slice(losses.timesteps);
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+        let flags = flag(self.stop, STOP) | flag(self.idle, IDLE) | flag(self.checksum.is_some(), CHECKSUM);
+        let checksum = self.checksum.unwrap_or(0);
+        let busy = u32::try_from(self.busy.as_micros()).unwrap_or(u32::MAX);
+        let head = [flags, busy, checksum as u32, (checksum >> 32) as u32];
+        let losses = self.losses.iter().map(|loss| loss.to_bits());
+        let words = head.into_iter().chain(losses).chain(self.timesteps.iter().copied());
+        words.flat_map(u32::to_le_bytes).collect()
+    }
+
+    /// Nothing if these are not the bytes of a card.
+    fn decode(bytes: &[u8]) -> Option<Card> {
+        let (words, []) = bytes.as_chunks::<4>() else { return None };
+        let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        let (head, rest) = words.split_first_chunk::<HEAD>()?;
+        if !rest.len().is_multiple_of(2) {
+            return None;
+        }
+        let (losses, timesteps) = rest.split_at(rest.len() / 2);
+        Some(Card {
+            stop: head[0] & STOP != 0,
+            idle: head[0] & IDLE != 0,
+            busy: Duration::from_micros(head[1].into()),
+            checksum: (head[0] & CHECKSUM != 0).then_some(u64::from(head[2]) | u64::from(head[3]) << 32),
+            losses: losses.iter().map(|&bits| f32::from_bits(bits)).collect(),
+            timesteps: timesteps.to_vec(),
+        })
+    }
+
+    /// The cards of all ranks, in their order, at every rank.
+    pub fn exchange(&self, collective: &mut dyn Collective) -> Result<Vec<Card>, CollectiveError> {
+        let all = collective.all_gather(self.encode())?;
+        let decoded = |(rank, bytes): (usize, &Vec<u8>)| {
+            Card::decode(bytes).ok_or_else(|| CollectiveError::OutOfStep {
+                rank,
+                ours: "the account of a step".into(),
+                theirs: format!("{} bytes that are none", bytes.len()),
+            })
+        };
+        all.iter().enumerate().map(decoded).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_is_read_as_it_was_written() {
+        let card = Card {
+            stop: true,
+            idle: false,
+            busy: Duration::from_micros(123_456),
+            checksum: Some(0x0123_4567_89ab_cdef),
+            losses: vec![0.5, f32::NAN, -0.0],
+            timesteps: vec![0, 999, 17],
+        };
+        let back = Card::decode(&card.encode()).unwrap();
+        assert!(back.losses.iter().zip(&card.losses).all(|(a, b)| a.to_bits() == b.to_bits()));
+        assert_eq!(Card { losses: vec![], ..back }, Card { losses: vec![], ..card });
+        let idle = Card { idle: true, ..Card::default() };
+        assert_eq!(Card::decode(&idle.encode()).unwrap(), idle);
+        for bytes in [0, 3, 12, 17, 20] {
+            assert!(Card::decode(&vec![0; bytes]).is_none(), "{bytes} bytes");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! What the ranks of a run make sure of together, before its first step.
+
+use super::resume::differences_of_ranks;
+use super::{Config, TrainError};
+use crate::collective::{Collective, CollectiveError};
+use crate::config::{parse, to_toml};
+use crate::tape::RunError;
+
+/// Gives `result` if it is well at all ranks; else this rank's error, or one that tells of the other rank's.
+pub(super) fn together<T>(collective: &mut dyn Collective, result: Result<T, TrainError>) -> Result<T, TrainError> {
+    let mine = result.as_ref().err().map(ToString::to_string);
+    let all = gather(collective, mine.map_or_else(Vec::new, String::into_bytes))?;
+    let value = result?;
+    match all.iter().position(|said| !said.is_empty()) {
+        None => Ok(value),
+        Some(rank) => Err(TrainError::OtherRank { rank, message: String::from_utf8_lossy(&all[rank]).into_owned() }),
+    }
+}
+
+/// Does `work` at rank 0 alone, and goes on at all ranks if it is well there.
+pub(super) fn at_rank_zero<T>(
+    collective: &mut dyn Collective,
+    work: impl FnOnce() -> Result<T, TrainError>,
+) -> Result<Option<T>, TrainError> {
+    let result = if collective.rank() == 0 { work().map(Some) } else { Ok(None) };
+    together(collective, result)
+}
+
+/// The bytes of all ranks.
+pub(super) fn gather(collective: &mut dyn Collective, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, TrainError> {
+    collective.all_gather(mine).map_err(lost)
+}
+
+pub(super) fn lost(error: CollectiveError) -> TrainError {
+    TrainError::Run(RunError::Collective(error))
+}
+
+/// Refuses ranks that would not train the same model: of another build of this program, or with another config.
+pub(super) fn same_program(collective: &mut dyn Collective, config: &Config) -> Result<(), TrainError> {
+    let build = format!("{} of {}", build(), crate::simd::level().name());
+    let all = gather(collective, format!("{build}\n{}", to_toml(config)?).into_bytes())?;
+    let texts: Vec<String> = all.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
+    let split = |text: &str| text.split_once('\n').map(|(build, toml)| (build.to_string(), toml.to_string()));
+    let Some((first_build, first_toml)) = split(&texts[0]) else { return Ok(()) };
+    for (rank, text) in texts.iter().enumerate().skip(1) {
+        let Some((build, toml)) = split(text) else { continue };
+        if build != first_build {
+            let what = format!("rank 0 runs {first_build}, rank {rank} {build}");
+            return Err(TrainError::Unequal { what, remedy: "start one and the same program on all nodes" });
+        }
+        if toml != first_toml {
+            let name = |rank: usize| format!("the config of rank {rank}");
+            let (zero, other) = (parse(&first_toml, &name(0), &[])?, parse(&toml, &name(rank), &[])?);
+            if let Some(d) = differences_of_ranks(&zero, &other)?.first() {
+                let what = format!("rank 0 has `{}` = {}, rank {rank} {}", d.key, d.saved, d.now);
+                let remedy = "start all ranks with one config file and the same --set";
+                return Err(TrainError::Unequal { what, remedy });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses ranks that see other images.
+pub(super) fn same_images(collective: &mut dyn Collective, fingerprint: &str) -> Result<(), TrainError> {
+    let all = gather(collective, fingerprint.as_bytes().to_vec())?;
+    match all.iter().position(|theirs| *theirs != all[0]) {
+        None => Ok(()),
+        Some(rank) => Err(TrainError::Unequal {
+            what: format!("rank {rank} sees other images than rank 0"),
+            remedy: "put one copy of the data set where all nodes read it, or equal copies on each",
+        }),
+    }
+}
+
+/// The program and the commit it was built from.
+pub(super) fn build() -> String {
+    format!("ddpm-dist {} ({})", env!("CARGO_PKG_VERSION"), env!("DDPM_DIST_COMMIT"))
+}
