@@ -1,0 +1,236 @@
+//! Many processes, one trajectory: whatever the number of ranks, the same bits; and what keeps ranks from training together is named.
+
+mod common;
+
+use common::{Project, Running};
+use ddpm_dist::checkpoint::{GROUPS, Snapshot, Want, load};
+use ddpm_dist::rendezvous::store::Server;
+use std::process::Command;
+
+/// The environment in which a launcher starts a rank; this test serves the store, as a launcher does.
+fn rank_of<'a>(command: &'a mut Command, store: &Server, rank: usize, size: usize) -> &'a mut Command {
+    let number = |n: usize| n.to_string();
+    command
+        .env("DDPM_DIST_RUN_ID", "test")
+        .env("RANK", number(rank))
+        .env("WORLD_SIZE", number(size))
+        .env("LOCAL_RANK", number(rank))
+        .env("LOCAL_WORLD_SIZE", number(size))
+        .env("MASTER_ADDR", "127.0.0.1")
+        .env("MASTER_PORT", store.address().port().to_string())
+}
+
+fn store() -> Server {
+    Server::listen(([127, 0, 0, 1], 0).into()).unwrap()
+}
+
+/// Starts `size` ranks, rank r with `arguments(r)`.
+fn start(project: &Project, store: &Server, size: usize, arguments: impl Fn(usize) -> Vec<String>) -> Vec<Running> {
+    let start = |rank| {
+        let mut command = project.program();
+        command.args(arguments(rank));
+        rank_of(&mut command, store, rank, size);
+        project.start(&format!("rank-{rank}"), command)
+    };
+    (0..size).map(start).collect()
+}
+
+/// Arguments of a training run.
+fn train(run_dir: &str, more: &[&str]) -> Vec<String> {
+    let first = ["train", "config.toml", "--run-dir", run_dir, "--threads", "1"];
+    first.iter().chain(more).map(|s| s.to_string()).collect()
+}
+
+/// Trains on `size` ranks and expects all of them to end well; gives what each said.
+fn trained(project: &Project, size: usize, run_dir: &str, more: &[&str]) -> Vec<String> {
+    let store = store();
+    let ranks = start(project, &store, size, |_| train(run_dir, more));
+    ranks
+        .into_iter()
+        .enumerate()
+        .map(|(rank, running)| {
+            let (code, stderr) = running.wait();
+            assert_eq!(code, Some(0), "rank {rank} of {size}: {stderr}");
+            stderr
+        })
+        .collect()
+}
+
+/// Weights, moments and averages of a checkpoint, as bits.
+fn state(project: &Project, run_dir: &str, step: u64) -> Vec<Vec<u32>> {
+    let snapshot: Snapshot = load(&project.checkpoint(run_dir, step), None, Want::All).unwrap();
+    GROUPS.map(|group| snapshot.group(group).iter().map(|x| x.to_bits()).collect()).to_vec()
+}
+
+const SHARDS: [&str; 10] = [
+    "--set",
+    "train.shards=8",
+    "--set",
+    "train.batch=8",
+    "--set",
+    "train.steps=52",
+    "--set",
+    "checkpoint.every=26",
+    "--set",
+    "optim.clip=0.2",
+];
+
+/// Dropout, flips, clipping, warm-up and averages are on; 52 steps; with 1, 2, 4 and 8 ranks, and with 4 and then 2.
+#[test]
+fn one_trajectory_at_any_number_of_ranks() {
+    let project = Project::new();
+    trained(&project, 1, "one", &SHARDS);
+    let (expected, measured) = (state(&project, "one", 52), project.measured("one"));
+    assert_eq!(measured.len(), 52);
+    assert!(measured.iter().any(|line| line["grad_norm"].as_f64().unwrap() > 0.2), "no gradient was clipped");
+    for size in [2, 4, 8] {
+        let run_dir = format!("on-{size}");
+        let said = trained(&project, size, &run_dir, &SHARDS);
+        assert!(said[0].contains(&format!("on {size} ranks")), "{}", said[0]);
+        assert!(said[1..].iter().all(String::is_empty), "rank 0 speaks for all: {said:?}");
+        assert!(state(&project, &run_dir, 52) == expected, "{size} ranks");
+        assert_eq!(project.measured(&run_dir), measured, "{size} ranks");
+    }
+    trained(&project, 4, "changed", &[&SHARDS[..], &["--set", "train.steps=26"]].concat());
+    let said = trained(&project, 2, "changed", &SHARDS);
+    assert!(said[0].contains("resuming") && !said[0].contains("warning"), "{}", said[0]);
+    assert!(state(&project, "changed", 52) == expected);
+    assert_eq!(project.measured("changed"), measured);
+}
+
+/// As many shards as ranks: a change of ranks is said.
+#[test]
+fn another_number_of_ranks_is_said_where_it_changes_bits() {
+    let project = Project::new();
+    trained(&project, 2, "run", &["--set", "train.steps=5"]);
+    let said = trained(&project, 4, "run", &["--set", "train.steps=10"]);
+    assert!(said[0].contains("warning: saved by 2 ranks, going on with 4 ranks"), "{}", said[0]);
+    assert!(said[0].contains("last bits differ"), "{}", said[0]);
+}
+
+#[test]
+fn images_are_the_same_at_any_number_of_ranks() {
+    let project = Project::new();
+    trained(&project, 2, "run", &["--set", "train.steps=5", "--set", "sample.count=7"]);
+    assert!(project.path("run/samples/step-00000005.png").is_file());
+    let sample = |out: &str| {
+        ["sample", "run", "--count", "7", "--seed", "3", "--threads", "1", "--out", out].map(str::to_string).to_vec()
+    };
+    for out in ["npy", "gif"] {
+        let alone = format!("alone.{out}");
+        project.done(&sample(&alone).iter().map(String::as_str).collect::<Vec<_>>());
+        for size in [2, 3] {
+            let (store, together) = (store(), format!("on-{size}.{out}"));
+            for running in start(&project, &store, size, |_| sample(&together)) {
+                let (code, stderr) = running.wait();
+                assert_eq!(code, Some(0), "{stderr}");
+            }
+            assert!(project.read(&together) == project.read(&alone), "{out}, {size} ranks");
+        }
+    }
+}
+
+#[test]
+fn ranks_measure_together() {
+    let (project, store) = (Project::new(), store());
+    let bench = ["bench", "config.toml", "--steps", "2", "--warmup", "1", "--json", "result.json", "--threads", "1"];
+    for running in start(&project, &store, 2, |_| bench.map(str::to_string).to_vec()) {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(0), "{stderr}");
+    }
+    let result: serde_json::Value = serde_json::from_slice(&project.read("result.json")).unwrap();
+    assert_eq!((result["ranks"].as_u64(), result["batch"].as_u64()), (Some(2), Some(4)));
+}
+
+/// Starts two ranks that cannot train together; gives how each ended.
+fn refused(more: [&[&str]; 2]) -> [(Option<i32>, String); 2] {
+    let (project, store) = (Project::new(), store());
+    let ranks = start(&project, &store, 2, |rank| train("run", more[rank]));
+    let ended: Vec<_> = ranks.into_iter().map(Running::wait).collect();
+    assert!(!project.path("run/log.jsonl").exists(), "nothing was trained");
+    ended.try_into().unwrap()
+}
+
+#[test]
+fn ranks_with_different_configs_are_refused() {
+    for (set, key) in [("optim.lr=1e-3", "optim.lr"), ("train.steps=30", "train.steps")] {
+        for (code, stderr) in refused([&[], &["--set", set]]) {
+            assert_eq!(code, Some(2), "{stderr}");
+            assert!(stderr.contains("do not belong together") && stderr.contains(key), "{stderr}");
+        }
+    }
+}
+
+#[test]
+fn a_world_that_does_not_divide_the_batch_is_refused() {
+    for (set, key) in [("train.batch=5", "train.batch"), ("train.shards=1", "train.shards")] {
+        for (code, stderr) in refused([&["--set", set], &["--set", set]]) {
+            assert_eq!(code, Some(2), "{stderr}");
+            assert!(stderr.contains(key) && stderr.contains("2 ranks"), "{stderr}");
+        }
+    }
+}
+
+#[test]
+fn two_processes_with_one_number_are_refused() {
+    let (project, store) = (Project::new(), store());
+    let start = |name: &str| {
+        let mut command = project.program();
+        command.args(train("run", &["--rdzv-timeout", "5"]));
+        rank_of(&mut command, &store, 1, 2);
+        project.start(name, command)
+    };
+    let (first, second) = (start("first"), start("second"));
+    let ended = [first.wait(), second.wait()];
+    assert!(ended.iter().all(|(code, _)| *code == Some(9)), "{ended:?}");
+    assert!(ended.iter().any(|(_, stderr)| stderr.contains("two processes say they are rank 1")), "{ended:?}");
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named() {
+    let (project, store) = (Project::new(), store());
+    let mut command = project.program();
+    command.args(train("run", &["--rdzv-timeout", "1"]));
+    rank_of(&mut command, &store, 0, 2);
+    let (code, stderr) = project.start("alone", command).wait();
+    assert_eq!(code, Some(9), "{stderr}");
+    assert!(stderr.contains("ranks [1] of 2 have not come within 1 s"), "{stderr}");
+}
+
+#[test]
+fn a_store_that_nobody_serves_is_named() {
+    let project = Project::new();
+    let store = store();
+    let port = store.address().port();
+    let mut command = project.program();
+    command.args(train("run", &["--rdzv-timeout", "1"]));
+    rank_of(&mut command, &store, 0, 2);
+    drop(store);
+    let (code, stderr) = project.start("alone", command).wait();
+    assert_eq!(code, Some(9), "{stderr}");
+    assert!(stderr.contains(&format!("127.0.0.1:{port} cannot be reached within 1 s")), "{stderr}");
+}
+
+/// Rank 0 serves the store where no launcher does.
+#[test]
+fn a_port_in_use_is_named() {
+    let (project, store) = (Project::new(), store());
+    let mut command = project.program();
+    command.args(train("run", &[]));
+    rank_of(&mut command, &store, 0, 2).env_remove("DDPM_DIST_RUN_ID");
+    let (code, stderr) = project.start("alone", command).wait();
+    assert_eq!(code, Some(9), "{stderr}");
+    let port = store.address().port();
+    assert!(stderr.contains(&format!("port {port}")) && stderr.contains("MASTER_PORT"), "{stderr}");
+}
+
+#[test]
+fn a_rank_beyond_the_world_is_refused() {
+    let (project, store) = (Project::new(), store());
+    let mut command = project.program();
+    command.args(train("run", &[]));
+    rank_of(&mut command, &store, 2, 2);
+    let (code, stderr) = project.start("alone", command).wait();
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains("the rank is 2, expected less than 2"), "{stderr}");
+}
