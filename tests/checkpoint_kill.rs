@@ -32,8 +32,8 @@ fn run_until_killed() {
     let mut saver = Saver::new(&run.checkpoints(), &CheckpointConfig { keep: 2, ..Default::default() }).unwrap();
     loop {
         step += 1;
-        let mut buffers = saver.buffers(layout.elements());
-        let Buffers { params, adam_m, adam_v, ema } = &mut buffers;
+        let mut buffers = saver.buffers(&layout);
+        let Buffers { params, adam_m, adam_v, ema, .. } = &mut buffers;
         for (group, buffer) in [params, adam_m, adam_v, ema].into_iter().enumerate() {
             buffer.iter_mut().enumerate().for_each(|(i, v)| *v = value(step, group, i));
         }

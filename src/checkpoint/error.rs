@@ -1,7 +1,10 @@
 //! What can go wrong with a checkpoint.
 
 use super::layout::LayoutError;
+use super::team::TeamFailure;
+use crate::rendezvous::store::StoreError;
 use crate::tape::human_bytes;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// An error of saving, verifying or loading a checkpoint.
@@ -28,6 +31,19 @@ pub enum CheckpointError {
         /// The directory of the checkpoints.
         path: PathBuf,
         /// Bytes of the new checkpoint, some slack included.
+        needed: u64,
+        /// Bytes that this user may still write there.
+        free: u64,
+    },
+    /// The disk is too full for the checkpoints that a run is about to write.
+    #[error(
+        "there is no room for a checkpoint in {}: it needs {}, free are {}; free some space, or choose a --run-dir on another disk",
+        path.display(), human_bytes(*needed), human_bytes(*free)
+    )]
+    NoRoom {
+        /// The directory of the checkpoints.
+        path: PathBuf,
+        /// Bytes of a checkpoint, some slack included.
         needed: u64,
         /// Bytes that this user may still write there.
         free: u64,
@@ -126,6 +142,34 @@ pub enum CheckpointError {
         /// Elements given.
         found: usize,
     },
+    /// A snapshot that is not the share of its rank (a fault of the caller).
+    #[error("the snapshot holds the elements {found:?}, the share of this rank is {expected:?}")]
+    Share {
+        /// The rank's share.
+        expected: Range<usize>,
+        /// What the snapshot holds.
+        found: Range<usize>,
+    },
+    /// One of several ranks could not do its part of a save, and nothing was saved.
+    #[error(transparent)]
+    Team(#[from] TeamFailure),
+    /// The ranks of a save cannot meet.
+    #[error("the writers of the ranks cannot meet: {source}")]
+    Store {
+        /// What is wrong with the store.
+        source: StoreError,
+    },
+    /// This rank wrote its shard and was not told what became of the whole.
+    #[error(
+        "rank 0 did not say within {} s whether it is saved: if it is, the next start finds it", after.as_secs_f32()
+    )]
+    NoOutcome {
+        /// How long it was waited for.
+        after: std::time::Duration,
+    },
+    /// The caller took the save back.
+    #[error("the save was called off")]
+    CalledOff,
     /// There is not enough memory to load into.
     #[error("not enough memory for the {bytes} bytes of {}", path.display())]
     OutOfMemory {
@@ -164,6 +208,15 @@ impl CheckpointError {
             | CheckpointError::OtherModel { .. }
             | CheckpointError::OutOfMemory { .. }
             | CheckpointError::Unreadable { .. } => false,
+            // These are errors of saving.
+            CheckpointError::NoSpace { .. }
+            | CheckpointError::NoRoom { .. }
+            | CheckpointError::Share { .. }
+            | CheckpointError::Team(_)
+            | CheckpointError::Store { .. }
+            | CheckpointError::NoOutcome { .. }
+            | CheckpointError::CalledOff
+            | CheckpointError::WriterLost { .. } => false,
             _ => true,
         }
     }

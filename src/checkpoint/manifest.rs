@@ -90,6 +90,11 @@ impl ShardFile {
     pub fn file_name(index: usize, count: usize) -> String {
         format!("shard-{index:05}-of-{count:05}.safetensors")
     }
+
+    /// Whether this is the file of shard `index` of `count`, by its name and its range.
+    pub(super) fn is_shard(&self, layout: &Layout, index: usize, count: usize) -> bool {
+        self.name == ShardFile::file_name(index, count) && (self.begin..self.end) == layout.shard(index, count)
+    }
 }
 
 /// A manifest that has been checked: names and ranges are sound, files partition the layout.

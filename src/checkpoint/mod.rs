@@ -14,9 +14,11 @@ pub mod manifest;
 mod newest;
 mod read;
 pub mod rundir;
+mod save;
 mod saver;
 mod snapshot;
 mod stream;
+mod team;
 pub mod write;
 
 #[cfg(test)]
@@ -29,5 +31,7 @@ pub use manifest::{FORMAT_VERSION, Manifest, Meta, ShardFile};
 pub use newest::{Newest, clean_stale, list, load_newest};
 pub use read::{Want, inspect, load, verify};
 pub use rundir::{RunDir, RunDirError, Start};
+pub use save::check_room;
 pub use saver::{SaveRefused, SaveReport, Saved, Saver};
 pub use snapshot::{Buffers, GROUPS, Group, Snapshot};
+pub use team::{Team, TeamFailure};

@@ -73,7 +73,8 @@ pub fn load(dir: &Path, layout: Option<&Arc<Layout>>, want: Want) -> Result<Snap
             .map_err(|reason| CheckpointError::OtherModel { path: dir.to_path_buf(), reason })?;
     }
     let layout = layout.unwrap_or(&manifest.layout).clone();
-    let mut snapshot = Snapshot::new(manifest.meta.clone(), layout.clone(), Buffers::default());
+    let buffers = Buffers { range: 0..layout.elements(), ..Buffers::default() };
+    let mut snapshot = Snapshot::new(manifest.meta.clone(), layout.clone(), buffers);
     // The sizes of the files vouch for the tensors before memory is taken for them; gaps add less than 64 elements each.
     let stored = manifest.layout.parameters() as u64 * 4 * GROUPS.len() as u64;
     if manifest.bytes() < stored {

@@ -3,6 +3,7 @@
 use super::error::CheckpointError;
 use super::layout::Layout;
 use super::manifest::Meta;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The four flat buffers of a run, in the order in which a shard holds them.
@@ -33,9 +34,11 @@ impl Group {
     }
 }
 
-/// The four flat buffers alone, as they are recycled between saves.
+/// A share of the four flat buffers, as it is recycled between saves.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Buffers {
+    /// The elements of the flat buffers that are meant. Each of the four has this many.
+    pub range: Range<usize>,
     /// The f32 master weights.
     pub params: Vec<f32>,
     /// Adam's first moment.
@@ -47,20 +50,22 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    /// Four buffers of `elements` zeros.
-    pub fn zeroed(elements: usize) -> Buffers {
-        let zeros = || vec![0.0; elements];
-        Buffers { params: zeros(), adam_m: zeros(), adam_v: zeros(), ema: zeros() }
+    /// Zeros for the elements `range`.
+    pub fn zeroed(range: Range<usize>) -> Buffers {
+        let zeros = || vec![0.0; range.len()];
+        Buffers { params: zeros(), adam_m: zeros(), adam_v: zeros(), ema: zeros(), range }
     }
 }
 
-/// The state after a step: what a checkpoint is written from and read into.
+/// The state after a step, or one rank's share of it: what a checkpoint is written from and read into.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// Step, seed, hashes and what else is not a tensor.
     pub meta: Meta,
     /// Where the tensors stand in the four buffers.
     pub layout: Arc<Layout>,
+    /// The elements of the flat buffers that are here: all of them, `0..layout.elements()`, in a snapshot that was loaded.
+    pub range: Range<usize>,
     /// The f32 master weights. Empty in a snapshot that was loaded without them, as are the others.
     pub params: Vec<f32>,
     /// Adam's first moment.
@@ -74,11 +79,11 @@ pub struct Snapshot {
 impl Snapshot {
     /// A snapshot that owns the given buffers.
     pub fn new(meta: Meta, layout: Arc<Layout>, buffers: Buffers) -> Snapshot {
-        let Buffers { params, adam_m, adam_v, ema } = buffers;
-        Snapshot { meta, layout, params, adam_m, adam_v, ema }
+        let Buffers { range, params, adam_m, adam_v, ema } = buffers;
+        Snapshot { meta, layout, range, params, adam_m, adam_v, ema }
     }
 
-    /// One of the four flat buffers.
+    /// One of the four flat buffers, as far as it is here.
     pub fn group(&self, group: Group) -> &[f32] {
         match group {
             Group::Params => &self.params,
@@ -88,14 +93,16 @@ impl Snapshot {
         }
     }
 
-    /// The elements of one tensor in one group; `None` where the group was not loaded or the name is unknown.
+    /// The elements of one tensor in one group; `None` where the group was not loaded, the name is unknown, or the tensor is not wholly here.
     pub fn tensor(&self, group: Group, name: &str) -> Option<&[f32]> {
-        self.group(group).get(self.layout.get(name)?.range())
+        let Range { start, end } = self.layout.get(name)?.range();
+        self.group(group).get(start.checked_sub(self.range.start)?..end.checked_sub(self.range.start)?)
     }
 
     /// Gives the buffers back.
     pub fn into_buffers(self) -> Buffers {
-        Buffers { params: self.params, adam_m: self.adam_m, adam_v: self.adam_v, ema: self.ema }
+        let Snapshot { range, params, adam_m, adam_v, ema, .. } = self;
+        Buffers { range, params, adam_m, adam_v, ema }
     }
 
     pub(super) fn group_mut(&mut self, group: Group) -> &mut Vec<f32> {
@@ -107,13 +114,16 @@ impl Snapshot {
         }
     }
 
-    /// All four buffers must have the layout's length.
-    pub(super) fn check(&self) -> Result<(), CheckpointError> {
-        let expected = self.layout.elements();
+    /// What is here must be shard `index` of `count`, in all four buffers.
+    pub(super) fn check(&self, index: usize, count: usize) -> Result<(), CheckpointError> {
+        let expected = self.layout.shard(index, count);
+        if self.range != expected {
+            return Err(CheckpointError::Share { expected, found: self.range.clone() });
+        }
         for group in GROUPS {
             let found = self.group(group).len();
-            if found != expected {
-                return Err(CheckpointError::Snapshot { group: group.name(), expected, found });
+            if found != expected.len() {
+                return Err(CheckpointError::Snapshot { group: group.name(), expected: expected.len(), found });
             }
         }
         Ok(())

@@ -6,18 +6,19 @@
 //!    renamed to `step-00012000/`, and the parent is fsynced.
 //!
 //! A death before the rename leaves a `.tmp-` directory, which the next start removes; after it, a whole checkpoint. With
-//! several ranks, rank 0 chooses the uuid and commits once every rank has handed in its [`ShardFile`].
+//! several ranks, rank 0 chooses the uuid and commits once every rank has handed in its [`ShardFile`] (`team.rs` says how they meet).
 
 use super::error::CheckpointError;
 use super::io::{Disk, Io, unique_id};
 use super::layout::{Layout, TensorSpec};
 use super::manifest::{MANIFEST, Manifest, Meta, ShardFile};
-use super::snapshot::{GROUPS, Group, Snapshot};
+use super::snapshot::{GROUPS, Group};
 use super::stream::{Writer, header};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The `format` of a shard's safetensors metadata.
 const SHARD_FORMAT: &str = "ddpm-dist checkpoint shard, OHWI";
@@ -56,6 +57,8 @@ pub struct Staging {
     io: Arc<dyn Io>,
     dir: PathBuf,
     target: PathBuf,
+    /// Set when the caller no longer wants it.
+    called_off: Arc<AtomicBool>,
 }
 
 impl Staging {
@@ -80,9 +83,30 @@ impl Staging {
         Staging::at(Arc::new(Disk), checkpoints, step, uuid)
     }
 
-    fn at(io: Arc<dyn Io>, checkpoints: &Path, step: u64, uuid: &str) -> Staging {
+    pub(super) fn at(io: Arc<dyn Io>, checkpoints: &Path, step: u64, uuid: &str) -> Staging {
         let name = dir_name(step);
-        Staging { io, dir: checkpoints.join(format!("{name}.tmp-{uuid}")), target: checkpoints.join(name) }
+        let (dir, target) = (checkpoints.join(format!("{name}.tmp-{uuid}")), checkpoints.join(name));
+        Staging { io, dir, target, called_off: Arc::default() }
+    }
+
+    /// Stops between two tensors once the flag is set.
+    pub(super) fn until(self, called_off: &Arc<AtomicBool>) -> Staging {
+        Staging { called_off: called_off.clone(), ..self }
+    }
+
+    /// The checkpoint it is to become.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Where a shard is until then.
+    pub(super) fn path_of(&self, shard: &ShardFile) -> PathBuf {
+        self.dir.join(&shard.name)
+    }
+
+    /// Waits until the disk has the names of the files.
+    pub(super) fn sync(&self) -> Result<(), CheckpointError> {
+        self.io.sync_dir(&self.dir).map_err(CheckpointError::io("flush to disk", &self.dir))
     }
 
     /// Writes shard `index` of `count`. Each of `groups` (params, adam_m, adam_v, ema) is the part of the flat buffer that
@@ -109,6 +133,9 @@ impl Staging {
         file.write(&header(&shard_tensors(layout, &range), SHARD_FORMAT).map_err(bad)?)?;
         for values in groups {
             for piece in layout.pieces(range.clone()) {
+                if self.called_off.load(Ordering::Relaxed) {
+                    return Err(CheckpointError::CalledOff);
+                }
                 file.write_f32(&values[piece.elements.start - range.start..piece.elements.end - range.start])?;
             }
         }
@@ -134,7 +161,7 @@ impl Staging {
         let mut file = Writer::create(&*self.io, &path)?;
         file.write(&bytes)?;
         file.finish()?;
-        self.io.sync_dir(&self.dir).map_err(CheckpointError::io("flush to disk", &self.dir))?;
+        self.sync()?;
         let replaced = self.rename()?;
         let parent = self.target.parent().unwrap_or(Path::new("."));
         self.io.sync_dir(parent).map_err(CheckpointError::io("flush to disk", parent))?;
@@ -177,39 +204,6 @@ impl Staging {
         }
         remove_checkpoint_files(&*self.io, &self.dir)
     }
-}
-
-/// Writes a snapshot as one shard; the path of the checkpoint and the bytes of its shard.
-pub(super) fn write_snapshot(
-    io: &Arc<dyn Io>,
-    checkpoints: &Path,
-    snapshot: &Snapshot,
-) -> Result<(PathBuf, u64), CheckpointError> {
-    snapshot.check()?;
-    let layout = &snapshot.layout;
-    check_space(&**io, checkpoints, layout)?;
-    let (staging, _) = Staging::create_with(io.clone(), checkpoints, snapshot.meta.step)?;
-    let written = staging.write_shard(layout, 0, 1, GROUPS.map(|g| snapshot.group(g))).and_then(|shard| {
-        let bytes = shard.bytes;
-        Ok((staging.commit(&snapshot.meta, layout, vec![shard])?, bytes))
-    });
-    if written.is_err() {
-        // The write's own error is the one to report; a directory that cannot be removed now is removed at the next start.
-        let _ = staging.abandon();
-    }
-    written
-}
-
-/// Refuses a save that cannot fit before it writes anything.
-pub(super) fn check_space(io: &dyn Io, checkpoints: &Path, layout: &Layout) -> Result<(), CheckpointError> {
-    let data = layout.parameters() as u64 * 4 * GROUPS.len() as u64;
-    // Headers and manifest: some 150 bytes a tensor and place, and a MiB for blocks and directories.
-    let needed = data + layout.tensors().len() as u64 * 1024 + (1 << 20);
-    let free = io.free_bytes(checkpoints).map_err(CheckpointError::io("measure the free space of", checkpoints))?;
-    if free < needed {
-        return Err(CheckpointError::NoSpace { path: checkpoints.to_path_buf(), needed, free });
-    }
-    Ok(())
 }
 
 pub(super) fn file_name(path: &Path) -> &str {

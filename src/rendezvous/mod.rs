@@ -6,6 +6,7 @@
 //! The ranks meet at a [`store`]: keys and values behind a socket, in the protocol of PyTorch's `TCPStore`, which torchrun's agent speaks.
 
 mod environment;
+mod host;
 mod slurm;
 pub mod store;
 mod world;
@@ -14,6 +15,7 @@ mod world;
 mod tests;
 
 pub use environment::Environment;
+pub use host::host_name;
 pub use world::{
     Detected, Launcher, Node, OWN_ATTEMPT, OWN_RUN_ID, StoreAddress, StoreHost, World, WorldError, detect,
 };

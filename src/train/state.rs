@@ -78,11 +78,11 @@ pub(super) fn snapshot(
     config: &Config,
     step: u64,
 ) -> Snapshot {
-    let mut buffers = saver.buffers(layout.elements());
-    let Buffers { params, adam_m, adam_v, ema } = &mut buffers;
+    let mut buffers = saver.buffers(layout);
+    let Buffers { range, params, adam_m, adam_v, ema } = &mut buffers;
     let flats = [(Region::Weights, params), (Region::Moment1, adam_m), (Region::Moment2, adam_v), (Region::Ema, ema)];
     for (region, flat) in flats {
-        device.download(trainer.buffer(region), 0, flat);
+        device.download(trainer.buffer(region), range.start, flat);
     }
     Snapshot::new(identity.meta(config, step), Arc::clone(layout), buffers)
 }

@@ -1,6 +1,7 @@
 //! The lock on a run directory: one process owns it, and the system gives it up when that process dies.
 
 use super::{RunDirError, io_error};
+use crate::rendezvous::host_name;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -25,14 +26,8 @@ pub struct Owner {
 
 impl Owner {
     fn this_process() -> Owner {
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
-            .or_else(|_| std::env::var("HOSTNAME").map_err(|_| std::io::Error::from(std::io::ErrorKind::NotFound)));
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        Owner {
-            host: host.ok().map(|h| h.trim().to_string()),
-            pid: Some(std::process::id()),
-            since: Some(utc(seconds)),
-        }
+        Owner { host: host_name(), pid: Some(std::process::id()), since: Some(utc(seconds)) }
     }
 }
 

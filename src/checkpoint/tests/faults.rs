@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 /// What happens at the chosen operation.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Fault {
+pub(super) enum Fault {
     /// It fails; all later ones work. The program goes on and tidies up.
     Error(ErrorKind),
     /// It is not done, or done in half, and nothing is done after it.
@@ -20,7 +20,7 @@ enum Fault {
 }
 
 /// The file system until the k-th operation.
-struct Faulty {
+pub(super) struct Faulty {
     at: usize,
     fault: Fault,
     state: Mutex<State>,
@@ -34,7 +34,7 @@ struct State {
 }
 
 impl Faulty {
-    fn new(at: usize, fault: Fault) -> Arc<Faulty> {
+    pub(super) fn new(at: usize, fault: Fault) -> Arc<Faulty> {
         Arc::new(Faulty { at, fault, state: Mutex::new(State::default()) })
     }
 
@@ -73,7 +73,7 @@ impl Faulty {
         whole()
     }
 
-    fn operations(&self) -> Vec<String> {
+    pub(super) fn operations(&self) -> Vec<String> {
         self.state.lock().unwrap().operations.clone()
     }
 }
@@ -121,13 +121,13 @@ impl Io for Faulty {
 fn save_faulty(dir: &Path, step: u64, at: usize, fault: Fault) -> (bool, Vec<String>) {
     let io = Faulty::new(at, fault);
     let config = CheckpointConfig { keep: 1, ..Default::default() };
-    let mut saver = Saver::with_io(io.clone(), dir, &config);
+    let mut saver = Saver::with_io(io.clone(), dir, &config, None);
     saver.save(snapshot(&layout(), step)).unwrap();
     let report = saver.wait().unwrap();
     (report.result.is_ok(), io.operations())
 }
 
-fn newest(dir: &Path) -> Newest {
+pub(super) fn newest(dir: &Path) -> Newest {
     load_newest(dir, Some(&layout()), Want::All).unwrap().expect("a checkpoint")
 }
 
@@ -229,9 +229,12 @@ fn a_save_that_cannot_fit_writes_nothing() {
     let mut saver = Saver::new(tmp.path(), &CheckpointConfig::default()).unwrap();
     // A layout far larger than the disk, with buffers that pretend nothing: the space is checked after the buffers.
     let huge = Arc::new(Layout::packed([("a", vec![1usize << 50])]).unwrap());
-    saver.save(Snapshot::new(Meta::default(), huge.clone(), Buffers::default())).unwrap();
+    let pretended = Buffers { range: 0..huge.elements(), ..Buffers::default() };
+    saver.save(Snapshot::new(Meta::default(), huge.clone(), pretended)).unwrap();
     assert!(matches!(saver.wait().unwrap().result, Err(CheckpointError::Snapshot { group: "params", .. })));
-    let e = crate::checkpoint::write::check_space(&Disk, tmp.path(), &huge).unwrap_err();
-    assert!(matches!(e, CheckpointError::NoSpace { .. }) && e.to_string().contains("16384.00 TiB"), "{e}");
+    saver.save(Snapshot::new(Meta::default(), huge.clone(), Buffers::default())).unwrap();
+    assert!(matches!(saver.wait().unwrap().result, Err(CheckpointError::Share { .. })));
+    let e = check_room(tmp.path(), &huge).unwrap_err();
+    assert!(matches!(e, CheckpointError::NoRoom { .. }) && e.to_string().contains("16384.00 TiB"), "{e}");
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 0);
 }

@@ -2,6 +2,7 @@
 
 mod faults;
 mod hostile;
+mod ranks;
 mod roundtrip;
 
 use super::*;
@@ -24,7 +25,7 @@ fn layout() -> Arc<Layout> {
 
 /// A snapshot whose values name their group, place and step; gaps are zero. Some values are special, and must keep their bits.
 fn snapshot(layout: &Arc<Layout>, step: u64) -> Snapshot {
-    let mut buffers = Buffers::zeroed(layout.elements());
+    let mut buffers = Buffers::zeroed(0..layout.elements());
     let groups = [&mut buffers.params, &mut buffers.adam_m, &mut buffers.adam_v, &mut buffers.ema];
     for (g, buffer) in groups.into_iter().enumerate() {
         for t in layout.tensors() {
@@ -59,17 +60,17 @@ fn save(dir: &Path, snapshot: &Snapshot) -> std::path::PathBuf {
     saver.wait().unwrap().result.unwrap().path
 }
 
-/// Saves as `count` ranks would.
+/// The share of a rank.
+fn share(whole: &Snapshot, rank: usize, size: usize) -> Snapshot {
+    let range = whole.layout.shard(rank, size);
+    let part = |group| whole.group(group)[range.clone()].to_vec();
+    let [params, adam_m, adam_v, ema] = GROUPS.map(part);
+    let buffers = Buffers { params, adam_m, adam_v, ema, range };
+    Snapshot::new(whole.meta.clone(), whole.layout.clone(), buffers)
+}
+
+/// Saves as `count` ranks do.
 fn save_sharded(dir: &Path, snapshot: &Snapshot, count: usize) -> std::path::PathBuf {
-    let (first, uuid) = write::Staging::create(dir, snapshot.meta.step).unwrap();
-    let layout = &snapshot.layout;
-    let files = (0..count)
-        .rev()
-        .map(|i| {
-            let rank = write::Staging::open(dir, snapshot.meta.step, &uuid);
-            let part = layout.shard(i, count);
-            rank.write_shard(layout, i, count, GROUPS.map(|g| &snapshot.group(g)[part.clone()])).unwrap()
-        })
-        .collect();
-    first.commit(&snapshot.meta, layout, files).unwrap()
+    let mut reports = ranks::Ranks::new(dir, count).save(snapshot);
+    reports.swap_remove(0).result.unwrap().path
 }

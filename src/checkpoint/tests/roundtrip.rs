@@ -104,7 +104,7 @@ fn buffers_are_recycled_and_a_second_save_has_to_wait() {
     let mut saver = Saver::new(tmp.path(), &CheckpointConfig::default()).unwrap();
     assert!(saver.poll().is_none() && saver.wait().is_none());
     let layout = layout();
-    let buffers = saver.buffers(layout.elements());
+    let buffers = saver.buffers(&layout);
     let address = buffers.params.as_ptr();
     saver.save(Snapshot::new(snapshot(&layout, 1).meta, layout.clone(), buffers)).unwrap();
     assert!(saver.is_busy());
@@ -119,7 +119,7 @@ fn buffers_are_recycled_and_a_second_save_has_to_wait() {
     assert_eq!(report.step, 1);
     let saved = report.result.unwrap();
     assert_eq!(saved.bytes, std::fs::metadata(saved.path.join("shard-00000-of-00001.safetensors")).unwrap().len());
-    assert_eq!(saver.buffers(layout.elements()).params.as_ptr(), address);
+    assert_eq!(saver.buffers(&layout).params.as_ptr(), address);
     saver.save(*refused.snapshot).unwrap();
     drop(saver); // waits
     assert_eq!(list(tmp.path()).unwrap().iter().map(|(s, _)| *s).collect::<Vec<_>>(), [1, 2]);

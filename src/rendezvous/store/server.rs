@@ -66,6 +66,16 @@ impl Server {
         Ok(Server { address, shared, accepting: Some(accepting) })
     }
 
+    /// Number of keys.
+    pub fn len(&self) -> usize {
+        self.shared.lock().values.len()
+    }
+
+    /// Whether there is no key.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
