@@ -4,7 +4,7 @@ use super::Common;
 use super::exit::{Code, Failure, OrFail};
 use crate::collective::host::{Host, Meeting};
 use crate::collective::{Collective, Solo};
-use crate::rendezvous::store::{Client, Server};
+use crate::rendezvous::store::{Client, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, detect};
 use crate::report::Console;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -14,6 +14,7 @@ use std::time::Duration;
 pub(super) struct Ranks {
     collective: Box<dyn Collective>,
     world: Option<World>,
+    patience: Duration,
     /// Dropped last: the other ranks use it as long as they run.
     _store: Option<Server>,
 }
@@ -21,30 +22,35 @@ pub(super) struct Ranks {
 impl Ranks {
     /// Meets the other ranks, if a launcher has started several.
     pub fn join(common: &Common) -> Result<Ranks, Failure> {
+        let patience = Duration::from_secs(common.rdzv_timeout.into());
         let world = match detect(&Environment::of_this_process()).or_fail(Code::Usage)? {
             Detected::Rank(world) => world,
             Detected::Alone | Detected::Node(_) => {
-                return Ok(Ranks { collective: Box::new(Solo), world: None, _store: None });
+                return Ok(Ranks { collective: Box::new(Solo), world: None, patience, _store: None });
             }
         };
         if world.size == 1 {
-            return Ok(Ranks { collective: Box::new(Solo), world: Some(world), _store: None });
+            return Ok(Ranks { collective: Box::new(Solo), world: Some(world), patience, _store: None });
         }
-        let patience = Duration::from_secs(common.rdzv_timeout.into());
         let one_machine = world.local_size == world.size;
         let server = match world.store.served_by == StoreHost::RankZero && world.rank == 0 {
             true => Some(serve(&world.store, one_machine, &common.console())?),
             false => None,
         };
-        let prefix = format!("ddpm-dist/{}/", world.attempt);
-        let store = Client::connect(&world.store, &prefix, patience).or_fail(Code::Meeting)?;
+        let store = connect(&world, patience).or_fail(Code::Meeting)?;
         let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store, patience };
         let host = Host::join(meeting, patience).or_fail(Code::Meeting)?;
-        Ok(Ranks { collective: Box::new(host), world: Some(world), _store: server })
+        Ok(Ranks { collective: Box::new(host), world: Some(world), patience, _store: server })
     }
 
     pub fn collective(&mut self) -> &mut dyn Collective {
         &mut *self.collective
+    }
+
+    /// What opens a connection to the store of the ranks, where there are several.
+    pub fn connect(&self) -> Option<impl Fn() -> Result<Client, StoreError> + use<>> {
+        let (world, patience) = (self.world.clone().filter(|world| world.size > 1)?, self.patience);
+        Some(move || connect(&world, patience))
     }
 
     /// Number of ranks.
@@ -70,6 +76,11 @@ impl Ranks {
     pub fn console(&self, common: &Common) -> Console {
         if self.is_rank_zero() { common.console() } else { Console::new(crate::report::Verbosity::Quiet) }
     }
+}
+
+/// Keys are those of this start of the run: a store may outlive it.
+fn connect(world: &World, patience: Duration) -> Result<Client, StoreError> {
+    Client::connect(&world.store, &format!("ddpm-dist/{}/", world.attempt), patience)
 }
 
 /// Serves the store at the port that all ranks agree on.

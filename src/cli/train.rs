@@ -78,6 +78,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         true => Start::Fresh { overwrite: arguments.overwrite },
         false => Start::Resume,
     };
+    let connect = ranks.connect();
     let options = Options {
         run_dir: &run_dir,
         start,
@@ -87,6 +88,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         stop: &stop,
         deadline: arguments.max_time.map(|time| started + time),
         first_here: ranks.is_first_here(),
+        connect: connect.as_ref().map(|f| f as &dyn Fn() -> _),
         console: &console,
     };
     let mut device = common.device(ranks.here());
@@ -142,6 +144,7 @@ fn code_of(error: &TrainError) -> Code {
         TrainError::Sample(error) => super::sample::code_of(error),
         TrainError::Device(_) => Code::Device,
         TrainError::Run(_) | TrainError::OtherRank { .. } => Code::PeerLost,
+        TrainError::Store(_) => Code::Meeting,
         TrainError::Unequal { .. } => Code::Usage,
         TrainError::Corrupt { .. } => Code::Corrupt,
     }

@@ -96,8 +96,8 @@ mod tests {
     /// three times as long.
     fn noisy(state: &mut u64) -> Duration {
         *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let draw = (*state >> 33) as u64;
-        let hiccup = if draw % 10 == 0 { 3 } else { 1 };
+        let draw = *state >> 33;
+        let hiccup = if draw.is_multiple_of(10) { 3 } else { 1 };
         Duration::from_micros(hiccup * (100_000 + draw / 10 % 20_000))
     }
 

@@ -5,6 +5,7 @@ use crate::checkpoint::{CheckpointError, LayoutError, RunDirError};
 use crate::config::{ConfigError, OutOfRange};
 use crate::data::DataError;
 use crate::device::DeviceError;
+use crate::rendezvous::store::StoreError;
 use crate::report::ReportError;
 use crate::sample::SampleError;
 use crate::tape::RunError;
@@ -89,6 +90,9 @@ pub enum TrainError {
     /// The logs cannot be opened.
     #[error(transparent)]
     Report(#[from] ReportError),
+    /// The store of the ranks.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// Another rank cannot begin.
     #[error("rank {rank} cannot begin: {message}")]
     OtherRank {

@@ -1,26 +1,26 @@
 //! A training run from start to end: status → images → state → batch → step.
 
+mod leave;
+mod open;
+
+use self::open::open_data;
 use super::cards::Card;
 use super::checksum::checksum;
 use super::grids::Grids;
-use super::ranks::{at_rank_zero, gather, lost, same_images, same_program, together};
-use super::reports::{DecodingBar, Reports};
-use super::resume::{check_newest_config, check_same_run};
-use super::state::{Identity, layout_for_checkpoints, restore, snapshot};
-use super::{Config, Metrics, Shards, Share, TrainConfig, TrainError, Trainer};
-use crate::checkpoint::rundir::checkpoints_of;
-use crate::checkpoint::write::dir_name;
-use crate::checkpoint::{Layout, Newest, RunDir, SaveReport, Saver, Snapshot, Start, Want, load, load_newest};
+use super::ranks::{at_rank_zero, lost, same_program};
+use super::reports::Reports;
+use super::state::{Identity, snapshot};
+use super::{Config, Metrics, Share, TrainConfig, TrainError, Trainer};
+use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Start};
 use crate::cluster::{Slow, Stragglers, minority};
 use crate::collective::{Collective, Timed};
-use crate::config::OutOfRange;
-use crate::data::{DataConfig, DataError, Dataset, ImageSize, Loader, LoaderConfig, Order};
+use crate::data::{Dataset, ImageSize, Loader, LoaderConfig, Order};
 use crate::device::{Device, Region};
-use crate::diffusion::Schedule;
+use crate::rendezvous::store::{Client, StoreError};
 use crate::report::Console;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long ranks wait for each other before the first step: one of them may decode a data set meanwhile.
@@ -51,6 +51,8 @@ pub struct Options<'a> {
     pub deadline: Option<Instant>,
     /// Whether this is the first rank of its machine: it decodes the data set, and the others use what it has cached.
     pub first_here: bool,
+    /// Opens a connection of its own to the store of the ranks, where there are several.
+    pub connect: Option<&'a dyn Fn() -> Result<Client, StoreError>>,
     /// Where messages go.
     pub console: &'a Console,
 }
@@ -113,6 +115,7 @@ struct Run<'a> {
     layout: Arc<Layout>,
     identity: Identity,
     grids: Option<Grids>,
+    saver: Saver,
     /// What rank 0 does for all.
     lead: Option<Lead>,
     stragglers: Stragglers,
@@ -130,7 +133,6 @@ struct Run<'a> {
 /// The files of a run.
 struct Lead {
     run_dir: RunDir,
-    saver: Saver,
     reports: Reports,
 }
 
@@ -143,98 +145,6 @@ struct Known {
 }
 
 impl<'a> Run<'a> {
-    /// Everything in place for the first step, or for the one after the newest checkpoint.
-    fn open(
-        config: &'a Config,
-        device: &'a mut Device,
-        collective: &'a mut dyn Collective,
-        options: &Options<'a>,
-        dataset: &Dataset,
-        share: Share,
-    ) -> Result<Run<'a>, TrainError> {
-        let Options { console, stop, program, deadline, .. } = *options;
-        let [height, width, channels] = dataset.shape();
-        let schedule = Schedule::new(&config.diffusion)?;
-        let identity = Identity::new(config, dataset.fingerprint(), device, share.world_size)?;
-        let run_dir = at_rank_zero(collective, || {
-            let run_dir = RunDir::open(options.run_dir, options.start)?;
-            if options.start == Start::Resume {
-                // Keys say more than the shapes of tensors would, so the config is compared before those are read.
-                check_newest_config(config, &run_dir, &identity)?;
-            }
-            Ok(run_dir)
-        })?;
-        let trainer = Trainer::new(device, config, &schedule, [height, width], share).map_err(TrainError::from);
-        let trainer = together(collective, trainer)?;
-        let layout = layout_for_checkpoints(&trainer.program().layout)?;
-        let newest = match options.start {
-            Start::Resume => newest(options.run_dir, collective, &layout, console)?,
-            Start::Fresh { .. } => None,
-        };
-        let saved = newest.as_ref().map(|(_, snapshot)| snapshot.meta.step);
-        if let Some((path, snapshot)) = newest {
-            together(collective, check_same_run(config, &path, &snapshot.meta, &identity, dataset))?;
-            restore(&trainer, device, &snapshot);
-            console.say(format!("resuming from {}", path.display()));
-            if options.initial.is_some() {
-                console.alarm("the weights to begin with are not used: this run has begun already");
-            }
-            let differ = "same images and noise, but last bits differ";
-            if snapshot.meta.device_kind != identity.device_kind {
-                let (then, now) = (&snapshot.meta.device_kind, &identity.device_kind);
-                console.alarm(format!("saved on {then}, going on with {now}: {differ}"));
-            }
-            if snapshot.meta.world_size != share.world_size && config.train.shards == Shards::Auto {
-                let (then, now) = (snapshot.meta.world_size, share.world_size);
-                console.alarm(format!("saved by {}, going on with {}: {differ}", ranks(then), ranks(now)));
-            }
-        } else if let Some(initial) = options.initial {
-            trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
-        }
-        let step = saved.unwrap_or(0);
-        let grids = together(collective, Grids::new(config, device, &schedule, &trainer, [height, width]))?;
-        let lead = at_rank_zero(collective, || {
-            let Some(run_dir) = run_dir else { return Ok(None) };
-            // Nothing that is in memory can fail from here on: now an earlier run may go.
-            for path in run_dir.settle()? {
-                console.detail(format!("left in place, as no run makes it: {}", path.display()));
-            }
-            run_dir.write_config(&identity.config_toml)?;
-            let saver = Saver::new(&run_dir.checkpoints(), &config.checkpoint)?;
-            let (parameters, images) = (layout.parameters(), dataset.len());
-            let TrainConfig { steps, batch, .. } = config.train;
-            let on = if share.world_size > 1 { format!(" on {}", ranks(share.world_size)) } else { String::new() };
-            console.say(format!(
-                "{parameters} parameters, {images} images of {height}×{width}×{channels}, steps {step} to {steps}, batch {batch}{on}, in {}",
-                run_dir.root().display(),
-            ));
-            let reports = Reports::open(console, config, &run_dir, step)?;
-            Ok(Some(Lead { run_dir, saver, reports }))
-        })?;
-        collective.set_patience(config.cluster.patience());
-        Ok(Run {
-            config,
-            program,
-            device,
-            collective,
-            console,
-            stop,
-            deadline,
-            root: options.run_dir.to_path_buf(),
-            trainer,
-            layout,
-            identity,
-            grids,
-            lead: lead.flatten(),
-            stragglers: Stragglers::new(share.world_size),
-            card: Card::default(),
-            longest: Duration::ZERO,
-            step,
-            saved,
-            save_waits: false,
-        })
-    }
-
     /// Steps until all are done, or a rank is asked to stop.
     fn all_steps(&mut self, dataset: &Arc<Dataset>) -> Result<Ended, TrainError> {
         let TrainConfig { batch, steps, seed, .. } = self.config.train;
@@ -290,9 +200,9 @@ impl<'a> Run<'a> {
 
     /// Tells the other ranks how this one stands, and hears how they stand.
     fn exchange(&mut self) -> Result<(Vec<Card>, Known), TrainError> {
-        let report = self.lead.as_mut().and_then(|lead| lead.saver.poll());
+        let report = self.saver.poll();
         self.note_save(report);
-        self.card.idle = self.lead.as_ref().is_none_or(|lead| !lead.saver.is_busy());
+        self.card.idle = !self.saver.is_busy();
         self.card.stop = self.stop.load(Ordering::Relaxed) || self.time_is_up();
         let cards = self.card.exchange(self.collective).map_err(lost)?;
         self.card.checksum = None;
@@ -342,8 +252,7 @@ impl<'a> Run<'a> {
 
     fn save(&mut self) {
         self.save_waits = false;
-        let Run { trainer, device, lead, layout, identity, config, step, .. } = self;
-        let Some(Lead { saver, .. }) = lead else { return };
+        let Run { trainer, device, saver, layout, identity, config, step, .. } = self;
         let state = snapshot(trainer, device, saver, layout, identity, config, *step);
         if let Err(refused) = saver.save(state) {
             self.console.alarm(format!("step {step} is not saved: {refused}"));
@@ -356,7 +265,7 @@ impl<'a> Run<'a> {
         let step = self.step;
         if step > 0 && self.saved != Some(step) {
             self.save();
-            if let Some(report) = self.lead.as_mut().and_then(|lead| lead.saver.wait()) {
+            if let Some(report) = self.saver.wait() {
                 report.result.map_err(|source| TrainError::NotSaved { step, source })?;
             }
             self.saved = Some(step);
@@ -365,7 +274,7 @@ impl<'a> Run<'a> {
     }
 
     fn wait_for_save(&mut self) {
-        let report = self.lead.as_mut().and_then(|lead| lead.saver.wait());
+        let report = self.saver.wait();
         self.note_save(report);
     }
 
@@ -410,140 +319,4 @@ impl<'a> Run<'a> {
             }
         }
     }
-
-    /// Saves what is not saved, draws the last grid, and says goodbye.
-    fn close(mut self, ended: Ended) -> Result<Ended, TrainError> {
-        self.save_now()?;
-        self.end_bar();
-        let picture = match ended {
-            Ended::Finished => {
-                let picture = self.draw()?;
-                if picture.is_none() && self.stop.load(Ordering::Relaxed) {
-                    self.console.say("stopped while the last grid was drawn: it is left out");
-                }
-                picture
-            }
-            Ended::Stopped => None,
-        };
-        if let Some(lead) = &mut self.lead {
-            lead.reports.flush();
-            self.console.last(farewell(&self, ended, picture.as_deref()));
-        }
-        Ok(ended)
-    }
-
-    fn end_bar(&mut self) {
-        self.lead.iter_mut().for_each(|lead| lead.reports.end_bar());
-    }
-
-    /// Saves what can be saved of a run that cannot go on; gives back why it cannot.
-    fn give_up(mut self, error: TrainError) -> TrainError {
-        self.end_bar();
-        // State that is not finite, or not the same at all ranks, is worth less than the checkpoint before it.
-        let is_sound = !matches!(error, TrainError::Diverged { .. } | TrainError::Corrupt { .. });
-        if is_sound && self.collective.world_size() == 1 {
-            match self.save_now() {
-                Ok(()) if self.step > 0 => self.console.alarm(format!("step {} is saved", self.step)),
-                Ok(()) => {}
-                Err(not_saved) => self.console.alarm(not_saved.to_string()),
-            }
-        } else {
-            self.wait_for_save();
-        }
-        self.lead.iter_mut().for_each(|lead| lead.reports.flush());
-        error
-    }
-}
-
-/// The newest checkpoint that verifies, as rank 0 finds it, at all ranks.
-fn newest(
-    root: &Path,
-    collective: &mut dyn Collective,
-    layout: &Arc<Layout>,
-    console: &Console,
-) -> Result<Option<(PathBuf, Snapshot)>, TrainError> {
-    let checkpoints = checkpoints_of(root);
-    let found = at_rank_zero(collective, || Ok(load_newest(&checkpoints, Some(layout), Want::All)?))?.flatten();
-    let step = found.as_ref().map_or_else(Vec::new, |newest| newest.snapshot.meta.step.to_le_bytes().to_vec());
-    let all = gather(collective, step)?;
-    let Some(step) = all[0].as_slice().try_into().ok().map(u64::from_le_bytes) else { return Ok(None) };
-    let here = match found {
-        Some(Newest { path, snapshot, skipped }) => {
-            skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
-            Ok((path, snapshot))
-        }
-        None => {
-            let path = checkpoints.join(dir_name(step));
-            load(&path, Some(layout), Want::All).map(|snapshot| (path, snapshot)).map_err(TrainError::from)
-        }
-    };
-    together(collective, here).map(Some)
-}
-
-/// The data set; one rank of each machine is the first to open it, and may have to decode it.
-fn open_data(config: &Config, collective: &mut dyn Collective, options: &Options<'_>) -> Result<Dataset, TrainError> {
-    let first = options.first_here.then(|| open_data_here(config, options)).transpose();
-    let dataset = match together(collective, first)? {
-        Some(dataset) => Ok(dataset),
-        None => open_data_here(config, options),
-    };
-    let dataset = together(collective, dataset)?;
-    same_images(collective, &dataset.fingerprint())?;
-    Ok(dataset)
-}
-
-fn open_data_here(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
-    let progress = DecodingBar { console: options.console, bar: Mutex::new(None), stop: options.stop };
-    // Pictures of a folder become grey or coloured as the model wants them, unless `data.channels` says otherwise.
-    let channels = config.data.channels.unwrap_or(config.model.image_channels);
-    let data = DataConfig { channels: Some(channels), ..config.data.clone() };
-    let dataset = Dataset::open(&data, options.config_file, &progress).map_err(|error| match error {
-        DataError::Mismatch { key: "data.channels", found, .. } if config.data.channels.is_none() => {
-            let why = "the images of the data set have this many";
-            TrainError::OutOfRange(OutOfRange::new("model.image_channels", channels, found, why))
-        }
-        error => TrainError::Data(error),
-    })?;
-    OutOfRange::check(
-        channels == config.model.image_channels,
-        "model.image_channels",
-        config.model.image_channels,
-        format!("data.channels = {channels}"),
-        "the model sees the images as they are",
-    )?;
-    if dataset.skipped() > 0 {
-        let names = dataset.skipped_names().join(", ");
-        options.console.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
-    }
-    Ok(dataset)
-}
-
-fn ranks(number: usize) -> String {
-    if number == 1 { "1 rank".to_string() } else { format!("{number} ranks") }
-}
-
-fn farewell(run: &Run<'_>, ended: Ended, picture: Option<&Path>) -> String {
-    let Run { config, program, step, .. } = run;
-    let root = run.root.display();
-    let mut text = match ended {
-        Ended::Finished => format!("done: {step} steps. The run is in {root}"),
-        Ended::Stopped if *step == 0 => {
-            return "stopped before the first step; the same command begins again".to_string();
-        }
-        Ended::Stopped => {
-            return format!(
-                "stopped at step {step} of {}, state saved in {root}; the same command goes on from there",
-                config.train.steps
-            );
-        }
-    };
-    if let Some(picture) = picture {
-        text += &format!("\n  look at     {}", picture.display());
-    }
-    text += &format!("\n  sample      {program} sample {root} --count 64 --seed 1 --out samples.png");
-    text += &format!("\n  train on    the same command with --set train.steps={}", 2 * config.train.steps);
-    if config.log.tensorboard {
-        text += &format!("\n  curves      tensorboard --logdir {root}");
-    }
-    text
 }

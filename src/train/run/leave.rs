@@ -1,0 +1,77 @@
+//! The end of a run, well or not.
+
+use super::{Ended, Run};
+use crate::train::TrainError;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+impl Run<'_> {
+    /// Saves what is not saved, draws the last grid, and says goodbye.
+    pub(super) fn close(mut self, ended: Ended) -> Result<Ended, TrainError> {
+        self.save_now()?;
+        self.end_bar();
+        let picture = match ended {
+            Ended::Finished => {
+                let picture = self.draw()?;
+                if picture.is_none() && self.stop.load(Ordering::Relaxed) {
+                    self.console.say("stopped while the last grid was drawn: it is left out");
+                }
+                picture
+            }
+            Ended::Stopped => None,
+        };
+        if let Some(lead) = &mut self.lead {
+            lead.reports.flush();
+            self.console.last(farewell(&self, ended, picture.as_deref()));
+        }
+        Ok(ended)
+    }
+
+    fn end_bar(&mut self) {
+        self.lead.iter_mut().for_each(|lead| lead.reports.end_bar());
+    }
+
+    /// Saves what can be saved of a run that cannot go on; gives back why it cannot.
+    pub(super) fn give_up(mut self, error: TrainError) -> TrainError {
+        self.end_bar();
+        // State that is not finite, or not the same at all ranks, is worth less than the checkpoint before it.
+        let is_sound = !matches!(error, TrainError::Diverged { .. } | TrainError::Corrupt { .. });
+        if is_sound && self.collective.world_size() == 1 {
+            match self.save_now() {
+                Ok(()) if self.step > 0 => self.console.alarm(format!("step {} is saved", self.step)),
+                Ok(()) => {}
+                Err(not_saved) => self.console.alarm(not_saved.to_string()),
+            }
+        } else {
+            self.wait_for_save();
+        }
+        self.lead.iter_mut().for_each(|lead| lead.reports.flush());
+        error
+    }
+}
+
+fn farewell(run: &Run<'_>, ended: Ended, picture: Option<&Path>) -> String {
+    let Run { config, program, step, .. } = run;
+    let root = run.root.display();
+    let mut text = match ended {
+        Ended::Finished => format!("done: {step} steps. The run is in {root}"),
+        Ended::Stopped if *step == 0 => {
+            return "stopped before the first step; the same command begins again".to_string();
+        }
+        Ended::Stopped => {
+            return format!(
+                "stopped at step {step} of {}, state saved in {root}; the same command goes on from there",
+                config.train.steps
+            );
+        }
+    };
+    if let Some(picture) = picture {
+        text += &format!("\n  look at     {}", picture.display());
+    }
+    text += &format!("\n  sample      {program} sample {root} --count 64 --seed 1 --out samples.png");
+    text += &format!("\n  train on    the same command with --set train.steps={}", 2 * config.train.steps);
+    if config.log.tensorboard {
+        text += &format!("\n  curves      tensorboard --logdir {root}");
+    }
+    text
+}

@@ -1,0 +1,216 @@
+//! Everything before the first step: the data set, the state of the newest checkpoint, files to write to.
+
+use super::{Lead, Options, Run};
+use crate::checkpoint::rundir::{checkpoints_of, sees_mark};
+use crate::checkpoint::write::dir_name;
+use crate::checkpoint::{Layout, Newest, RunDir, Saver, Snapshot, Start, Team, Want, load, load_newest};
+use crate::cluster::Stragglers;
+use crate::collective::Collective;
+use crate::config::OutOfRange;
+use crate::data::{DataConfig, DataError, Dataset};
+use crate::device::Device;
+use crate::diffusion::Schedule;
+use crate::report::Console;
+use crate::train::cards::Card;
+use crate::train::grids::Grids;
+use crate::train::ranks::{at_rank_zero, gather, same_images, together};
+use crate::train::reports::{DecodingBar, Reports};
+use crate::train::resume::{check_newest_config, check_same_run};
+use crate::train::state::{Identity, layout_for_checkpoints, restore};
+use crate::train::{Config, Shards, Share, TrainConfig, TrainError, Trainer};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+impl<'a> Run<'a> {
+    /// Everything in place for the first step, or for the one after the newest checkpoint.
+    pub(super) fn open(
+        config: &'a Config,
+        device: &'a mut Device,
+        collective: &'a mut dyn Collective,
+        options: &Options<'a>,
+        dataset: &Dataset,
+        share: Share,
+    ) -> Result<Run<'a>, TrainError> {
+        let Options { console, stop, program, deadline, .. } = *options;
+        let [height, width, channels] = dataset.shape();
+        let schedule = Schedule::new(&config.diffusion)?;
+        let identity = Identity::new(config, dataset.fingerprint(), device, share.world_size)?;
+        let run_dir = at_rank_zero(collective, || {
+            let run_dir = RunDir::open(options.run_dir, options.start)?;
+            if options.start == Start::Resume {
+                // Keys say more than the shapes of tensors would, so the config is compared before those are read.
+                check_newest_config(config, &run_dir, &identity)?;
+            }
+            Ok(run_dir)
+        })?;
+        same_directory(collective, options.run_dir, run_dir.as_ref())?;
+        let trainer = Trainer::new(device, config, &schedule, [height, width], share).map_err(TrainError::from);
+        let trainer = together(collective, trainer)?;
+        let layout = layout_for_checkpoints(&trainer.program().layout)?;
+        let newest = match options.start {
+            Start::Resume => newest(options.run_dir, collective, &layout, console)?,
+            Start::Fresh { .. } => None,
+        };
+        let saved = newest.as_ref().map(|(_, snapshot)| snapshot.meta.step);
+        if let Some((path, snapshot)) = newest {
+            together(collective, check_same_run(config, &path, &snapshot.meta, &identity, dataset))?;
+            restore(&trainer, device, &snapshot);
+            console.say(format!("resuming from {}", path.display()));
+            if options.initial.is_some() {
+                console.alarm("the weights to begin with are not used: this run has begun already");
+            }
+            let differ = "same images and noise, but last bits differ";
+            if snapshot.meta.device_kind != identity.device_kind {
+                let (then, now) = (&snapshot.meta.device_kind, &identity.device_kind);
+                console.alarm(format!("saved on {then}, going on with {now}: {differ}"));
+            }
+            if snapshot.meta.world_size != share.world_size && config.train.shards == Shards::Auto {
+                let (then, now) = (snapshot.meta.world_size, share.world_size);
+                console.alarm(format!("saved by {}, going on with {}: {differ}", ranks(then), ranks(now)));
+            }
+        } else if let Some(initial) = options.initial {
+            trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
+        }
+        let step = saved.unwrap_or(0);
+        let grids = together(collective, Grids::new(config, device, &schedule, &trainer, [height, width]))?;
+        let lead = at_rank_zero(collective, || {
+            let Some(run_dir) = run_dir else { return Ok(None) };
+            // Nothing that is in memory can fail from here on: now an earlier run may go.
+            for path in run_dir.settle()? {
+                console.detail(format!("left in place, as no run makes it: {}", path.display()));
+            }
+            run_dir.write_config(&identity.config_toml)?;
+            let (parameters, images) = (layout.parameters(), dataset.len());
+            let TrainConfig { steps, batch, .. } = config.train;
+            let on = if share.world_size > 1 { format!(" on {}", ranks(share.world_size)) } else { String::new() };
+            console.say(format!(
+                "{parameters} parameters, {images} images of {height}×{width}×{channels}, steps {step} to {steps}, batch {batch}{on}, in {}",
+                run_dir.root().display(),
+            ));
+            let reports = Reports::open(console, config, &run_dir, step)?;
+            Ok(Some(Lead { run_dir, reports }))
+        })?;
+        let saver = saver(config, collective, options);
+        let saver = together(collective, saver)?;
+        collective.set_patience(config.cluster.patience());
+        Ok(Run {
+            config,
+            program,
+            device,
+            collective,
+            console,
+            stop,
+            deadline,
+            root: options.run_dir.to_path_buf(),
+            trainer,
+            layout,
+            identity,
+            grids,
+            saver,
+            lead: lead.flatten(),
+            stragglers: Stragglers::new(share.world_size),
+            card: Card::default(),
+            longest: Duration::ZERO,
+            step,
+            saved,
+            save_waits: false,
+        })
+    }
+}
+
+/// Refuses ranks that do not see the run directory of rank 0.
+fn same_directory(collective: &mut dyn Collective, root: &Path, run_dir: Option<&RunDir>) -> Result<(), TrainError> {
+    if collective.world_size() == 1 {
+        return Ok(());
+    }
+    let mark = together(collective, run_dir.map(RunDir::mark).transpose().map_err(TrainError::from))?;
+    let nonce = mark.as_ref().map_or_else(Vec::new, |mark| mark.nonce().as_bytes().to_vec());
+    let nonce = String::from_utf8_lossy(&gather(collective, nonce)?[0]).into_owned();
+    let seen = sees_mark(root, &nonce, collective.rank());
+    together(collective, seen.map_err(TrainError::from))
+}
+
+/// This rank's saver.
+fn saver(config: &Config, collective: &dyn Collective, options: &Options<'_>) -> Result<Saver, TrainError> {
+    let checkpoints = checkpoints_of(options.run_dir);
+    let (rank, size, patience) = (collective.rank(), collective.world_size(), config.cluster.patience());
+    Ok(match options.connect {
+        Some(connect) if size > 1 => {
+            let store = connect()?;
+            Saver::with_team(&checkpoints, &config.checkpoint, Team { rank, size, store, patience })?
+        }
+        _ => Saver::new(&checkpoints, &config.checkpoint)?,
+    })
+}
+
+/// The newest checkpoint that verifies, as rank 0 finds it, at all ranks.
+fn newest(
+    root: &Path,
+    collective: &mut dyn Collective,
+    layout: &Arc<Layout>,
+    console: &Console,
+) -> Result<Option<(PathBuf, Snapshot)>, TrainError> {
+    let checkpoints = checkpoints_of(root);
+    let found = at_rank_zero(collective, || Ok(load_newest(&checkpoints, Some(layout), Want::All)?))?.flatten();
+    let step = found.as_ref().map_or_else(Vec::new, |newest| newest.snapshot.meta.step.to_le_bytes().to_vec());
+    let all = gather(collective, step)?;
+    let Some(step) = all[0].as_slice().try_into().ok().map(u64::from_le_bytes) else { return Ok(None) };
+    let here = match found {
+        Some(Newest { path, snapshot, skipped }) => {
+            skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
+            Ok((path, snapshot))
+        }
+        None => {
+            let path = checkpoints.join(dir_name(step));
+            load(&path, Some(layout), Want::All).map(|snapshot| (path, snapshot)).map_err(TrainError::from)
+        }
+    };
+    together(collective, here).map(Some)
+}
+
+/// The data set; one rank of each machine is the first to open it, and may have to decode it.
+pub(super) fn open_data(
+    config: &Config,
+    collective: &mut dyn Collective,
+    options: &Options<'_>,
+) -> Result<Dataset, TrainError> {
+    let first = options.first_here.then(|| open_data_here(config, options)).transpose();
+    let dataset = match together(collective, first)? {
+        Some(dataset) => Ok(dataset),
+        None => open_data_here(config, options),
+    };
+    let dataset = together(collective, dataset)?;
+    same_images(collective, &dataset.fingerprint())?;
+    Ok(dataset)
+}
+
+fn open_data_here(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
+    let progress = DecodingBar { console: options.console, bar: Mutex::new(None), stop: options.stop };
+    // Pictures of a folder become grey or coloured as the model wants them, unless `data.channels` says otherwise.
+    let channels = config.data.channels.unwrap_or(config.model.image_channels);
+    let data = DataConfig { channels: Some(channels), ..config.data.clone() };
+    let dataset = Dataset::open(&data, options.config_file, &progress).map_err(|error| match error {
+        DataError::Mismatch { key: "data.channels", found, .. } if config.data.channels.is_none() => {
+            let why = "the images of the data set have this many";
+            TrainError::OutOfRange(OutOfRange::new("model.image_channels", channels, found, why))
+        }
+        error => TrainError::Data(error),
+    })?;
+    OutOfRange::check(
+        channels == config.model.image_channels,
+        "model.image_channels",
+        config.model.image_channels,
+        format!("data.channels = {channels}"),
+        "the model sees the images as they are",
+    )?;
+    if dataset.skipped() > 0 {
+        let names = dataset.skipped_names().join(", ");
+        options.console.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
+    }
+    Ok(dataset)
+}
+
+fn ranks(number: usize) -> String {
+    if number == 1 { "1 rank".to_string() } else { format!("{number} ranks") }
+}
