@@ -4,6 +4,7 @@ mod bench;
 mod doctor;
 mod exit;
 mod export;
+mod launch;
 mod plan;
 mod sample;
 mod source;
@@ -59,6 +60,8 @@ struct Common {
     /// Say more
     #[arg(short, long, global = true)]
     verbose: bool,
+    #[command(flatten)]
+    launch: launch::LaunchArguments,
 }
 
 impl Common {
@@ -144,8 +147,11 @@ impl Stop {
         for signal in [SIGINT, SIGTERM] {
             // In this order: the shutdown looks at the flag before this signal sets it, and whoever sees the flag finds the signal.
             let code = 128 + signal;
-            signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop.flag))
-                .or_fail(Code::Failed)?;
+            // A batch system may signal a rank and its launcher, which passes it on: it is the launcher that loses patience.
+            if !launch::is_rank_of_ours() {
+                signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop.flag))
+                    .or_fail(Code::Failed)?;
+            }
             signal_hook::flag::register_usize(signal, Arc::clone(&stop.signal), signal as usize)
                 .or_fail(Code::Failed)?;
             signal_hook::flag::register(signal, Arc::clone(&stop.flag)).or_fail(Code::Failed)?;
@@ -197,12 +203,21 @@ fn absolute(path: &Path) -> PathBuf {
 
 /// Parses the command line, runs the command, and gives the exit code.
 pub fn main() -> ExitCode {
+    // Before all else, so that nothing lives on without its launcher.
+    if let Err(failure) = launch::stay_with_launcher() {
+        return failure.report();
+    }
     let Cli { command, common } = Cli::parse();
     // A misspelt name must not pass for the level asked for; `doctor` says it among its findings.
     if !matches!(command, Command::Doctor)
         && let Err(unknown) = crate::simd::allowed()
     {
         return Failure::new(Code::Usage, unknown).report();
+    }
+    match launch::launch_if_asked(&command, &common) {
+        Ok(None) => {}
+        Ok(Some(code)) => return code,
+        Err(failure) => return failure.report(),
     }
     let result = match command {
         Command::Train(arguments) => train::run(arguments, &common),
