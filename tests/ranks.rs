@@ -182,7 +182,7 @@ fn two_processes_with_one_number_are_refused() {
     };
     let (first, second) = (start("first"), start("second"));
     let ended = [first.wait(), second.wait()];
-    assert!(ended.iter().all(|(code, _)| *code == Some(9)), "{ended:?}");
+    assert!(ended.iter().all(|(code, _)| *code == Some(8)), "{ended:?}");
     assert!(ended.iter().any(|(_, stderr)| stderr.contains("two processes say they are rank 1")), "{ended:?}");
 }
 
@@ -193,7 +193,7 @@ fn a_rank_that_does_not_come_is_named() {
     command.args(train("run", &["--rdzv-timeout", "1"]));
     rank_of(&mut command, &store, 0, 2);
     let (code, stderr) = project.start("alone", command).wait();
-    assert_eq!(code, Some(9), "{stderr}");
+    assert_eq!(code, Some(8), "{stderr}");
     assert!(stderr.contains("ranks [1] of 2 have not come within 1 s"), "{stderr}");
 }
 
@@ -207,7 +207,7 @@ fn a_store_that_nobody_serves_is_named() {
     rank_of(&mut command, &store, 0, 2);
     drop(store);
     let (code, stderr) = project.start("alone", command).wait();
-    assert_eq!(code, Some(9), "{stderr}");
+    assert_eq!(code, Some(8), "{stderr}");
     assert!(stderr.contains(&format!("127.0.0.1:{port} cannot be reached within 1 s")), "{stderr}");
 }
 
@@ -219,7 +219,7 @@ fn a_port_in_use_is_named() {
     command.args(train("run", &[]));
     rank_of(&mut command, &store, 0, 2).env_remove("DDPM_DIST_RUN_ID");
     let (code, stderr) = project.start("alone", command).wait();
-    assert_eq!(code, Some(9), "{stderr}");
+    assert_eq!(code, Some(8), "{stderr}");
     let port = store.address().port();
     assert!(stderr.contains(&format!("port {port}")) && stderr.contains("MASTER_PORT"), "{stderr}");
 }

@@ -19,7 +19,7 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    config: ConfigArguments,
+    pub(super) config: ConfigArguments,
     /// Steps that are measured
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
@@ -84,7 +84,7 @@ struct OpRow {
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
     let (config, size) = arguments.config.load_with_size()?;
     let stop = Stop::on_signals()?;
-    let mut ranks = Ranks::join(common)?;
+    let mut ranks = Ranks::join(common, &stop)?;
     let console = ranks.console(common);
     let mut device = common.device(ranks.here());
     let Device::Cpu(cpu) = &device;
@@ -92,7 +92,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let (warmup, steps) = (u64::from(arguments.warmup), u64::from(arguments.steps));
 
     let bar = console.bar("measuring steps", warmup + steps);
-    let options = BenchOptions { warmup, steps, per_op: arguments.per_op, stop: &stop.flag };
+    let options = BenchOptions { warmup, steps, per_op: arguments.per_op, stop: stop.flag() };
     let timings = time_steps(&mut device, ranks.collective(), &config, size, options, |done| bar.set(done));
     let timings = timings.map_err(|error| {
         let code = match &error {

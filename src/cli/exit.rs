@@ -1,5 +1,6 @@
 //! Exit codes, the same for every subcommand.
 
+use crate::cluster::launcher::{Meaning, error_file};
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -22,10 +23,10 @@ pub enum Code {
     PeerLost = 6,
     /// Too little memory, or a device that does not work.
     Device = 7,
+    /// The ranks have no place to meet: a port that is taken, a store or a node that cannot be reached.
+    Rendezvous = 8,
     /// Ranks hold different weights: memory or a device is at fault.
-    Corrupt = 8,
-    /// Ranks that did not find each other.
-    Meeting = 9,
+    Corrupt = 9,
     /// Stopped by a signal after the state was saved: start again to go on (`EX_TEMPFAIL`).
     Preempted = 75,
     /// Stopped by SIGINT, with no state to go on from; as shells say it.
@@ -37,8 +38,69 @@ pub enum Code {
 /// The text that `--help` ends with.
 pub const HELP: &str = "\
 Exit codes: 0 done, 1 failed, 2 command line or config, 3 data set or image file, 4 checkpoint or run directory, 5 training diverged, \
-6 a rank was lost, 7 device or memory, 8 ranks hold different weights, 9 ranks did not meet, 75 training stopped by a signal with its state saved, 130 and 143 stopped by SIGINT and SIGTERM \
+6 a rank or node was lost, 7 device or memory, 8 ranks cannot meet (port taken, node missing), \
+9 ranks hold different weights, 75 training stopped by a signal with its state saved, 130 and 143 stopped by SIGINT and SIGTERM \
 otherwise (by the second one, or in a command that has no state)";
+
+impl Code {
+    /// All of them.
+    const ALL: [Code; 12] = [
+        Code::Failed,
+        Code::Usage,
+        Code::Data,
+        Code::State,
+        Code::Diverged,
+        Code::PeerLost,
+        Code::Device,
+        Code::Rendezvous,
+        Code::Corrupt,
+        Code::Preempted,
+        Code::Interrupted,
+        Code::Terminated,
+    ];
+}
+
+/// What the exit code of a rank means to its launcher. What lies in the command, the data or the state would fail again.
+pub fn meaning(code: i32) -> Meaning {
+    let Some(known) = Code::ALL.into_iter().find(|known| *known as i32 == code) else {
+        return match code {
+            0 => Meaning::Done,
+            101 => Meaning::Failed("a mistake of the program"),
+            _ => Meaning::Failed("not one of this program's"),
+        };
+    };
+    match known {
+        Code::Failed => Meaning::Failed("failed"),
+        Code::Usage => Meaning::Final("command line or config"),
+        Code::Data => Meaning::Final("data set or image file"),
+        Code::State => Meaning::Final("checkpoint or run directory"),
+        Code::Diverged => Meaning::Final("training diverged"),
+        Code::PeerLost => Meaning::PeerLost,
+        Code::Device => Meaning::Failed("device or memory"),
+        Code::Rendezvous => Meaning::Failed("ranks cannot meet"),
+        Code::Corrupt => Meaning::Failed("ranks hold different weights"),
+        Code::Preempted => Meaning::Left,
+        Code::Interrupted => Meaning::Failed("stopped by SIGINT"),
+        Code::Terminated => Meaning::Failed("stopped by SIGTERM"),
+    }
+}
+
+/// Prints why this process fails, tells its launcher if it has one, and gives the exit code.
+pub fn report(code: u8, message: &str) -> ExitCode {
+    // Where stderr is gone (a closed pipe, a full disk) the exit code is all that can still be said.
+    let _ = writeln!(io::stderr(), "ddpm-dist: {message}");
+    tell_launcher(code, message);
+    ExitCode::from(code)
+}
+
+/// Writes the message to where a launcher, torchrun's or our own, looks for the first cause.
+pub fn tell_launcher(code: u8, message: &str) {
+    if let Some(path) = error_file::path_from_environment()
+        && let Err(error) = error_file::write(&path, message, code)
+    {
+        let _ = writeln!(io::stderr(), "ddpm-dist: cannot write {} for the launcher: {error}", path.display());
+    }
+}
 
 /// A message for the user and the exit code that goes with it.
 #[derive(Debug)]
@@ -55,9 +117,7 @@ impl Failure {
 
     /// Prints the message and gives the exit code.
     pub fn report(self) -> ExitCode {
-        // Where stderr is gone (a closed pipe, a full disk) the exit code is all that can still be said.
-        let _ = writeln!(io::stderr(), "ddpm-dist: {}", self.message);
-        ExitCode::from(self.code as u8)
+        report(self.code as u8, &self.message)
     }
 }
 

@@ -4,6 +4,7 @@ mod bench;
 mod doctor;
 mod exit;
 mod export;
+mod launch;
 mod plan;
 mod ranks;
 mod sample;
@@ -11,6 +12,7 @@ mod source;
 mod stdout;
 mod train;
 
+use crate::cluster::Request;
 use crate::config::OutOfRange;
 use crate::device::{Device, cpu::Cpu};
 use crate::report::{Console, Verbosity};
@@ -20,7 +22,7 @@ use exit::{Code, Failure, OrFail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Trains and samples denoising diffusion models (DDPM).
 #[derive(Debug, Parser)]
@@ -54,15 +56,14 @@ struct Common {
     /// CPU threads [default: as many as the process may use]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Seconds that ranks wait for each other to come
-    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u16).range(1..))]
-    rdzv_timeout: u16,
     /// Say nothing but alarms and the last message
     #[arg(short, long, global = true)]
     quiet: bool,
     /// Say more
     #[arg(short, long, global = true)]
     verbose: bool,
+    #[command(flatten)]
+    launch: launch::LaunchArguments,
 }
 
 impl Common {
@@ -135,45 +136,46 @@ impl ConfigArguments {
     }
 }
 
-/// Whether SIGINT or SIGTERM came, and which; the second one ends the process at once with 130 or 143.
+/// Whether this run was asked to stop, by which signal, to which of its ranks. A second SIGINT ends the process at once; other signals
+/// may come twice, as batch systems send them.
 #[derive(Clone, Debug, Default)]
 struct Stop {
-    flag: Arc<AtomicBool>,
-    signal: Arc<AtomicUsize>,
+    request: Request,
 }
 
 impl Stop {
     fn on_signals() -> Result<Stop, Failure> {
-        use signal_hook::consts::{SIGINT, SIGTERM};
+        use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
         let stop = Stop::default();
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the shutdown looks at the flag before this signal sets it, and whoever sees the flag finds the signal.
-            let code = 128 + signal;
-            signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&stop.flag))
-                .or_fail(Code::Failed)?;
-            signal_hook::flag::register_usize(signal, Arc::clone(&stop.signal), signal as usize)
-                .or_fail(Code::Failed)?;
-            signal_hook::flag::register(signal, Arc::clone(&stop.flag)).or_fail(Code::Failed)?;
+        // Set by this signal alone: what another rank was told must not make the first one here the second.
+        let interrupted = Arc::new(AtomicBool::new(false));
+        // In this order: the shutdown looks at the flag before this signal sets it, and whoever sees the flag finds the signal.
+        signal_hook::flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, Arc::clone(&interrupted))
+            .or_fail(Code::Failed)?;
+        signal_hook::flag::register(SIGINT, interrupted).or_fail(Code::Failed)?;
+        for signal in [SIGINT, SIGTERM, SIGUSR1, SIGUSR2] {
+            let Request { flag, signal: number } = &stop.request;
+            signal_hook::flag::register_usize(signal, Arc::clone(number), signal as usize).or_fail(Code::Failed)?;
+            signal_hook::flag::register(signal, Arc::clone(flag)).or_fail(Code::Failed)?;
         }
         Ok(stop)
     }
 
+    fn flag(&self) -> &AtomicBool {
+        &self.request.flag
+    }
+
     fn is_set(&self) -> bool {
-        self.flag.load(Ordering::SeqCst)
+        self.request.flag.load(Ordering::SeqCst)
     }
 
     /// The exit code of a command that has no state to go on from.
     fn code(&self) -> Code {
-        match self.signal.load(Ordering::SeqCst) as i32 {
-            signal_hook::consts::SIGTERM => Code::Terminated,
-            _ => Code::Interrupted,
+        match self.request.signal.load(Ordering::SeqCst) as i32 {
+            signal_hook::consts::SIGINT => Code::Interrupted,
+            _ => Code::Terminated,
         }
     }
-}
-
-/// A flag that the first SIGINT or SIGTERM sets; the second ends the process at once.
-fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
-    Ok(Stop::on_signals()?.flag)
 }
 
 /// This program as it was started, for commands that a user may copy: `ddpm-dist`, or `target/release/ddpm-dist` after `cargo run`.
@@ -202,12 +204,21 @@ fn absolute(path: &Path) -> PathBuf {
 
 /// Parses the command line, runs the command, and gives the exit code.
 pub fn main() -> ExitCode {
+    // Before all else, so that nothing lives on without its launcher.
+    if let Err(failure) = launch::stay_with_launcher() {
+        return failure.report();
+    }
     let Cli { command, common } = Cli::parse();
     // A misspelt name must not pass for the level asked for; `doctor` says it among its findings.
     if !matches!(command, Command::Doctor)
         && let Err(unknown) = crate::simd::allowed()
     {
         return Failure::new(Code::Usage, unknown).report();
+    }
+    match launch::launch_if_asked(&command, &common) {
+        Ok(None) => {}
+        Ok(Some(code)) => return code,
+        Err(failure) => return failure.report(),
     }
     let result = match command {
         Command::Train(arguments) => train::run(arguments, &common),

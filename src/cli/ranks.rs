@@ -1,7 +1,8 @@
 //! This process among the ranks of a run, as every subcommand that computes sees it.
 
-use super::Common;
 use super::exit::{Code, Failure, OrFail};
+use super::{Common, Stop};
+use crate::cluster::Preemption;
 use crate::collective::host::{Host, Meeting};
 use crate::collective::{Collective, Solo};
 use crate::rendezvous::store::{Client, Server, StoreError};
@@ -15,32 +16,42 @@ pub(super) struct Ranks {
     collective: Box<dyn Collective>,
     world: Option<World>,
     patience: Duration,
+    _preemption: Option<Preemption>,
     /// Dropped last: the other ranks use it as long as they run.
     _store: Option<Server>,
 }
 
 impl Ranks {
     /// Meets the other ranks, if a launcher has started several.
-    pub fn join(common: &Common) -> Result<Ranks, Failure> {
-        let patience = Duration::from_secs(common.rdzv_timeout.into());
+    pub fn join(common: &Common, stop: &Stop) -> Result<Ranks, Failure> {
+        let patience = common.launch.patience();
+        let alone = |world| Ranks { collective: Box::new(Solo), world, patience, _preemption: None, _store: None };
         let world = match detect(&Environment::of_this_process()).or_fail(Code::Usage)? {
             Detected::Rank(world) => world,
             Detected::Alone | Detected::Node(_) => {
-                return Ok(Ranks { collective: Box::new(Solo), world: None, patience, _store: None });
+                return Ok(alone(None));
             }
         };
         if world.size == 1 {
-            return Ok(Ranks { collective: Box::new(Solo), world: Some(world), patience, _store: None });
+            return Ok(alone(Some(world)));
         }
         let one_machine = world.local_size == world.size;
         let server = match world.store.served_by == StoreHost::RankZero && world.rank == 0 {
             true => Some(serve(&world.store, one_machine, &common.console())?),
             false => None,
         };
-        let store = connect(&world, patience).or_fail(Code::Meeting)?;
+        let store = connect(&world, patience).or_fail(Code::Rendezvous)?;
+        let watched = connect(&world, patience).or_fail(Code::Rendezvous)?;
+        let preemption = Preemption::watch(watched, stop.request.clone()).or_fail(Code::Failed)?;
         let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store, patience };
-        let host = Host::join(meeting, patience).or_fail(Code::Meeting)?;
-        Ok(Ranks { collective: Box::new(host), world: Some(world), patience, _store: server })
+        let host = Host::join(meeting, patience).or_fail(Code::Rendezvous)?;
+        Ok(Ranks {
+            collective: Box::new(host),
+            world: Some(world),
+            patience,
+            _preemption: Some(preemption),
+            _store: server,
+        })
     }
 
     pub fn collective(&mut self) -> &mut dyn Collective {
@@ -91,7 +102,7 @@ fn serve(store: &StoreAddress, one_machine: bool, console: &Console) -> Result<S
         let message = format!(
             "cannot listen on port {port}, where the ranks are to meet: {error}; set MASTER_PORT to a free port, for all ranks alike"
         );
-        Failure::new(Code::Meeting, message)
+        Failure::new(Code::Rendezvous, message)
     })?;
     if !one_machine {
         console.say(format!("the ranks meet on port {port}, open on all networks of this machine"));

@@ -3,7 +3,7 @@
 use super::exit::{Code, Failure, OrFail};
 use super::ranks::Ranks;
 use super::source::Source;
-use super::{Common, ConfigArguments, absolute, program, stop_on_signals};
+use super::{Common, ConfigArguments, Stop, absolute, program};
 use crate::checkpoint::{Layout, Start, Want};
 use crate::report::Console;
 use crate::train::{Config, Ended, Initial, Options, TrainError, differences, train};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
-    config: ConfigArguments,
+    pub(super) config: ConfigArguments,
     /// Where the run lives [default: runs/ and the config's name]
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
@@ -58,8 +58,8 @@ fn duration(text: &str) -> Result<Duration, String> {
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
     let started = Instant::now();
     let mut config = arguments.config.load()?;
-    let stop = stop_on_signals()?;
-    let mut ranks = Ranks::join(common)?;
+    let stop = Stop::on_signals()?;
+    let mut ranks = Ranks::join(common, &stop)?;
     let console = ranks.console(common);
     let file = &arguments.config.config;
     let run_dir = arguments
@@ -85,7 +85,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         config_file: Some(file),
         program: &program(),
         initial: initial.as_ref().map(|f| f as &Initial),
-        stop: &stop,
+        stop: stop.flag(),
         deadline: arguments.max_time.map(|time| started + time),
         first_here: ranks.is_first_here(),
         connect: connect.as_ref().map(|f| f as &dyn Fn() -> _),
@@ -144,7 +144,7 @@ fn code_of(error: &TrainError) -> Code {
         TrainError::Sample(error) => super::sample::code_of(error),
         TrainError::Device(_) => Code::Device,
         TrainError::Run(_) | TrainError::OtherRank { .. } => Code::PeerLost,
-        TrainError::Store(_) => Code::Meeting,
+        TrainError::Store(_) => Code::Rendezvous,
         TrainError::Unequal { .. } => Code::Usage,
         TrainError::Corrupt { .. } => Code::Corrupt,
     }

@@ -1,7 +1,10 @@
-//! What keeps many ranks going: who is slow, who holds other weights than the rest.
+//! Many processes as one run: starting them on this machine and others, watching them, ending and starting them again.
 
 mod config;
+pub mod launcher;
+mod preemption;
 mod verdict;
 
 pub use config::ClusterConfig;
+pub use preemption::{Preemption, Request};
 pub use verdict::{Slow, Stragglers, minority};

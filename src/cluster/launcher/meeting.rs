@@ -1,0 +1,410 @@
+//! How the launchers of several nodes agree: node 0 decides, and the others read what in its store.
+//!
+//! | key under `launcher/` | who sets it | what |
+//! |---|---|---|
+//! | `node/K` | node K | that it is there, and with how many places |
+//! | `order/N` | node 0 | the N-th order: start attempt N, or stop |
+//! | `failing/N` | any | a rank of attempt N failed: the others are to end |
+//! | `leaving` | any | the signal by which someone wants the run to leave |
+//! | `ended/N/K` | node K | how its ranks of attempt N ended |
+//! | `beat/K` | node K | a number that grows while its launcher lives |
+//! | `bye/K` | node K | it has read the last order |
+
+use super::child::Attempt;
+use super::ends::RankEnd;
+use super::inbox::Inbox;
+use super::voice::Voice;
+use super::watch::Watch;
+use super::{Job, LaunchError};
+use crate::rendezvous::store::{Client, Server, StoreError};
+use crate::rendezvous::{StoreAddress, StoreHost};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+pub(super) const PREFIX: &str = "launcher/";
+/// Pause between two looks at the store.
+pub(super) const TICK: Duration = Duration::from_millis(100);
+/// How long the last order may take to be read.
+const GOODBYES: Duration = Duration::from_secs(5);
+/// How long a value may take that is known to be there.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// What node 0 has decided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum Order {
+    /// Start the ranks; and, after the first time, why.
+    Start { attempt: Attempt, because: Option<String> },
+    /// The run is over, with this exit code.
+    Stop { code: u8, message: Option<String> },
+}
+
+/// What a launcher says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct NodeInfo {
+    pub host: String,
+    /// Places for ranks.
+    pub ranks: usize,
+    nodes: usize,
+    version: String,
+    /// What the meeting place's name means there.
+    meets_at: Option<IpAddr>,
+    /// No two launchers are the same.
+    id: String,
+}
+
+/// The launchers of a run.
+pub(super) struct Meeting<'a> {
+    job: &'a Job,
+    /// On node 0.
+    server: Option<Server>,
+    /// Where there are several nodes.
+    client: Option<Client>,
+    _watch: Option<Watch>,
+    /// Known to node 0; the others know of themselves.
+    pub nodes: Vec<NodeInfo>,
+    told_failing: Option<u32>,
+    told_leaving: bool,
+}
+
+impl<'a> Meeting<'a> {
+    /// Serves the store on node 0, and brings all launchers together.
+    pub(super) fn open(job: &'a Job, voice: &Voice, inbox: &mut Inbox) -> Result<Meeting<'a>, LaunchError> {
+        let is_lead = job.node == 0;
+        let server = is_lead.then(|| serve(job)).transpose()?;
+        let me = NodeInfo {
+            host: host_name(),
+            ranks: job.ranks,
+            nodes: job.nodes,
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            meets_at: job.meet.as_ref().and_then(|(host, port)| resolve(host, *port)),
+            id: crate::files::unique_id(),
+        };
+        let mut meeting = Meeting {
+            job,
+            server,
+            client: None,
+            _watch: None,
+            nodes: vec![me.clone()],
+            told_failing: None,
+            told_leaving: false,
+        };
+        if job.nodes == 1 {
+            return Ok(meeting);
+        }
+        let port = meeting.port();
+        if is_lead {
+            voice.say(&format!(
+                "node 0 ({}) waits for {} other{} on port {port} of all its interfaces; whoever can reach it can disturb the run",
+                me.host,
+                job.nodes - 1,
+                if job.nodes == 2 { "" } else { "s" },
+            ));
+        }
+        let host = if is_lead { "127.0.0.1".to_string() } else { meeting.host().to_string() };
+        let address = StoreAddress { host, port, served_by: StoreHost::Launcher };
+        meeting.client = Some(connect(&address, job.patience, inbox)?);
+        meeting.announce(me)?;
+        if is_lead {
+            let joined = meeting.all_nodes(inbox);
+            if let Err(error) = &joined {
+                // Those who did join hear why there is no run.
+                let (code, message) = ((job.codes.of_error)(error), Some(error.to_string()));
+                meeting.stop(0, &Order::Stop { code, message }, inbox);
+            }
+            meeting.nodes = joined?;
+        }
+        let mut hosts: Vec<String> = meeting.nodes.iter().map(|node| node.host.clone()).collect();
+        if !is_lead {
+            hosts = vec![meeting.host().to_string()];
+        }
+        let client = connect(&address, job.patience, inbox)?;
+        meeting._watch = Some(
+            Watch::start(client, job, hosts, inbox.doorbell())
+                .map_err(|source| LaunchError::Listen { port, source })?,
+        );
+        Ok(meeting)
+    }
+
+    /// The port of the store.
+    pub(super) fn port(&self) -> u16 {
+        match (&self.server, &self.job.meet) {
+            (Some(server), _) => server.address().port(),
+            (None, Some((_, port))) => *port,
+            (None, None) => 0,
+        }
+    }
+
+    fn host(&self) -> &str {
+        self.job.meet.as_ref().map_or("127.0.0.1", |(host, _)| host)
+    }
+
+    /// The name by which ranks find the store.
+    pub(super) fn host_for_ranks(&self) -> String {
+        if self.job.nodes == 1 {
+            return "127.0.0.1".to_string();
+        }
+        let seen: Vec<Option<IpAddr>> = self.nodes.iter().map(|node| node.meets_at).collect();
+        host_for_all(self.host(), &seen)
+    }
+
+    fn announce(&mut self, me: NodeInfo) -> Result<(), LaunchError> {
+        let node = self.job.node;
+        let (key, mine) = (format!("node/{node}"), encode(&me));
+        let Some(client) = &mut self.client else { return Ok(()) };
+        let there = client.compare_set(&key, b"", &mine)?;
+        if there == mine {
+            return Ok(());
+        }
+        let other: NodeInfo = serde_json::from_slice(&there).map_err(|_| LaunchError::Garbled { key })?;
+        Err(LaunchError::Twice { node, other: other.host })
+    }
+
+    /// Waits until all nodes are there; they must have been started alike.
+    fn all_nodes(&mut self, inbox: &mut Inbox) -> Result<Vec<NodeInfo>, LaunchError> {
+        let (start, count, after) = (Instant::now(), self.job.nodes, self.job.patience);
+        let mut missing: Vec<usize> = (0..count).collect();
+        loop {
+            let mut still = Vec::new();
+            for node in missing {
+                if !self.has(&format!("node/{node}"))? {
+                    still.push(node);
+                }
+            }
+            missing = still;
+            if missing.is_empty() {
+                break;
+            }
+            if start.elapsed() >= after {
+                return Err(LaunchError::NodesMissing { missing, count, after });
+            }
+            wait_or_stop(inbox)?;
+        }
+        let nodes: Vec<NodeInfo> =
+            (0..count).map(|node| self.get(&format!("node/{node}"))).collect::<Result<_, LaunchError>>()?;
+        for (node, info) in nodes.iter().enumerate() {
+            let ours = &self.nodes[0];
+            let (theirs, nodes) = (info.nodes.to_string(), ours.nodes.to_string());
+            for (what, theirs, ours) in [("version", &info.version, &ours.version), ("--nnodes", &theirs, &nodes)] {
+                if theirs != ours {
+                    let (host, theirs, ours) = (info.host.clone(), theirs.clone(), ours.clone());
+                    return Err(LaunchError::Disagree { node, host, what, theirs, ours });
+                }
+            }
+        }
+        Ok(nodes)
+    }
+
+    /// Node 0 says what is to be done next.
+    pub(super) fn publish(&mut self, number: u32, order: &Order) -> Result<(), LaunchError> {
+        self.set(&format!("order/{number}"), &encode(order))
+    }
+
+    /// The last order; it waits a little until the others have read it, because the store ends with this process.
+    pub(super) fn stop(&mut self, number: u32, order: &Order, inbox: &mut Inbox) {
+        if self.client.is_none() || self.publish(number, order).is_err() {
+            return;
+        }
+        let start = Instant::now();
+        for node in 1..self.job.nodes {
+            let is_there = |meeting: &mut Meeting| meeting.has(&format!("node/{node}")).unwrap_or(false);
+            let has_read = |meeting: &mut Meeting| meeting.has(&format!("bye/{node}")).unwrap_or(true);
+            while start.elapsed() < GOODBYES
+                && inbox.lost.iter().all(|lost| lost.node != node)
+                && is_there(self)
+                && !has_read(self)
+            {
+                inbox.wait(TICK);
+            }
+        }
+    }
+
+    /// The others wait for what is to be done next.
+    pub(super) fn order(&mut self, number: u32, inbox: &mut Inbox) -> Result<Order, LaunchError> {
+        let key = format!("order/{number}");
+        loop {
+            if self.has(&key)? {
+                let order = self.get(&key)?;
+                if matches!(order, Order::Stop { .. }) {
+                    self.set(&format!("bye/{}", self.job.node), b"")?;
+                }
+                return Ok(order);
+            }
+            inbox.wait(TICK);
+            self.tell(number, false, inbox);
+            self.check_lead(inbox)?;
+            if let (true, Some(signal)) = (inbox.kill, inbox.stop) {
+                return Err(LaunchError::Stopped(signal));
+            }
+        }
+    }
+
+    /// An error, if node 0 is gone.
+    pub(super) fn check_lead(&self, inbox: &Inbox) -> Result<(), LaunchError> {
+        match inbox.lost.iter().find(|lost| lost.node == 0) {
+            Some(lost) => Err(LaunchError::LeadLost { host: lost.host.clone(), why: lost.why.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Tells all what they must know at once.
+    pub(super) fn tell(&mut self, attempt: u32, is_failing: bool, inbox: &Inbox) {
+        // A store that is gone is noticed by the watch.
+        if is_failing && self.told_failing != Some(attempt) {
+            self.told_failing = Some(attempt);
+            let _ = self.set(&format!("failing/{attempt}"), b"");
+        }
+        if let Some(signal) = inbox.stop
+            && !self.told_leaving
+        {
+            self.told_leaving = true;
+            if !inbox.stop_is_theirs {
+                let _ = self.set("leaving", signal.to_string().as_bytes());
+            }
+        }
+    }
+
+    /// Tells node 0 how the ranks of this one ended.
+    pub(super) fn report(&mut self, attempt: u32, ends: &[RankEnd]) -> Result<(), LaunchError> {
+        self.set(&format!("ended/{attempt}/{}", self.job.node), &encode(&ends))
+    }
+
+    /// How the ranks of the other nodes ended, those excepted that are gone.
+    pub(super) fn gather(&mut self, attempt: u32, inbox: &mut Inbox) -> Result<Vec<RankEnd>, LaunchError> {
+        let mut ends = Vec::new();
+        for node in 1..self.job.nodes {
+            let key = format!("ended/{attempt}/{node}");
+            loop {
+                if self.has(&key)? {
+                    ends.extend(self.get::<Vec<RankEnd>>(&key)?);
+                    break;
+                }
+                if inbox.kill || inbox.lost.iter().any(|lost| lost.node == node) {
+                    break;
+                }
+                inbox.wait(TICK);
+                let is_lost = inbox.lost.iter().any(|lost| lost.node == node);
+                self.tell(attempt, is_lost, inbox);
+            }
+        }
+        Ok(ends)
+    }
+
+    fn has(&mut self, key: &str) -> Result<bool, LaunchError> {
+        match &mut self.client {
+            Some(client) => client.has(key).map_err(|error| lost(self.job, error)),
+            None => Ok(false),
+        }
+    }
+
+    fn set(&mut self, key: &str, value: &[u8]) -> Result<(), LaunchError> {
+        match &mut self.client {
+            Some(client) => client.set(key, value).map_err(|error| lost(self.job, error)),
+            None => Ok(()),
+        }
+    }
+
+    fn get<T: DeserializeOwned>(&mut self, key: &str) -> Result<T, LaunchError> {
+        let garbled = || LaunchError::Garbled { key: format!("{PREFIX}{key}") };
+        let Some(client) = &mut self.client else { return Err(garbled()) };
+        let value = client.get(key, ANSWER).map_err(|error| lost(self.job, error))?;
+        serde_json::from_slice(&value).map_err(|_| garbled())
+    }
+}
+
+fn encode(value: &impl Serialize) -> Vec<u8> {
+    // Types of this folder: strings, numbers and lists of them, which JSON can hold.
+    serde_json::to_vec(value).unwrap_or_default()
+}
+
+/// A store that was there: it ended with its launcher.
+fn lost(job: &Job, error: StoreError) -> LaunchError {
+    let host = job.meet.as_ref().map_or("127.0.0.1", |(host, _)| host).to_string();
+    LaunchError::LeadLost { host, why: error.to_string() }
+}
+
+fn wait_or_stop(inbox: &mut Inbox) -> Result<(), LaunchError> {
+    inbox.wait(TICK);
+    match inbox.stop {
+        Some(signal) => Err(LaunchError::Stopped(signal)),
+        None => Ok(()),
+    }
+}
+
+/// Listens: for one node on loopback only, where nobody else comes by.
+fn serve(job: &Job) -> Result<Server, LaunchError> {
+    let port = job.meet.as_ref().map_or(0, |(_, port)| *port);
+    let listen = |ip: IpAddr| Server::listen((ip, port).into());
+    let served = match job.nodes {
+        1 => listen(Ipv4Addr::LOCALHOST.into()),
+        // The IPv6 address takes IPv4 too, on systems that have both.
+        _ => match listen(Ipv6Addr::UNSPECIFIED.into()) {
+            Err(error) if error.kind() != io::ErrorKind::AddrInUse => listen(Ipv4Addr::UNSPECIFIED.into()),
+            served => served,
+        },
+    };
+    served.map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => LaunchError::PortTaken { port },
+        _ => LaunchError::Listen { port, source },
+    })
+}
+
+/// Connects by a thread of its own, so that a signal can end the wait.
+fn connect(address: &StoreAddress, patience: Duration, inbox: &mut Inbox) -> Result<Client, LaunchError> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let (port, address) = (address.port, address.clone());
+    let connecting = std::thread::Builder::new().name("connect".into());
+    connecting
+        .spawn(move || sender.send(Client::connect(&address, PREFIX, patience)))
+        .map_err(|source| LaunchError::Listen { port, source })?;
+    loop {
+        // Soon enough for a person, and at once where the store is there.
+        if let Ok(connected) = receiver.recv_timeout(TICK) {
+            return Ok(connected?);
+        }
+        inbox.wait(Duration::ZERO);
+        if let Some(signal) = inbox.stop {
+            return Err(LaunchError::Stopped(signal));
+        }
+    }
+}
+
+fn resolve(host: &str, port: u16) -> Option<IpAddr> {
+    Some((host, port).to_socket_addrs().ok()?.next()?.ip())
+}
+
+/// The meeting place as all can reach it. Many systems give their own name a loopback address: a rank of node 0 would come to the store by
+/// that, and tell the others to find it there.
+fn host_for_all(host: &str, seen: &[Option<IpAddr>]) -> String {
+    let is_own_loopback = seen.first().copied().flatten().is_some_and(|ip| ip.is_loopback());
+    let elsewhere = seen.iter().flatten().find(|ip| !ip.is_loopback());
+    match elsewhere {
+        Some(ip) if is_own_loopback => ip.to_string(),
+        _ => host.to_string(),
+    }
+}
+
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_means_loopback_on_node_0_only_is_replaced() {
+        let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+        for (seen, expected) in [
+            (vec![ip("127.0.1.1"), ip("10.0.0.1")], "10.0.0.1"),
+            (vec![ip("10.0.0.1"), ip("10.0.0.1")], "head"),
+            (vec![ip("127.0.0.1"), ip("127.0.0.1")], "head"),
+            (vec![None, ip("10.0.0.1")], "head"),
+            (vec![ip("127.0.0.1"), None, ip("fd00::1")], "fd00::1"),
+        ] {
+            assert_eq!(host_for_all("head", &seen), expected, "{seen:?}");
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! One rank is asked to stop, and all of them know.
+//!
+//! After every training step the ranks tell each other anyway. This is for the rest of the time: while data is decoded or images are
+//! sampled, and some rank is told by a signal, the others learn it from the store within a moment.
+
+use crate::rendezvous::store::Client;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// The key in the store; it holds the number of the signal.
+const KEY: &str = "stop";
+/// How often a rank looks.
+const EVERY: Duration = Duration::from_millis(200);
+
+/// A request to stop, as a rank knows it.
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    /// Whether there is one.
+    pub flag: Arc<AtomicBool>,
+    /// The signal that it came by, set before the flag; 0: none.
+    pub signal: Arc<AtomicUsize>,
+}
+
+/// Keeps the requests of all ranks the same, until it is dropped.
+#[derive(Debug)]
+pub struct Preemption {
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Preemption {
+    /// Watches over `request` with a connection to the store that nobody else uses.
+    ///
+    /// # Errors
+    /// A system that starts no thread.
+    pub fn watch(mut store: Client, request: Request) -> std::io::Result<Preemption> {
+        let ends = Arc::new(AtomicBool::new(false));
+        let over = Arc::clone(&ends);
+        let work = move || {
+            // A store that is gone has gone with the launcher or rank 0, which the others notice by themselves.
+            while !over.load(Ordering::Relaxed) && matches!(pass_on(&mut store, &request), Ok(false)) {
+                std::thread::park_timeout(EVERY);
+            }
+        };
+        let thread = std::thread::Builder::new().name("preemption".into()).spawn(work)?;
+        Ok(Preemption { ends, thread: Some(thread) })
+    }
+}
+
+impl Drop for Preemption {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Tells the others of this rank's request, or this rank of theirs; gives whether there is one.
+fn pass_on(store: &mut Client, request: &Request) -> Result<bool, crate::rendezvous::store::StoreError> {
+    if request.flag.load(Ordering::SeqCst) {
+        store.set(KEY, request.signal.load(Ordering::SeqCst).to_string().as_bytes())?;
+        // What was set is answered by nobody; this waits until the store has taken it.
+        store.has(KEY)?;
+        return Ok(true);
+    }
+    if !store.has(KEY)? {
+        return Ok(false);
+    }
+    let signal = String::from_utf8(store.get(KEY, EVERY)?).ok().and_then(|text| text.parse().ok());
+    request.signal.store(signal.unwrap_or(0), Ordering::SeqCst);
+    request.flag.store(true, Ordering::SeqCst);
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rendezvous::store::Server;
+    use crate::rendezvous::{StoreAddress, StoreHost};
+    use std::time::Instant;
+
+    #[test]
+    fn a_request_reaches_all_ranks_with_its_signal() {
+        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let port = server.address().port();
+        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
+        let ranks: Vec<(Request, Preemption)> = (0..3)
+            .map(|_| {
+                let request = Request::default();
+                let store = Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
+                (request.clone(), Preemption::watch(store, request).unwrap())
+            })
+            .collect();
+        ranks[1].0.signal.store(10, Ordering::SeqCst);
+        ranks[1].0.flag.store(true, Ordering::SeqCst);
+        let start = Instant::now();
+        while !ranks.iter().all(|(request, _)| request.flag.load(Ordering::SeqCst)) {
+            assert!(start.elapsed() < Duration::from_secs(20), "the others hear nothing");
+            std::thread::yield_now();
+        }
+        assert!(ranks.iter().all(|(request, _)| request.signal.load(Ordering::SeqCst) == 10));
+    }
+
+    #[test]
+    fn a_store_that_goes_away_ends_the_watch_and_requests_nothing() {
+        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let port = server.address().port();
+        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
+        let request = Request::default();
+        let store = Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
+        let watch = Preemption::watch(store, request.clone()).unwrap();
+        drop(server);
+        drop(watch);
+        assert!(!request.flag.load(Ordering::SeqCst));
+    }
+}
