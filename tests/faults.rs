@@ -1,0 +1,399 @@
+//! What can happen to a run of many ranks, each done to the program itself: real processes, real signals, real memory. Nothing waits on a
+//! clock; what is measured is bounded generously, for machines that others use too.
+
+mod common;
+
+use common::{Project, Running};
+use ddpm_dist::checkpoint::{GROUPS, Snapshot, Want, load};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// One test at a time: each is several busy processes.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Shards that 1, 2 and 4 ranks divide, so that all of these runs have one trajectory; checkpoints every five steps.
+const SHARDS: [&str; 2] = ["--set", "train.shards=4"];
+
+/// Starts the launcher with `ranks` ranks that train in `run_dir`.
+fn launch(project: &Project, ranks: usize, run_dir: &str, more: &[&str]) -> Running {
+    let mut command = project.program();
+    command.args(["--ranks", &ranks.to_string(), "train", "config.toml", "--run-dir", run_dir, "--threads", "1"]);
+    command.args(SHARDS).args(more);
+    project.start(run_dir, command)
+}
+
+const FOR_LONG: [&str; 2] = ["--set", "train.steps=10000000"];
+
+/// The ranks that a launcher runs at present, with their numbers.
+fn ranks_of(launcher: &Running) -> Vec<(usize, Pid)> {
+    ranks_of_pid(launcher.child.id())
+}
+
+fn ranks_of_pid(launcher: u32) -> Vec<(usize, Pid)> {
+    let children = std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap_or_default();
+    let mut ranks = Vec::new();
+    for pid in children.split_whitespace() {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let rank = environment.split(|b| *b == 0).find_map(|v| v.strip_prefix(b"RANK=").map(<[u8]>::to_vec));
+        if let Some(rank) = rank {
+            let rank = String::from_utf8(rank).unwrap().parse().unwrap();
+            ranks.push((rank, Pid::from_raw(pid.parse().unwrap()).unwrap()));
+        }
+    }
+    ranks.sort_by_key(|(rank, _)| *rank);
+    ranks
+}
+
+fn rank(launcher: &Running, number: usize) -> Pid {
+    let ranks = ranks_of(launcher);
+    ranks.iter().find(|(rank, _)| *rank == number).unwrap_or_else(|| panic!("rank {number} of {ranks:?}")).1
+}
+
+/// Whether a process is there and not merely unburied.
+fn lives(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// Waits until none of these processes lives; gives how long that took.
+fn until_gone(pids: &[Pid]) -> Duration {
+    let start = Instant::now();
+    while pids.iter().any(|pid| lives(*pid)) {
+        assert!(start.elapsed() < Duration::from_secs(60), "{pids:?} live on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    start.elapsed()
+}
+
+fn until_steps(project: &Project, launcher: &mut Running, run_dir: &str, steps: usize) {
+    let log = project.path(run_dir).join("log.jsonl");
+    launcher.until(&format!("{steps} steps"), || log.exists() && project.log_lines(run_dir) >= steps);
+}
+
+/// Weights, moments and averages of a checkpoint, as bits.
+fn state(project: &Project, run_dir: &str, step: u64) -> Vec<Vec<u32>> {
+    let snapshot: Snapshot = load(&project.checkpoint(run_dir, step), None, Want::All).unwrap();
+    GROUPS.map(|group| snapshot.group(group).iter().map(|x| x.to_bits()).collect()).to_vec()
+}
+
+fn uninterrupted(project: &Project, steps: &str) {
+    project.trained("straight", &[&SHARDS[..], &["--set", steps]].concat());
+}
+
+#[test]
+fn a_rank_that_is_killed_is_named_and_the_world_goes_on_to_the_same_bits() {
+    let (_alone, project) = (alone(), Project::new());
+    uninterrupted(&project, "train.steps=60");
+    let mut launcher = launch(&project, 4, "run", &["--max-restarts", "1", "--set", "train.steps=60"]);
+    until_steps(&project, &mut launcher, "run", 12);
+    let ranks = ranks_of(&launcher);
+    assert_eq!(ranks.iter().map(|(rank, _)| *rank).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    kill_process(ranks[2].1, Signal::KILL).unwrap();
+    let peers = until_gone(&ranks.iter().map(|(_, pid)| *pid).collect::<Vec<_>>());
+    assert!(peers < Duration::from_secs(5), "peers need {peers:?} to leave");
+    let (code, stderr) = launcher.wait();
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("rank 2 ") && stderr.contains("signal 9"), "the cause: {stderr}");
+    assert!(stderr.contains("resuming from"), "{stderr}");
+    assert!(state(&project, "run", 60) == state(&project, "straight", 60));
+    assert_eq!(project.measured("run"), project.measured("straight"));
+}
+
+#[test]
+fn a_rank_that_is_killed_ends_a_run_without_restarts() {
+    let (_alone, project) = (alone(), Project::new());
+    let mut launcher = launch(&project, 2, "run", &FOR_LONG);
+    until_steps(&project, &mut launcher, "run", 12);
+    kill_process(rank(&launcher, 1), Signal::KILL).unwrap();
+    let (code, stderr) = launcher.wait();
+    assert_eq!(code, Some(137), "{stderr}");
+    assert!(stderr.contains("rank 1 ") && stderr.contains("signal 9"), "{stderr}");
+    project.hashes("run", *project.checkpoints("run").last().unwrap());
+}
+
+#[test]
+fn a_rank_that_stands_still_is_named_after_the_timeout() {
+    let (_alone, project) = (alone(), Project::new());
+    let mut launcher = launch(
+        &project,
+        3,
+        "run",
+        &[&FOR_LONG[..], &["--set", "cluster.timeout=3", "--set", "train.batch=12", "--set", "train.shards=\"auto\""]]
+            .concat(),
+    );
+    until_steps(&project, &mut launcher, "run", 12);
+    let ranks = ranks_of(&launcher);
+    kill_process(ranks[1].1, Signal::STOP).unwrap();
+    let waited = until_gone(&[ranks[0].1, ranks[2].1]);
+    assert!(waited >= Duration::from_millis(2500) && waited < Duration::from_secs(5), "noticed after {waited:?}");
+    let (code, stderr) = launcher.wait();
+    assert!(!lives(ranks[1].1), "the launcher puts it down");
+    assert_ne!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("[1] did not answer within 3 s"), "{stderr}");
+}
+
+#[test]
+fn no_rank_outlives_its_launcher() {
+    let (_alone, project) = (alone(), Project::new());
+    let mut launcher = launch(&project, 4, "run", &FOR_LONG);
+    until_steps(&project, &mut launcher, "run", 5);
+    let ranks: Vec<Pid> = ranks_of(&launcher).into_iter().map(|(_, pid)| pid).collect();
+    assert_eq!(ranks.len(), 4);
+    launcher.signal(Signal::KILL);
+    let needed = until_gone(&ranks);
+    assert!(needed < Duration::from_secs(2), "ranks outlive their launcher by {needed:?}");
+    assert_eq!(launcher.wait().0, None);
+}
+
+#[test]
+fn one_rank_is_told_and_all_save_the_same_step() {
+    let (_alone, project) = (alone(), Project::new());
+    uninterrupted(&project, "train.steps=60");
+    for (number, signal) in [(0, Signal::TERM), (1, Signal::USR1), (3, Signal::USR2), (2, Signal::INT)] {
+        let run_dir = format!("run-{number}");
+        let mut launcher = launch(&project, 4, &run_dir, &["--set", "train.steps=60"]);
+        until_steps(&project, &mut launcher, &run_dir, 8);
+        kill_process(rank(&launcher, number), signal).unwrap();
+        let (code, stderr) = launcher.wait();
+        assert_eq!(code, Some(75), "{signal:?}: {stderr}");
+        let step = *project.checkpoints(&run_dir).last().unwrap();
+        assert!(stderr.contains(&format!("stopped at step {step} ")), "{stderr}");
+        assert_eq!(project.log_lines(&run_dir) as u64, step, "what is saved is the last step");
+        project.hashes(&run_dir, step);
+        let (code, stderr) = launch(&project, 2, &run_dir, &["--set", "train.steps=60"]).wait();
+        assert_eq!(code, Some(0), "{stderr}");
+        assert!(state(&project, &run_dir, 60) == state(&project, "straight", 60), "stopped at {step} by {signal:?}");
+    }
+}
+
+#[test]
+fn a_launcher_that_is_told_tells_its_ranks() {
+    let (_alone, project) = (alone(), Project::new());
+    for signal in [Signal::TERM, Signal::INT, Signal::USR1] {
+        let run_dir = format!("run-{}", signal.as_raw());
+        let mut launcher = launch(&project, 2, &run_dir, &FOR_LONG);
+        until_steps(&project, &mut launcher, &run_dir, 8);
+        launcher.signal(signal);
+        let (code, stderr) = launcher.wait();
+        assert_eq!(code, Some(75), "{signal:?}: {stderr}");
+        let step = *project.checkpoints(&run_dir).last().unwrap();
+        assert!(stderr.contains(&format!("stopped at step {step} ")), "{stderr}");
+    }
+}
+
+/// While images are sampled: a thousand reverse steps of 64 images after each second step of training.
+#[test]
+fn a_rank_that_is_told_while_images_are_sampled() {
+    let (_alone, project) = (alone(), Project::new());
+    let sampling = [
+        "--set",
+        "diffusion.timesteps=1000",
+        "--set",
+        "sample.steps=1000",
+        "--set",
+        "sample.count=256",
+        "--set",
+        "sample.every=2",
+    ];
+    let mut launcher = launch(&project, 2, "run", &[&FOR_LONG[..], &sampling].concat());
+    until_steps(&project, &mut launcher, "run", 2);
+    kill_process(rank(&launcher, 1), Signal::TERM).unwrap();
+    let (code, stderr) = launcher.wait();
+    assert_eq!(code, Some(75), "{stderr}");
+    let last = *project.checkpoints("run").last().unwrap();
+    assert!(stderr.contains(&format!("stopped at step {last} ")), "{stderr}");
+    assert_eq!(project.log_lines("run") as u64, last);
+}
+
+/// Before the first step: rank 0 decodes thousands of pictures, rank 1 waits for it and is told.
+#[test]
+fn a_rank_that_is_told_while_data_is_opened() {
+    let (_alone, project) = (alone(), Project::new());
+    project.picture("pictures/large.png", [1500, 1500], 3);
+    for i in 0..400 {
+        std::fs::hard_link(project.path("pictures/large.png"), project.path(format!("pictures/link-{i}.png"))).unwrap();
+    }
+    let mut launcher = launch(&project, 2, "run", &FOR_LONG);
+    let pid = launcher.child.id();
+    launcher.until("two ranks", || ranks_of_pid(pid).len() == 2);
+    let told = rank(&launcher, 1);
+    launcher.until("rank 1 to catch signals", || catches(told, Signal::USR1));
+    kill_process(told, Signal::USR1).unwrap();
+    let (code, stderr) = launcher.wait();
+    assert_eq!(code, Some(75), "{stderr}");
+    assert!(!project.path("run/log.jsonl").exists(), "nothing was trained: {stderr}");
+}
+
+fn catches(pid: Pid, signal: Signal) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or("0").trim();
+    u64::from_str_radix(mask, 16).unwrap_or(0) >> (signal.as_raw() - 1) & 1 == 1
+}
+
+#[test]
+fn the_wall_clock_limit_saves_and_leaves_before_it() {
+    let (_alone, project) = (alone(), Project::new());
+    let start = Instant::now();
+    let (code, stderr) = launch(&project, 2, "run", &[&FOR_LONG[..], &["--max-time", "0:06"]].concat()).wait();
+    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    assert_eq!(code, Some(75), "{stderr}");
+    let step = *project.checkpoints("run").last().unwrap();
+    assert!(step > 0 && stderr.contains(&format!("stopped at step {step} ")), "{stderr}");
+}
+
+#[test]
+fn two_runs_do_not_share_a_directory() {
+    let (_alone, project) = (alone(), Project::new());
+    let mut first = launch(&project, 2, "run", &FOR_LONG);
+    until_steps(&project, &mut first, "run", 5);
+    let owner = rank(&first, 0).as_raw_nonzero().to_string();
+    let mut command = project.program();
+    command.args(["--ranks", "2", "train", "config.toml", "--run-dir", "run", "--threads", "1"]).args(SHARDS);
+    let (code, stderr) = project.start("second", command).wait();
+    assert_eq!(code, Some(4), "{stderr}");
+    assert!(stderr.contains("is in use by") && stderr.contains(&owner), "{stderr}");
+    first.signal(Signal::TERM);
+    assert_eq!(first.wait().0, Some(75));
+}
+
+/// Weights that a learning rate of almost nothing leaves as they were drawn can be found in the memory of a rank, and a bit of them flipped.
+#[test]
+fn a_flipped_bit_is_noticed_and_its_rank_named() {
+    let (_alone, project) = (alone(), Project::new());
+    for (size, names) in [(4, "rank 2 holds"), (2, "ranks 0, 1 hold")] {
+        let run_dir = format!("run-{size}");
+        let still = ["--set", "optim.lr=1e-37", "--set", "cluster.compare_every=5", "--set", "checkpoint.keep=1000000"];
+        let mut launcher = launch(&project, size, &run_dir, &[&FOR_LONG[..], &still].concat());
+        until_steps(&project, &mut launcher, &run_dir, 12);
+        let first = state(&project, &run_dir, 5);
+        let victim = rank(&launcher, size / 2);
+        let flips = flip_everywhere(victim, &first[0][..64]);
+        let at = project.log_lines(&run_dir);
+        assert!(flips > 0, "the weights were found");
+        let (code, stderr) = launcher.wait();
+        assert_eq!(code, Some(9), "{stderr}");
+        assert!(stderr.contains(names), "{stderr}");
+        let end = project.log_lines(&run_dir);
+        assert!(end < at + 10, "noticed {} steps later", end - at);
+        // Whatever is on disk is from before.
+        let last = *project.checkpoints(&run_dir).last().unwrap();
+        assert!(state(&project, &run_dir, last)[0] == first[0], "a checkpoint holds the flipped bit");
+    }
+}
+
+/// Flips the lowest bit of the first word of every place in the memory of a process that holds `words`; gives how many there are.
+fn flip_everywhere(pid: Pid, words: &[u32]) -> usize {
+    let pid = pid.as_raw_nonzero();
+    let pattern: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem")).unwrap();
+    let mut flips = 0;
+    for line in std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap().lines() {
+        let mut fields = line.split_whitespace();
+        let (Some(range), Some(access)) = (fields.next(), fields.next()) else { continue };
+        let (start, end) = range.split_once('-').unwrap();
+        let [start, end] = [start, end].map(|hex| u64::from_str_radix(hex, 16).unwrap());
+        let mut bytes = vec![0; (end - start) as usize];
+        if !access.starts_with("rw") || memory.read_exact_at(&mut bytes, start).is_err() {
+            continue;
+        }
+        for (offset, found) in bytes.chunks_exact(4).enumerate().map(|(i, word)| (4 * i, word)) {
+            if found == &pattern[..4] && bytes[offset..].starts_with(&pattern) {
+                memory.write_all_at(&[found[0] ^ 1], start + offset as u64).unwrap();
+                flips += 1;
+            }
+        }
+    }
+    flips
+}
+
+/// Kills a rank, chosen by a fixed sequence of numbers, whenever a few more steps are done, twenty times.
+#[test]
+fn twenty_kills_at_random_lose_nothing() {
+    let (_alone, project) = (alone(), Project::new());
+    uninterrupted(&project, "train.steps=120");
+    let mut launcher = launch(&project, 4, "run", &["--max-restarts", "20", "--set", "train.steps=120"]);
+    let mut state_of_chance = 7u64;
+    let mut draw = |below: u64| {
+        state_of_chance =
+            state_of_chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state_of_chance >> 33) % below
+    };
+    let pid = launcher.child.id();
+    let mut killed: Vec<Pid> = Vec::new();
+    for _ in 0..20 {
+        // Somewhere before, in or after a save; the log may be behind the checkpoint that a restart began with.
+        let steps = project.path("run/log.jsonl").exists().then(|| project.log_lines("run")).unwrap_or(0);
+        let goal = (steps + 1 + draw(9) as usize).min(115);
+        launcher.until("a few more steps", || {
+            let ranks = ranks_of_pid(pid);
+            let all_new = ranks.len() == 4 && ranks.iter().all(|(_, pid)| !killed.contains(pid));
+            all_new && project.path("run/log.jsonl").exists() && project.log_lines("run") >= goal
+        });
+        let victim = draw(4) as usize;
+        killed = ranks_of(&launcher).into_iter().map(|(_, pid)| pid).collect();
+        kill_process(rank(&launcher, victim), Signal::KILL).unwrap();
+    }
+    let (code, stderr) = launcher.wait();
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(state(&project, "run", 120) == state(&project, "straight", 120));
+    assert_eq!(project.measured("run"), project.measured("straight"));
+}
+
+/// A checkpoint of four ranks goes on at one, two and eight.
+#[test]
+fn a_checkpoint_goes_on_at_any_number_of_ranks() {
+    let (_alone, project) = (alone(), Project::new());
+    let eight = ["--set", "train.batch=8", "--set", "train.shards=8"];
+    project.trained("straight", &[&eight[..], &["--set", "train.steps=20"]].concat());
+    let train = |ranks: usize, run_dir: &str, steps: &str| {
+        let (code, stderr) = launch(&project, ranks, run_dir, &[&eight[..], &["--set", steps]].concat()).wait();
+        assert_eq!(code, Some(0), "{stderr}");
+    };
+    train(4, "run", "train.steps=10");
+    for ranks in [1, 2, 8] {
+        let run_dir = format!("on-{ranks}");
+        copy(&project.path("run"), &project.path(&run_dir));
+        train(ranks, &run_dir, "train.steps=20");
+        assert!(state(&project, &run_dir, 20) == state(&project, "straight", 20), "{ranks} ranks");
+        assert_eq!(project.measured(&run_dir), project.measured("straight"), "{ranks} ranks");
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() { copy(&path, &target) } else { std::fs::copy(&path, &target).map(drop).unwrap() }
+    }
+}
+
+/// Half of the time a rank does not run, as if it shared its core: its own time doubles, and it is named; nobody is before that.
+#[test]
+fn a_slow_rank_is_named() {
+    let (_alone, project) = (alone(), Project::new());
+    let large = ["--set", "train.batch=16", "--set", "model.channels=[16, 32]"];
+    let mut launcher = launch(&project, 2, "run", &[&FOR_LONG[..], &large].concat());
+    until_steps(&project, &mut launcher, "run", 60);
+    assert!(!launcher.stderr().contains("is slow"), "{}", launcher.stderr());
+    let victim = rank(&launcher, 1);
+    let begin = project.log_lines("run");
+    while !launcher.stderr().contains("rank 1 is slow") {
+        assert!(project.log_lines("run") < begin + 200, "not named: {}", launcher.stderr());
+        for (signal, pause) in [(Signal::STOP, 6), (Signal::CONT, 3)] {
+            kill_process(victim, signal).unwrap();
+            std::thread::sleep(Duration::from_millis(pause));
+        }
+    }
+    let named = project.log_lines("run") - begin;
+    assert!(named <= 25, "named after {named} steps");
+    launcher.signal(Signal::TERM);
+    assert_eq!(launcher.wait().0, Some(75));
+}
