@@ -37,7 +37,7 @@ pub enum CheckpointError {
     },
     /// The disk is too full for the checkpoints that a run is about to write.
     #[error(
-        "there is no room for a checkpoint in {}: it needs {}, free are {}; free some space, or choose a --run-dir on another disk",
+        "there is no room for a checkpoint in {}: it needs {}, free are {}; free some space, or choose a directory on another disk",
         path.display(), human_bytes(*needed), human_bytes(*free)
     )]
     NoRoom {
@@ -47,6 +47,23 @@ pub enum CheckpointError {
         needed: u64,
         /// Bytes that this user may still write there.
         free: u64,
+    },
+    /// A checkpoint is to be written where something is.
+    #[error("{} exists, and nothing is written over it: choose another directory", path.display())]
+    Exists {
+        /// What exists.
+        path: PathBuf,
+    },
+    /// What was written does not hold the values that were read.
+    #[error(
+        "{} does not hold the tensors of {}, though its files are whole: it is removed; is another program changing them?",
+        path.display(), of.display()
+    )]
+    Differs {
+        /// The copy.
+        path: PathBuf,
+        /// What it was to be a copy of.
+        of: PathBuf,
     },
     /// A file of a checkpoint is not there, or is no regular file.
     #[error("{} is missing", path.display())]
@@ -208,8 +225,10 @@ impl CheckpointError {
             | CheckpointError::OtherModel { .. }
             | CheckpointError::OutOfMemory { .. }
             | CheckpointError::Unreadable { .. } => false,
-            // These are errors of saving.
-            CheckpointError::NoSpace { .. }
+            // These are errors of writing.
+            CheckpointError::Exists { .. }
+            | CheckpointError::Differs { .. }
+            | CheckpointError::NoSpace { .. }
             | CheckpointError::NoRoom { .. }
             | CheckpointError::Share { .. }
             | CheckpointError::Team(_)

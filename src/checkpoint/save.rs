@@ -135,7 +135,12 @@ fn room(io: &dyn Io, checkpoints: &Path, layout: &Layout, shards: usize) -> Resu
 /// # Errors
 /// [`CheckpointError::NoRoom`], or a disk that does not say how much is free.
 pub fn check_room(checkpoints: &Path, layout: &Layout) -> Result<(), CheckpointError> {
-    match room(&Disk, checkpoints, layout, 1)? {
+    check_room_for(checkpoints, layout, 1)
+}
+
+/// As [`check_room`], for a checkpoint of so many shards.
+pub(super) fn check_room_for(checkpoints: &Path, layout: &Layout, shards: usize) -> Result<(), CheckpointError> {
+    match room(&Disk, checkpoints, layout, shards)? {
         Room { needed, free } if free < needed => {
             Err(CheckpointError::NoRoom { path: checkpoints.to_path_buf(), needed, free })
         }

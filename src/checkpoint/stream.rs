@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes per write and read call.
@@ -101,6 +102,8 @@ pub(super) struct Reader {
     hasher: Sha256,
     /// The header, checked against the file's length: tensors are contiguous and fill the file.
     pub header: Metadata,
+    /// Where the data begins.
+    data: u64,
     buffer: Vec<u8>,
 }
 
@@ -130,7 +133,7 @@ impl Reader {
             let held = length - 8 - n;
             return Err(bad(format!("its header describes {} bytes of data, it holds {held}", header.data_len())));
         }
-        Ok(Reader { path: path.to_path_buf(), file, hasher, header, buffer: Vec::new() })
+        Ok(Reader { path: path.to_path_buf(), file, hasher, header, data: 8 + n, buffer: Vec::new() })
     }
 
     /// The next `bytes` bytes in parts of whole 8-byte words (the last one excepted).
@@ -158,6 +161,33 @@ impl Reader {
             }
             rest = later;
         })
+    }
+
+    /// Values of one tensor from value `first` on as bytes, from wherever they stand: not part of the reading from front to back, and not
+    /// hashed. Asking for what the header does not hold is an error.
+    pub fn read_at(
+        &mut self,
+        name: &str,
+        first: usize,
+        values: usize,
+        mut part: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        let bad = |reason: String| CheckpointError::Shard { path: self.path.clone(), reason };
+        let (begin, end) = self.header.info(name).ok_or_else(|| bad(format!("{name:?} is missing")))?.data_offsets;
+        let mut at = self.data + (begin + first * 4) as u64;
+        let mut left = values * 4;
+        if begin + first * 4 + left > end {
+            return Err(bad(format!("{name:?} ends before value {}", first + values)));
+        }
+        self.buffer.resize(CHUNK, 0);
+        while left > 0 {
+            let buffer = &mut self.buffer[..left.min(CHUNK)];
+            self.file.read_exact_at(buffer, at).map_err(CheckpointError::io("read", &self.path))?;
+            part(buffer)?;
+            at += buffer.len() as u64;
+            left -= buffer.len();
+        }
+        Ok(())
     }
 
     /// The SHA-256 of everything read, which must be the whole file by now.

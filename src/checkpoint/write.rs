@@ -10,7 +10,7 @@
 
 use super::error::CheckpointError;
 use super::io::{Disk, Io, unique_id};
-use super::layout::{Layout, TensorSpec};
+use super::layout::{Layout, Piece, TensorSpec};
 use super::manifest::{MANIFEST, Manifest, Meta, ShardFile};
 use super::snapshot::{GROUPS, Group};
 use super::stream::{Writer, header};
@@ -89,6 +89,20 @@ impl Staging {
         Staging { io, dir, target, called_off: Arc::default() }
     }
 
+    /// Makes the temporary directory for a checkpoint that is to be `target`, whatever that is called.
+    pub(super) fn toward(target: &Path) -> Result<Staging, CheckpointError> {
+        let create = CheckpointError::io("create", target);
+        let Some(name) = target.file_name() else {
+            return Err(create(std::io::Error::new(ErrorKind::InvalidInput, "the path does not end in a name")));
+        };
+        let mut temporary = name.to_os_string();
+        temporary.push(format!(".tmp-{}", unique_id()));
+        let dir = target.with_file_name(temporary);
+        let staging = Staging { io: Arc::new(Disk), dir, target: target.to_path_buf(), called_off: Arc::default() };
+        staging.io.create_dir(&staging.dir).map_err(CheckpointError::io("create", &staging.dir))?;
+        Ok(staging)
+    }
+
     /// Stops between two tensors once the flag is set.
     pub(super) fn until(self, called_off: &Arc<AtomicBool>) -> Staging {
         Staging { called_off: called_off.clone(), ..self }
@@ -97,6 +111,11 @@ impl Staging {
     /// The checkpoint it is to become.
     pub fn target(&self) -> &Path {
         &self.target
+    }
+
+    /// What it is until then.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Where a shard is until then.
@@ -125,18 +144,33 @@ impl Staging {
                 return Err(CheckpointError::Snapshot { group: group.name(), expected, found });
             }
         }
+        self.write_shard_of(layout, index, count, |group, piece, file| {
+            let Range { start, end } = piece.elements;
+            file.write_f32(&groups[group as usize][start - range.start..end - range.start])
+        })
+    }
+
+    /// Writes shard `index` of `count`; `put` is called for each piece of each group in file order and must write all of its values.
+    pub(super) fn write_shard_of(
+        &self,
+        layout: &Layout,
+        index: usize,
+        count: usize,
+        mut put: impl FnMut(Group, &Piece, &mut Writer) -> Result<(), CheckpointError>,
+    ) -> Result<ShardFile, CheckpointError> {
+        let range = layout.shard(index, count);
         let name = ShardFile::file_name(index, count);
         let path = self.dir.join(&name);
         let bad =
             |e: safetensors::SafeTensorError| CheckpointError::Shard { path: path.clone(), reason: e.to_string() };
         let mut file = Writer::create(&*self.io, &path)?;
         file.write(&header(&shard_tensors(layout, &range), SHARD_FORMAT).map_err(bad)?)?;
-        for values in groups {
+        for group in GROUPS {
             for piece in layout.pieces(range.clone()) {
                 if self.called_off.load(Ordering::Relaxed) {
                     return Err(CheckpointError::CalledOff);
                 }
-                file.write_f32(&values[piece.elements.start - range.start..piece.elements.end - range.start])?;
+                put(group, &piece, &mut file)?;
             }
         }
         let (bytes, sha256) = file.finish()?;
@@ -145,12 +179,24 @@ impl Staging {
 
     /// Writes the manifest over all shards (in any order) and gives the checkpoint its final name. A checkpoint of the same
     /// step that is already there is replaced, atomically where the file system can exchange directories.
-    pub fn commit(
+    pub fn commit(&self, meta: &Meta, layout: &Arc<Layout>, files: Vec<ShardFile>) -> Result<PathBuf, CheckpointError> {
+        self.seal(meta, layout, files)?;
+        let replaced = self.rename()?;
+        self.sync_parent()?;
+        if let Some(old) = replaced {
+            // The new checkpoint is safe; what is left of the old one is removed at the next start.
+            let _ = remove_checkpoint_files(&*self.io, &old);
+        }
+        Ok(self.target.clone())
+    }
+
+    /// Writes the manifest: the directory is then a whole checkpoint under its temporary name, and on the disk.
+    pub(super) fn seal(
         &self,
         meta: &Meta,
         layout: &Arc<Layout>,
         mut files: Vec<ShardFile>,
-    ) -> Result<PathBuf, CheckpointError> {
+    ) -> Result<(), CheckpointError> {
         files.sort_by(|a, b| a.name.cmp(&b.name));
         let manifest = Manifest { meta: meta.clone(), layout: layout.clone(), files };
         let path = self.dir.join(MANIFEST);
@@ -161,15 +207,21 @@ impl Staging {
         let mut file = Writer::create(&*self.io, &path)?;
         file.write(&bytes)?;
         file.finish()?;
-        self.sync()?;
-        let replaced = self.rename()?;
-        let parent = self.target.parent().unwrap_or(Path::new("."));
-        self.io.sync_dir(parent).map_err(CheckpointError::io("flush to disk", parent))?;
-        if let Some(old) = replaced {
-            // The new checkpoint is safe; what is left of the old one is removed at the next start.
-            let _ = remove_checkpoint_files(&*self.io, &old);
+        self.sync()
+    }
+
+    /// Gives a sealed checkpoint its final name where nothing has that name.
+    pub(super) fn commit_new(&self) -> Result<(), CheckpointError> {
+        if self.target.symlink_metadata().is_ok() {
+            return Err(CheckpointError::Exists { path: self.target.clone() });
         }
-        Ok(self.target.clone())
+        self.io.rename(&self.dir, &self.target).map_err(CheckpointError::io("rename to its final name", &self.dir))?;
+        self.sync_parent()
+    }
+
+    fn sync_parent(&self) -> Result<(), CheckpointError> {
+        let parent = parent(&self.target);
+        self.io.sync_dir(parent).map_err(CheckpointError::io("flush to disk", parent))
     }
 
     /// Gives the temporary directory its final name; the path of the replaced checkpoint, if there was one.
@@ -204,6 +256,11 @@ impl Staging {
         }
         remove_checkpoint_files(&*self.io, &self.dir)
     }
+}
+
+/// The directory that `path` is in.
+pub(super) fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 pub(super) fn file_name(path: &Path) -> &str {

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, which parses, calls and prints.
 
 mod bench;
+mod checkpoint;
 mod doctor;
 mod exit;
 mod export;
@@ -42,6 +43,9 @@ enum Command {
     Sample(sample::Arguments),
     /// Write a run as a directory that Python's diffusers loads
     Export(export::Arguments),
+    /// Verify, show or reshard checkpoints
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Arguments),
     /// Show parameters, FLOPs and memory of a config without running it
     Plan(plan::Arguments),
     /// Measure the speed of a training step
@@ -224,6 +228,7 @@ pub fn main() -> ExitCode {
         Command::Train(arguments) => train::run(arguments, &common),
         Command::Sample(arguments) => sample::run(arguments, &common),
         Command::Export(arguments) => export::run(arguments, &common),
+        Command::Checkpoint(arguments) => checkpoint::run(arguments, &common),
         Command::Plan(arguments) => plan::run(arguments, &common),
         Command::Bench(arguments) => bench::run(arguments, &common),
         Command::Doctor => doctor::run(&common),

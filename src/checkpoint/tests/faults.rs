@@ -15,6 +15,8 @@ pub(super) enum Fault {
     Error(ErrorKind),
     /// It is not done, or done in half, and nothing is done after it.
     Kill,
+    /// The process kills itself.
+    Sigkill,
     /// As `Kill`, and the machine loses power: what was written but not fsynced is gone.
     PowerLoss,
 }
@@ -54,7 +56,14 @@ impl Faulty {
                 half();
                 return Err(kind.into());
             }
-            Fault::Error(_) => false,
+            Fault::Sigkill if index == self.at => {
+                half();
+                rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+                loop {
+                    std::thread::park(); // until the signal has come
+                }
+            }
+            Fault::Error(_) | Fault::Sigkill => false,
             Fault::Kill | Fault::PowerLoss => index >= self.at,
         };
         if dead {

@@ -47,6 +47,34 @@ fn a_damaged_file_is_named_and_the_checkpoint_before_is_taken() {
 }
 
 #[test]
+fn one_damaged_shard_of_several_is_named_and_the_checkpoint_before_is_taken() {
+    type Damage = (&'static str, fn(&Path));
+    let damages: [Damage; 4] = [
+        ("is missing", |p| fs::remove_file(p).unwrap()),
+        ("truncated", |p| edit(p, |b| b.truncate(b.len() / 2))),
+        ("SHA-256", |p| edit(p, |b| *b.last_mut().unwrap() ^= 0x10)),
+        // Whole and sound, and the shard of another step.
+        ("SHA-256", |p| {
+            let other = p.parent().unwrap().with_file_name("step-00000001").join(p.file_name().unwrap());
+            fs::copy(other, p).map(drop).unwrap();
+        }),
+    ];
+    for index in 0..3 {
+        for (says, damage) in damages {
+            let tmp = tempfile::tempdir().unwrap();
+            let [_, path] = [1, 2].map(|step| save_sharded(tmp.path(), &snapshot(&layout(), step), 3));
+            let file = ShardFile::file_name(index, 3);
+            damage(&path.join(&file));
+            let newest = load_newest(tmp.path(), Some(&layout()), Want::All).unwrap().unwrap();
+            assert_same(&newest.snapshot, &snapshot(&layout(), 1));
+            let [skipped] = &newest.skipped[..] else { panic!("{:?}", newest.skipped) };
+            let message = skipped.to_string();
+            assert!(message.contains(says) && message.contains(&file), "{message}");
+        }
+    }
+}
+
+#[test]
 fn a_shard_that_is_a_directory_or_a_renamed_checkpoint_is_refused() {
     let (_tmp, newest) = after(|dir| {
         fs::remove_file(dir.join(SHARD)).unwrap();

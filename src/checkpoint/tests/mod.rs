@@ -2,7 +2,9 @@
 
 mod faults;
 mod hostile;
+mod killed;
 mod ranks;
+mod resharding;
 mod roundtrip;
 
 use super::*;

@@ -9,9 +9,9 @@ use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 /// Longer than anything here takes on a busy machine.
-const LONG: Duration = Duration::from_secs(60);
+pub(super) const LONG: Duration = Duration::from_secs(60);
 /// Where someone is waited for in vain.
-const SHORT: Duration = Duration::from_millis(1500);
+pub(super) const SHORT: Duration = Duration::from_millis(1500);
 
 /// The savers of all ranks, and their store.
 pub(super) struct Ranks {
@@ -19,9 +19,8 @@ pub(super) struct Ranks {
     savers: Vec<Saver>,
 }
 
-pub(super) fn team(server: &Server, rank: usize, size: usize, patience: Duration) -> Team {
-    let address =
-        StoreAddress { host: "127.0.0.1".into(), port: server.address().port(), served_by: StoreHost::RankZero };
+pub(super) fn team(port: u16, rank: usize, size: usize, patience: Duration) -> Team {
+    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::RankZero };
     Team { rank, size, store: Client::connect(&address, "run/0/", LONG).unwrap(), patience }
 }
 
@@ -34,7 +33,8 @@ impl Ranks {
     fn with(dir: &Path, size: usize, patience: Duration, io: impl Fn(usize) -> Arc<dyn Io>) -> Ranks {
         let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
         let config = CheckpointConfig { keep: 100, ..Default::default() };
-        let saver = |rank| Saver::with_io(io(rank), dir, &config, Some(team(&server, rank, size, patience)));
+        let port = server.address().port();
+        let saver = |rank| Saver::with_io(io(rank), dir, &config, Some(team(port, rank, size, patience)));
         let savers = (0..size).map(saver).collect();
         Ranks { server, savers }
     }
