@@ -102,29 +102,38 @@ fn a_full_disk() {
         eprintln!("not tested: a file system cannot be mounted here (it takes root and unshare)");
         return;
     }
-    let train = r#""$0" train config.toml --run-dir disk/run --set checkpoint.every=1 --set train.steps"#;
+    let train = r#""$0" train config.toml --run-dir disk/run --set checkpoint.every=1 --set checkpoint.keep=3 --set train.steps"#;
     let script = format!(
         r#"{mount} || exit 99
-        {train}=5 || exit 1
-        free=$(df -k --output=avail disk | tail -n 1)
-        head -c $(( (free - 300) * 1024 )) /dev/zero > disk/filler
-        {train}=10; code=$?; ls disk/run/checkpoints
+        fill() {{ free=$(df -k --output=avail disk | tail -n 1); head -c $(( (free - 300) * 1024 )) /dev/zero > disk/filler; }}
+        {train}=1000000 2> said & run=$!
+        until [ -d disk/run/checkpoints/step-00000005 ]; do kill -0 $run || exit 98; sleep 0.02; done
+        fill
+        until grep -q 'is NOT saved' said; do kill -0 $run || exit 97; sleep 0.02; done
+        kill -TERM $run; wait $run; echo "left with $?"; cat said >&2
+        {train}=1000000; echo "refused with $?"
         rm disk/filler
-        {train}=10 || exit 2
+        last=$(ls disk/run/checkpoints | tail -n 1); last=$((10#${{last#step-}} + 5))
+        {train}=$last || exit 2
         cp -r disk/run copied
-        exit $code"#
+        echo $last"#
     );
     let output = Command::new("unshare")
-        .args(["-m", "sh", "-c", &script, env!("CARGO_BIN_EXE_ddpm-dist")])
+        .args(["-m", "bash", "-c", &script, env!("CARGO_BIN_EXE_ddpm-dist")])
         .current_dir(project.path(""))
         .env("XDG_CACHE_HOME", project.path("cache"))
         .output()
         .unwrap();
     let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-    let ended = common::Ended { code: output.status.code().unwrap_or(-1), stderr, stdout };
+    assert_eq!(output.status.code(), Some(0), "{stdout}{stderr}");
+    let ended = common::Ended { code: 0, stderr, stdout };
     ended.warned(&["is NOT saved", "not enough space", "training goes on"]);
-    ended.refused(4, &["the state at step 10 could not be saved", "not enough space", "checkpoint.keep"]);
-    assert_eq!(ended.stdout.lines().last(), Some("step-00000005"), "{}", ended.stdout);
-    project.trained("straight", &["--set", "train.steps=10"]);
-    assert_eq!(project.hashes("copied", 10), project.hashes("straight", 10));
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    assert_eq!(lines[..2], ["left with 4", "refused with 4"], "{ended:?}");
+    let messages: Vec<&str> = ended.stderr.split("ddpm-dist: ").skip(1).collect();
+    assert!(messages[0].contains("could not be saved") && messages[0].contains("checkpoint.keep"), "{messages:?}");
+    assert!(messages[1].contains("room") && messages[1].contains("checkpoints"), "{messages:?}");
+    let last = lines[2].parse().unwrap();
+    project.trained("straight", &["--set", &format!("train.steps={last}"), "--set", "checkpoint.every=1"]);
+    assert_eq!(project.hashes("copied", last), project.hashes("straight", last));
 }

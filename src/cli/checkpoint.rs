@@ -299,7 +299,7 @@ fn write_anew(arguments: &Reshard, common: &Common) -> Result<ExitCode, Failure>
         }
     };
     let stop = Stop::on_signals()?;
-    let written = reshard(&source, &out, arguments.shards as usize, &stop.flag);
+    let written = reshard(&source, &out, arguments.shards as usize, stop.flag());
     match written {
         Ok(manifest) => {
             let shards = counted(manifest.files.len(), "shard");

@@ -105,6 +105,7 @@ pub(super) fn launch_if_asked(command: &Command, common: &Common) -> Result<Opti
     let name = match command {
         Command::Train(_) | Command::Sample(_) | Command::Bench(_) => None,
         Command::Export(_) => Some("export"),
+        Command::Checkpoint(_) => Some("checkpoint"),
         Command::Plan(_) => Some("plan"),
         Command::Doctor => Some("doctor"),
     };

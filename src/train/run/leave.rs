@@ -43,6 +43,10 @@ impl Run<'_> {
                 Err(not_saved) => self.console.alarm(not_saved.to_string()),
             }
         } else {
+            if matches!(error, TrainError::Run(_)) {
+                // The rank that is lost would be waited for.
+                self.saver.call_off();
+            }
             self.wait_for_save();
         }
         self.lead.iter_mut().for_each(|lead| lead.reports.flush());

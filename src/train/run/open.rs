@@ -3,7 +3,7 @@
 use super::{Lead, Options, Run};
 use crate::checkpoint::rundir::{checkpoints_of, sees_mark};
 use crate::checkpoint::write::dir_name;
-use crate::checkpoint::{Layout, Newest, RunDir, Saver, Snapshot, Start, Team, Want, load, load_newest};
+use crate::checkpoint::{Layout, Newest, RunDir, Saver, Snapshot, Start, Team, Want, check_room, load, load_newest};
 use crate::cluster::Stragglers;
 use crate::collective::Collective;
 use crate::config::OutOfRange;
@@ -81,6 +81,9 @@ impl<'a> Run<'a> {
                 console.detail(format!("left in place, as no run makes it: {}", path.display()));
             }
             run_dir.write_config(&identity.config_toml)?;
+            if step < config.train.steps {
+                check_room(&run_dir.checkpoints(), &layout)?;
+            }
             let (parameters, images) = (layout.parameters(), dataset.len());
             let TrainConfig { steps, batch, .. } = config.train;
             let on = if share.world_size > 1 { format!(" on {}", ranks(share.world_size)) } else { String::new() };
