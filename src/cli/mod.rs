@@ -165,7 +165,7 @@ impl Stop {
         Ok(stop)
     }
 
-    fn flag(&self) -> &AtomicBool {
+    fn flag(&self) -> &Arc<AtomicBool> {
         &self.request.flag
     }
 
