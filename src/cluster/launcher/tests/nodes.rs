@@ -4,13 +4,17 @@ use super::*;
 use crate::rendezvous::store::{Client, Server};
 use crate::rendezvous::{StoreAddress, StoreHost};
 use signal_hook::consts::SIGTERM;
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 
 /// A rank that lives until it is told to end, and then leaves with its state saved.
 const SAVES: &str = "trap 'exit 75' TERM; : > $DIR/ready$RANK; while :; do sleep 0.05; done";
 
 /// A port that was free a moment ago.
 fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn two(ranks: usize, script: &str, change: impl Fn(&mut Job)) -> (Script, [Script; 2]) {
@@ -181,6 +185,47 @@ fn ranks_do_not_go_on_when_node_0_vanishes() {
     drop((lead, server));
     let error = running.end().unwrap_err();
     assert!(matches!(&error, LaunchError::LeadLost { host, .. } if host == "127.0.0.1"), "{error}");
+}
+
+/// A way to a port that can be blocked, as if the machine behind it were off.
+fn blockable_way(to: u16) -> (u16, Arc<AtomicBool>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (port, is_blocked) = (listener.local_addr().unwrap().port(), Arc::new(AtomicBool::new(false)));
+    let blocked = Arc::clone(&is_blocked);
+    std::thread::spawn(move || {
+        for here in listener.incoming().flatten() {
+            let there = TcpStream::connect(("127.0.0.1", to)).unwrap();
+            let ways = [(here.try_clone().unwrap(), there.try_clone().unwrap()), (there, here)];
+            for (mut from, mut to) in ways {
+                let blocked = Arc::clone(&blocked);
+                std::thread::spawn(move || {
+                    let mut bytes = [0; 4096];
+                    while let Ok(1..) = from.read(&mut bytes[..1]) {
+                        if !blocked.load(SeqCst) && to.write_all(&bytes[..1]).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        }
+    });
+    (port, is_blocked)
+}
+
+#[test]
+fn ranks_do_not_go_on_when_node_0_no_longer_answers() {
+    let (all, [lead, mut other]) = two(1, SAVES, |_| ());
+    let (way, is_blocked) = blockable_way(port(&lead));
+    other.job.meet = Some(("127.0.0.1".into(), way));
+    other.job.timing.silence = Duration::from_secs(1);
+    let [lead, other] = [lead.start(), other.start()];
+    all.until(&["ready0", "ready1"]);
+    is_blocked.store(true, SeqCst);
+    let error = other.end().unwrap_err();
+    assert!(matches!(&error, LaunchError::LeadLost { .. }) && error.to_string().contains("not answered"), "{error}");
+    lead.doorbell.signal(SIGTERM);
+    lead.doorbell.signal(signal_hook::consts::SIGINT);
+    lead.end().unwrap();
 }
 
 #[test]
