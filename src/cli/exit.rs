@@ -35,6 +35,9 @@ pub enum Code {
     Terminated = 143,
 }
 
+/// What Rust ends a process with that panics.
+pub const PANICKED: u8 = 101;
+
 /// The text that `--help` ends with.
 pub const HELP: &str = "\
 Exit codes: 0 done, 1 failed, 2 command line or config, 3 data set or image file, 4 checkpoint or run directory, 5 training diverged, \
@@ -65,7 +68,7 @@ pub fn meaning(code: i32) -> Meaning {
     let Some(known) = Code::ALL.into_iter().find(|known| *known as i32 == code) else {
         return match code {
             0 => Meaning::Done,
-            101 => Meaning::Failed("a mistake of the program"),
+            code if code == i32::from(PANICKED) => Meaning::Failed("a mistake of the program"),
             _ => Meaning::Failed("not one of this program's"),
         };
     };

@@ -72,7 +72,7 @@ fn meeting_place(text: &str) -> Result<(String, u16), String> {
     let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
     match bracketed {
         Some(address) => Ok((address.to_string(), port)),
-        None if host.is_empty() || host.contains(':') => Err(expected()),
+        None if host.is_empty() || host.contains([':', '[', ']']) => Err(expected()),
         None => Ok((host.to_string(), port)),
     }
 }
@@ -97,6 +97,15 @@ pub(super) fn stay_with_launcher() -> Result<(), Failure> {
         true => Ok(()),
         false => Err(Failure::new(Code::PeerLost, "the launcher of this rank is gone")),
     }
+}
+
+/// Lets the launcher know of a panic too: a mistake of the program is a cause like any other.
+pub(super) fn tell_of_panics() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        exit::tell_launcher(exit::PANICKED, &panic.to_string());
+    }));
 }
 
 /// Starts ranks, if that is what was asked for, and returns when the run is over.
@@ -298,3 +307,7 @@ fn name_of(launcher: Launcher) -> &'static str {
         Launcher::Generic => "whoever set RANK and WORLD_SIZE",
     }
 }
+
+#[cfg(test)]
+#[path = "launch_tests.rs"]
+mod tests;

@@ -212,6 +212,7 @@ pub fn main() -> ExitCode {
     if let Err(failure) = launch::stay_with_launcher() {
         return failure.report();
     }
+    launch::tell_of_panics();
     let Cli { command, common } = Cli::parse();
     // A misspelt name must not pass for the level asked for; `doctor` says it among its findings.
     if !matches!(command, Command::Doctor)

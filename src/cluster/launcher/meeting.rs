@@ -13,6 +13,7 @@
 use super::child::Attempt;
 use super::ends::RankEnd;
 use super::inbox::Inbox;
+use super::place::{connect, host_for_all, host_name, resolve, serve};
 use super::voice::Voice;
 use super::watch::Watch;
 use super::{Job, LaunchError};
@@ -20,8 +21,7 @@ use crate::rendezvous::store::{Client, Server, StoreError};
 use crate::rendezvous::{StoreAddress, StoreHost};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 pub(super) const PREFIX: &str = "launcher/";
@@ -330,81 +330,5 @@ fn wait_or_stop(inbox: &mut Inbox) -> Result<(), LaunchError> {
     match inbox.stop {
         Some(signal) => Err(LaunchError::Stopped(signal)),
         None => Ok(()),
-    }
-}
-
-/// Listens: for one node on loopback only, where nobody else comes by.
-fn serve(job: &Job) -> Result<Server, LaunchError> {
-    let port = job.meet.as_ref().map_or(0, |(_, port)| *port);
-    let listen = |ip: IpAddr| Server::listen((ip, port).into());
-    let served = match job.nodes {
-        1 => listen(Ipv4Addr::LOCALHOST.into()),
-        // The IPv6 address takes IPv4 too, on systems that have both.
-        _ => match listen(Ipv6Addr::UNSPECIFIED.into()) {
-            Err(error) if error.kind() != io::ErrorKind::AddrInUse => listen(Ipv4Addr::UNSPECIFIED.into()),
-            served => served,
-        },
-    };
-    served.map_err(|source| match source.kind() {
-        io::ErrorKind::AddrInUse => LaunchError::PortTaken { port },
-        _ => LaunchError::Listen { port, source },
-    })
-}
-
-/// Connects by a thread of its own, so that a signal can end the wait.
-fn connect(address: &StoreAddress, patience: Duration, inbox: &mut Inbox) -> Result<Client, LaunchError> {
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let (port, address) = (address.port, address.clone());
-    let connecting = std::thread::Builder::new().name("connect".into());
-    connecting
-        .spawn(move || sender.send(Client::connect(&address, PREFIX, patience)))
-        .map_err(|source| LaunchError::Listen { port, source })?;
-    loop {
-        // Soon enough for a person, and at once where the store is there.
-        if let Ok(connected) = receiver.recv_timeout(TICK) {
-            return Ok(connected?);
-        }
-        inbox.wait(Duration::ZERO);
-        if let Some(signal) = inbox.stop {
-            return Err(LaunchError::Stopped(signal));
-        }
-    }
-}
-
-fn resolve(host: &str, port: u16) -> Option<IpAddr> {
-    Some((host, port).to_socket_addrs().ok()?.next()?.ip())
-}
-
-/// The meeting place as all can reach it. Many systems give their own name a loopback address: a rank of node 0 would come to the store by
-/// that, and tell the others to find it there.
-fn host_for_all(host: &str, seen: &[Option<IpAddr>]) -> String {
-    let is_own_loopback = seen.first().copied().flatten().is_some_and(|ip| ip.is_loopback());
-    let elsewhere = seen.iter().flatten().find(|ip| !ip.is_loopback());
-    match elsewhere {
-        Some(ip) if is_own_loopback => ip.to_string(),
-        _ => host.to_string(),
-    }
-}
-
-fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_name_that_means_loopback_on_node_0_only_is_replaced() {
-        let ip = |text: &str| Some(text.parse::<IpAddr>().unwrap());
-        for (seen, expected) in [
-            (vec![ip("127.0.1.1"), ip("10.0.0.1")], "10.0.0.1"),
-            (vec![ip("10.0.0.1"), ip("10.0.0.1")], "head"),
-            (vec![ip("127.0.0.1"), ip("127.0.0.1")], "head"),
-            (vec![None, ip("10.0.0.1")], "head"),
-            (vec![ip("127.0.0.1"), None, ip("fd00::1")], "fd00::1"),
-        ] {
-            assert_eq!(host_for_all("head", &seen), expected, "{seen:?}");
-        }
     }
 }

@@ -9,8 +9,8 @@
 //! - A signal reaches every rank of the run, once, and gives it time to save.
 //! - No rank outlives its launcher, however that ends ([`stay_with_launcher`]).
 //!
-//! On several nodes each has a launcher, and that of node 0 decides ([`meeting`]). Decisions ([`plan`], [`cause`], [`winding`]) are pure
-//! functions; processes ([`child`]), the store and the clock stand apart.
+//! On several nodes each has a launcher, and that of node 0 decides (`meeting`). Decisions (`plan`, `cause`, `winding`) are pure
+//! functions; processes (`child`), the store and the clock stand apart.
 
 mod attempt;
 mod cause;
@@ -21,6 +21,7 @@ pub mod error_file;
 mod inbox;
 mod meeting;
 mod parent;
+mod place;
 mod plan;
 mod voice;
 mod watch;

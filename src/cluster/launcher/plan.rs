@@ -66,7 +66,7 @@ pub(super) fn decide(
         // Who waits for restarts wants to know why there is none.
         return stop(if limits.max_restarts > 0 { "; not started again: the same would come again" } else { "" });
     }
-    let before = (history.places.len(), history.world);
+    let before = history.world;
     let out = give_up(&cause, lost, history, limits);
     if history.restarts >= limits.max_restarts {
         return stop(match limits.max_restarts {
@@ -75,15 +75,15 @@ pub(super) fn decide(
         });
     }
     let Some(world) =
-        largest(history.places.len().min(history.world), limits.min_ranks.unwrap_or(before.1), limits.allowed)
+        largest(history.places.len().min(history.world), limits.min_ranks.unwrap_or(before), limits.allowed)
     else {
         return stop("; too few places are left for the ranks (--min-ranks would go on with fewer)");
     };
     history.restarts += 1;
     history.world = world;
     let fewer = match (out, world) {
-        (Some(out), world) if world < before.1 => {
-            format!(" with {world} ranks in place of {}, without {out}", before.1)
+        (Some(out), world) if world < before => {
+            format!(" with {world} ranks in place of {before}, without {out}")
         }
         (Some(out), world) => format!(" with {world} ranks, without {out}"),
         (None, world) => format!(" with {world} ranks"),
@@ -162,3 +162,7 @@ impl Cause<'_> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

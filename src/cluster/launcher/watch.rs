@@ -7,7 +7,7 @@ use super::meeting::TICK;
 use crate::rendezvous::store::{Client, StoreError};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Beats of a launcher are this far apart.
@@ -23,23 +23,13 @@ impl Watch {
     pub(super) fn start(client: Client, job: &Job, hosts: Vec<String>, doorbell: Doorbell) -> io::Result<Watch> {
         let closing = Arc::new(AtomicBool::new(false));
         let (node, nodes, silence) = (job.node, job.nodes, job.timing.silence);
-        let answered = Arc::new(std::sync::Mutex::new(Instant::now()));
+        let answers = Arc::new(AtomicU64::new(0));
         let lead = hosts.first().cloned().unwrap_or_default();
-        {
+        if node != 0 {
             let (doorbell, lead) = (doorbell.clone(), lead.clone());
-            let (closing, answered) = (Arc::clone(&closing), Arc::clone(&answered));
-            let guard = move || {
-                // A request to a machine that is off waits for long: only the clock tells.
-                while !closing.load(Ordering::SeqCst) {
-                    std::thread::sleep(TICK);
-                    let since = answered.lock().map_or(Duration::ZERO, |answered| answered.elapsed());
-                    if since > silence {
-                        let why = format!("its store has not answered for {} s", silence.as_secs());
-                        return doorbell.ring(Event::Lost(LostNode { node: 0, host: lead, why }));
-                    }
-                }
-            };
-            std::thread::Builder::new().name("watch-store".into()).spawn(guard)?;
+            let (closing, answers) = (Arc::clone(&closing), Arc::clone(&answers));
+            let look = move || watch_store(&closing, &answers, silence, &lead, &doorbell);
+            std::thread::Builder::new().name("watch-store".into()).spawn(look)?;
         }
         let theirs = Arc::clone(&closing);
         let watch = move || {
@@ -52,9 +42,7 @@ impl Watch {
                     let lost = LostNode { node: 0, host: lead, why: error.to_string() };
                     return watcher.doorbell.ring(Event::Lost(lost));
                 }
-                if let Ok(mut answered) = answered.lock() {
-                    *answered = Instant::now();
-                }
+                answers.fetch_add(1, Ordering::SeqCst);
                 std::thread::sleep(TICK);
             }
         };
@@ -69,19 +57,37 @@ impl Drop for Watch {
     }
 }
 
+/// Tells of a store that no longer answers: a request to a machine that is off waits for longer than anyone wants to.
+///
+/// Silence is counted in looks, not read from the clock: a process that was stopped itself has not listened.
+fn watch_store(closing: &AtomicBool, answers: &AtomicU64, silence: Duration, lead: &str, doorbell: &Doorbell) {
+    let (mut known, mut silent) = (0, Duration::ZERO);
+    while !closing.load(Ordering::SeqCst) {
+        std::thread::sleep(TICK);
+        let now = answers.load(Ordering::SeqCst);
+        silent = if now == known { silent + TICK } else { Duration::ZERO };
+        known = now;
+        if silent >= silence {
+            let why = format!("its store has not answered for {} s", silence.as_secs());
+            return doorbell.ring(Event::Lost(LostNode { node: 0, host: lead.to_string(), why }));
+        }
+    }
+}
+
 /// Another node, as node 0 sees it.
 struct Other {
     node: usize,
     host: String,
     beat: i64,
-    at: Instant,
+    /// How long that has been its beat, counted in looks.
+    silent: Duration,
     is_lost: bool,
 }
 
 impl Other {
     fn new(node: usize, hosts: &[String]) -> Other {
         let host = hosts.get(node).cloned().unwrap_or_default();
-        Other { node, host, beat: 0, at: Instant::now(), is_lost: false }
+        Other { node, host, beat: 0, silent: Duration::ZERO, is_lost: false }
     }
 }
 
@@ -105,9 +111,9 @@ impl Watcher {
             self.client.add(&format!("beat/{}", self.node), 1)?;
             for other in self.others.iter_mut().filter(|other| !other.is_lost) {
                 let beat = self.client.add(&format!("beat/{}", other.node), 0)?;
-                if beat != other.beat {
-                    (other.beat, other.at) = (beat, Instant::now());
-                } else if other.at.elapsed() > self.silence {
+                other.silent = if beat == other.beat { other.silent + BEAT } else { Duration::ZERO };
+                other.beat = beat;
+                if other.silent >= self.silence {
                     other.is_lost = true;
                     let why = format!("no sign of its launcher for {} s", self.silence.as_secs());
                     self.doorbell.ring(Event::Lost(LostNode { node: other.node, host: other.host.clone(), why }));
