@@ -76,13 +76,15 @@ fn work(rank: usize, port: u16, plan: Plan) -> Result<(), Box<dyn Error>> {
         }
         ranges
     };
-    for (name, ranges) in [("1 + 25 MiB", buckets(1 << 20, 25 << 20)), ("one bucket", buckets(4 * floats, 4 * floats))] {
+    for (name, ranges) in [("1 + 25 MiB", buckets(1 << 20, 25 << 20)), ("one bucket", buckets(4 * floats, 4 * floats))]
+    {
         let mut times = Vec::new();
         for _ in 0..rounds + 2 {
             device.upload(buffer, 0, &vec![rank as f32 + 1.0; floats]);
             let mine = once(&mut host, &mut device, buffer, &ranges)?;
             let all = host.all_gather(mine.to_le_bytes().to_vec())?;
-            let slowest = all.into_iter().filter_map(|t| Some(f64::from_le_bytes(t.try_into().ok()?))).fold(0.0, f64::max);
+            let slowest =
+                all.into_iter().filter_map(|t| Some(f64::from_le_bytes(t.try_into().ok()?))).fold(0.0, f64::max);
             times.push(slowest);
         }
         let mut sums = vec![0.0f32; floats];
@@ -108,7 +110,12 @@ fn work(rank: usize, port: u16, plan: Plan) -> Result<(), Box<dyn Error>> {
 }
 
 /// Seconds that one sum of all ranges takes.
-fn once(host: &mut Host, device: &mut Device, buffer: BufferId, ranges: &[Range<usize>]) -> Result<f64, Box<dyn Error>> {
+fn once(
+    host: &mut Host,
+    device: &mut Device,
+    buffer: BufferId,
+    ranges: &[Range<usize>],
+) -> Result<f64, Box<dyn Error>> {
     host.barrier()?;
     let start = Instant::now();
     for range in ranges {

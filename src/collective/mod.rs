@@ -1,8 +1,10 @@
 //! Sums between ranks: [`Solo`] for one, [`Host`](host::Host) over sockets.
 
+mod activity;
 pub mod host;
 mod tree;
 
+pub use activity::{Activity, Operation, Progress, Record};
 pub use tree::sum_along_tree;
 
 use crate::device::{BufferId, Device};
