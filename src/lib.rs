@@ -16,6 +16,7 @@ pub mod unet;
 pub mod data;
 pub mod checkpoint;
 pub mod report;
+pub mod cluster;
 pub mod sample;
 pub mod train;
 pub mod cli;

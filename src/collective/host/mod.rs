@@ -20,6 +20,7 @@ use super::activity::Activity;
 use super::{Collective, CollectiveError};
 use crate::device::{BufferId, Device};
 use mesh::Mesh;
+use segment::Span;
 use shared::{Part, Shared};
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,6 +33,8 @@ pub use mesh::{Meeting, MeetingError};
 
 /// Operations under way at a time: no program has more buckets.
 const DEPTH: usize = 1024;
+/// Sums in shared memory that are taken before the ranks tell each other so, unless none is under way sooner.
+const TAKEN: usize = 16;
 /// Slices begin at multiples of this many floats.
 const SLICE: usize = 16;
 
@@ -39,6 +42,12 @@ const SLICE: usize = 16;
 fn slice(len: usize, rank: usize, size: usize) -> Range<usize> {
     let cut = |r: usize| (len.div_ceil(SLICE) * r / size * SLICE).min(len);
     cut(rank)..cut(rank + 1)
+}
+
+/// Refuses what the others would not believe.
+fn short(operation: &'static str, bytes: &[u8]) -> Result<(), CollectiveError> {
+    let (bytes, most) = (bytes.len(), exchange::MAX_BYTES as usize);
+    if bytes > most { Err(CollectiveError::TooLong { operation, bytes, most }) } else { Ok(()) }
 }
 
 /// The collective of ranks on the host.
@@ -55,6 +64,10 @@ pub struct Host {
     /// Where the ranks share memory; copies are parts of it then.
     shared: Option<Shared>,
     notice: Option<String>,
+    /// Sums begun and not waited for.
+    under_way: usize,
+    /// Parts of sums that this rank has taken and others may still be reading.
+    taken: Vec<Span>,
     /// Copies that are not in use, where they share none.
     spare: Vec<Vec<f32>>,
     /// Deadline of what is begun next.
@@ -85,8 +98,20 @@ impl Host {
             .name("collective".into())
             .spawn(move || worker.serve(&todo, &give))
             .map_err(|source| MeetingError::Io { action: "start a thread", source })?;
-        let (jobs, thread, spare) = (Some(jobs), Some(thread), Vec::new());
-        Ok(Host { rank, size, jobs, done, thread, shared, notice, spare, patience, activity })
+        Ok(Host {
+            rank,
+            size,
+            jobs: Some(jobs),
+            done,
+            thread: Some(thread),
+            shared,
+            notice,
+            under_way: 0,
+            taken: Vec::new(),
+            spare: Vec::new(),
+            patience,
+            activity,
+        })
     }
 
     /// Why ranks of one machine share no memory, for the log; nothing if they do, or are on several.
@@ -121,7 +146,7 @@ impl Host {
     /// # Errors
     /// A rank that does not take part, or bytes that are too many.
     pub fn broadcast(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>, CollectiveError> {
-        exchange::bounded(bytes.len() as u64, self.rank)?;
+        short("broadcast", &bytes)?;
         self.begin("broadcast", bytes.len(), Job::Broadcast(bytes))?;
         match self.finish()?.job {
             Job::Broadcast(bytes) => Ok(bytes),
@@ -169,7 +194,9 @@ impl Collective for Host {
                 Job::Sum(data)
             }
         };
-        self.begin("all-reduce", bytes, job)
+        self.begin("all-reduce", bytes, job)?;
+        self.under_way += 1;
+        Ok(())
     }
 
     fn all_reduce_wait(
@@ -179,6 +206,7 @@ impl Collective for Host {
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
         let task = self.finish()?;
+        self.under_way = self.under_way.saturating_sub(1);
         match (task.job, &self.shared) {
             (Job::Sum(data), _) => {
                 device.upload(buffer, range.start, &data);
@@ -189,15 +217,20 @@ impl Collective for Host {
                 let mut result = Ok(());
                 device.upload_with(buffer, range, |out| result = shared.take(&part, out));
                 result?;
-                // The others may still be reading.
-                self.hand_over(task.sequence, Job::Taken(part.span.returning()))
+                // One word for many sums, at the same place of every rank's program.
+                self.taken.push(part.span);
+                if self.under_way > 0 && self.taken.len() < TAKEN {
+                    return Ok(());
+                }
+                let taken = self.taken.drain(..).map(Span::returning).collect();
+                self.hand_over(task.sequence, Job::Taken(taken))
             }
             _ => Err(CollectiveError::Ended),
         }
     }
 
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
-        exchange::bounded(mine.len() as u64, self.rank)?;
+        short("gather", &mine)?;
         self.begin("gather", mine.len(), Job::Gather(vec![mine]))?;
         match self.finish()?.job {
             Job::Gather(all) => Ok(all),

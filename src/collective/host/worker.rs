@@ -12,6 +12,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
+/// How long the store may take to say who was lost first: it may be served by the rank that was.
+const AGREEMENT: Duration = Duration::from_secs(1);
+
 /// What the thread does, with its data; given back when it is done.
 #[derive(Debug)]
 pub(super) enum Job {
@@ -19,8 +22,8 @@ pub(super) enum Job {
     Sum(Vec<f32>),
     /// The same in memory that the ranks share: afterwards each rank's part holds its slice of the sum.
     SumShared(Part),
-    /// This rank has taken such a sum; when all have, the memory is free. Nothing is given back.
-    Taken(Span),
+    /// This rank has taken such sums; when all have, the memory is free. Nothing is given back.
+    Taken(Vec<Span>),
     /// Replaces the bytes of all ranks by rank 0's.
     Broadcast(Vec<u8>),
     /// Replaces this rank's bytes by all ranks' bytes, in the order of the ranks.
@@ -105,8 +108,9 @@ impl Worker {
                 self.sum_shared(&mut part)?;
                 Some(Job::SumShared(part))
             }
-            Job::Taken(span) => {
-                self.say(Kind::Taken, span.len() * size_of::<f32>(), &[], &mut [])?;
+            Job::Taken(spans) => {
+                let floats: usize = spans.iter().map(Span::len).sum();
+                self.say(Kind::Taken, floats * size_of::<f32>(), &[], &mut [])?;
                 None
             }
             Job::Broadcast(bytes) => Some(Job::Broadcast(self.broadcast(bytes)?)),
@@ -120,9 +124,13 @@ impl Worker {
         let (suspect, said) = match &error {
             CollectiveError::PeerLost { rank, operation } => (Some(*rank), operation.clone()),
             CollectiveError::TimedOut { ranks, .. } => (ranks.first().copied(), String::new()),
-            CollectiveError::OutOfStep { .. } | CollectiveError::Io { .. } | CollectiveError::Ended => return error,
+            CollectiveError::OutOfStep { .. }
+            | CollectiveError::TooLong { .. }
+            | CollectiveError::Io { .. }
+            | CollectiveError::Ended => return error,
         };
         let Some(suspect) = suspect else { return error };
+        self.store.answer_within(AGREEMENT);
         let first = self.store.compare_set("collective/lost", b"", suspect.to_string().as_bytes());
         let first = first.ok().and_then(|first| String::from_utf8(first).ok()?.parse().ok());
         match first {

@@ -1,5 +1,7 @@
 //! Ranks as threads of this process, over real sockets.
 
+mod hostile;
+
 use super::stream::Stream;
 use super::*;
 use crate::collective::sum_along_tree;
@@ -96,6 +98,25 @@ fn sums_are_those_of_the_tree_at_every_rank_through_memory_and_through_sockets()
             assert!(is_same, "rank {rank} of {size}, one machine: {one_machine}");
         }
     }
+}
+
+#[test]
+fn sums_that_follow_each_other_without_end_take_bounded_memory() {
+    let taken = world(3, PATIENCE, |mut host| {
+        let mut device = Device::Cpu(Cpu::new(1));
+        let buffer = device.allocate(4 * 2000).unwrap();
+        device.upload(buffer, 0, &vec![1.0f32; 2000]);
+        let half = |i: usize| 1000 * (i % 2)..1000 * (i % 2 + 1);
+        host.all_reduce_start(&mut device, buffer, half(0)).unwrap();
+        for i in 0..200 {
+            // There is always one under way.
+            host.all_reduce_start(&mut device, buffer, half(i + 1)).unwrap();
+            host.all_reduce_wait(&mut device, buffer, half(i)).unwrap();
+        }
+        host.all_reduce_wait(&mut device, buffer, half(200)).unwrap();
+        host.shared.as_ref().unwrap().window.taken() / 4096
+    });
+    assert!(taken.iter().all(|pages| *pages <= 2 * (TAKEN + 1)), "{taken:?}");
 }
 
 #[test]
