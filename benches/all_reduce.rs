@@ -3,7 +3,8 @@
 //!
 //! `cargo bench --bench all_reduce -- [ranks] [million floats] [rounds] [tcp]`
 //!
-//! A round's time is that of its slowest rank. GB/s are bytes of gradients over that time.
+//! A round's time is that of its slowest rank; GB/s are bytes of gradients over its median. The time a rank's threads computed (cpu) is
+//! what it would take where nothing else runs and each rank has a core, and says most on a busy machine.
 
 use ddpm_dist::collective::Collective;
 use ddpm_dist::collective::host::{Host, Meeting};
@@ -78,10 +79,15 @@ fn work(rank: usize, port: u16, plan: Plan) -> Result<(), Box<dyn Error>> {
     };
     for (name, ranges) in [("1 + 25 MiB", buckets(1 << 20, 25 << 20)), ("one bucket", buckets(4 * floats, 4 * floats))]
     {
-        let mut times = Vec::new();
+        let (mut times, mut computed) = (Vec::new(), 0.0);
         for _ in 0..rounds + 2 {
             device.upload(buffer, 0, &vec![rank as f32 + 1.0; floats]);
+            if times.len() == 2 {
+                computed = 0.0;
+            }
+            let before = cpu();
             let mine = once(&mut host, &mut device, buffer, &ranges)?;
+            computed += cpu() - before;
             let all = host.all_gather(mine.to_le_bytes().to_vec())?;
             let slowest =
                 all.into_iter().filter_map(|t| Some(f64::from_le_bytes(t.try_into().ok()?))).fold(0.0, f64::max);
@@ -98,11 +104,12 @@ fn work(rank: usize, port: u16, plan: Plan) -> Result<(), Box<dyn Error>> {
         if rank == 0 {
             let speed = 4e-9 * floats as f64 / at(0.5);
             println!(
-                "{name:<12} median {:.4} s  p10 {:.4}  p90 {:.4}  best {:.4}  first {first:.4}   {speed:.2} GB/s",
+                "{name:<12} median {:.4} s  p10 {:.4}  p90 {:.4}  best {:.4}  first {first:.4}  cpu {:.4}   {speed:.2} GB/s",
                 at(0.5),
                 at(0.1),
                 at(0.9),
                 at(0.0),
+                computed / rounds as f64,
             );
         }
     }
@@ -125,4 +132,14 @@ fn once(
         host.all_reduce_wait(device, buffer, range.clone())?;
     }
     Ok(start.elapsed().as_secs_f64())
+}
+
+/// Seconds that all threads of this process have computed.
+fn cpu() -> f64 {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let nanoseconds = tasks.filter_map(|task| {
+        let stat = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        stat.split(' ').next()?.parse::<u64>().ok()
+    });
+    1e-9 * nanoseconds.sum::<u64>() as f64
 }
