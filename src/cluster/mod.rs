@@ -4,6 +4,7 @@ mod config;
 pub mod launcher;
 mod preemption;
 mod verdict;
+pub mod watchdog;
 
 pub use config::ClusterConfig;
 pub use preemption::{Preemption, Request};

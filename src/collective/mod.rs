@@ -1,11 +1,16 @@
-//! Sums between ranks: [`Solo`] for one, [`Host`](host::Host) over sockets.
+//! Sums between ranks: [`Solo`] for one, [`Host`](host::Host) for those on host memory, [`Fake`](fake::Fake) for plans and tests.
 
+mod activity;
+mod behind;
+pub mod fake;
 pub mod host;
 #[cfg(test)]
 pub(crate) mod testing;
 mod timed;
 mod tree;
 
+pub use activity::{Activity, Operation, Progress, Record};
+pub use behind::{Behind, Seen, behind};
 pub use timed::Timed;
 pub use tree::sum_along_tree;
 
@@ -47,6 +52,18 @@ pub enum CollectiveError {
         ours: String,
         /// What came.
         theirs: String,
+    },
+    /// More than ranks tell each other.
+    #[error(
+        "{bytes} bytes are too many for a {operation}, which takes {most} of each rank: write what is large to a file"
+    )]
+    TooLong {
+        /// What was asked for.
+        operation: &'static str,
+        /// How long it is.
+        bytes: usize,
+        /// How long it may be.
+        most: usize,
     },
     /// The system.
     #[error("{operation} failed: {source}")]
@@ -95,10 +112,10 @@ pub trait Collective: fmt::Debug {
         range: Range<usize>,
     ) -> Result<(), CollectiveError>;
 
-    /// The bytes of all ranks, in their order, at every rank: for what is small and for the host. No sum may be under way.
+    /// The bytes of all ranks, in their order, at every rank: for what is small (16 MiB at most) and for the host. No sum may be under way.
     ///
     /// # Errors
-    /// A rank that does not take part.
+    /// A rank that does not take part, or more bytes than that.
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError>;
 
     /// Changes the deadline of the operations that are begun from now on.

@@ -8,6 +8,8 @@ mod memory;
 
 pub use memory::{ALIGNMENT, Binding, BufferId, DType, DeviceError, Element, Region, Slot};
 
+use std::ops::Range;
+
 /// A place where programs run.
 pub enum Device {
     /// CPU cores of this machine.
@@ -36,6 +38,16 @@ impl Device {
     pub fn upload<T: Element>(&mut self, buffer: BufferId, offset: usize, data: &[T]) {
         match self {
             Device::Cpu(cpu) => cpu.elements_mut(buffer)[offset..offset + data.len()].copy_from_slice(data),
+        }
+    }
+
+    /// Lets `fill` write the elements of `range` of `buffer`: for what does not lie in one piece, or where no reference to it may be had.
+    ///
+    /// # Panics
+    /// As [`Device::upload`].
+    pub fn upload_with<T: Element>(&mut self, buffer: BufferId, range: Range<usize>, fill: impl FnOnce(&mut [T])) {
+        match self {
+            Device::Cpu(cpu) => fill(&mut cpu.elements_mut(buffer)[range]),
         }
     }
 

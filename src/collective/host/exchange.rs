@@ -2,13 +2,15 @@
 
 use super::super::CollectiveError;
 use super::mesh::Mesh;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use super::stream::{Stream, wait};
+use rustix::event::{PollFd, PollFlags};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-/// Most bytes that a rank may announce for a message whose length the others do not know.
-const MAX_BYTES: u64 = 1 << 30;
+/// Most bytes of one rank in a gather or broadcast, and so of what a rank may announce where the others do not know the length: some
+/// hundred times what ranks tell each other (times, hashes, flags, numbers of an evaluation). Gradients are sums, whose length all know;
+/// what else is large belongs into files. A rank of a world of 8 keeps at most 128 MiB.
+pub(super) const MAX_BYTES: u64 = 16 << 20;
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,15 +23,24 @@ pub(super) enum Kind {
     Broadcast,
     /// The length of what follows.
     Length,
+    /// Where in a rank's memory its part is.
+    Offer,
+    /// That its slice of the sum is there.
+    Summed,
+    /// That it has taken the sum.
+    Taken,
 }
 
 impl Kind {
     fn name(number: u8) -> &'static str {
         match number {
-            1 => "scatter",
+            1 => "all-reduce, slices,",
             2 => "gather",
             3 => "broadcast",
             4 => "length",
+            5 => "all-reduce, offer,",
+            6 => "all-reduce, sum,",
+            7 => "all-reduce, receipt,",
             _ => "something unknown",
         }
     }
@@ -81,6 +92,8 @@ pub(super) struct Round<'a> {
     mesh: &'a Mesh,
     kind: Kind,
     sequence: u64,
+    /// What the headers say of the length, where it is not that of the message.
+    about: Option<usize>,
     patience: Duration,
     sends: Vec<Outgoing<'a>>,
     receives: Vec<Incoming<'a>>,
@@ -88,14 +101,25 @@ pub(super) struct Round<'a> {
 
 impl<'a> Round<'a> {
     pub(super) fn new(mesh: &'a Mesh, kind: Kind, sequence: u64, patience: Duration) -> Self {
-        Round { mesh, kind, sequence, patience, sends: Vec::new(), receives: Vec::new() }
+        Round { mesh, kind, sequence, about: None, patience, sends: Vec::new(), receives: Vec::new() }
+    }
+
+    /// Lets all messages say that they are about so many bytes, which the ranks must agree on.
+    pub(super) fn about(mut self, bytes: usize) -> Self {
+        self.about = Some(bytes);
+        self
     }
 
     pub(super) fn send<'b>(&mut self, peer: usize, body: &'b [u8])
     where
         'b: 'a,
     {
-        self.sends.push(Outgoing { peer, header: header(self.sequence, self.kind, body.len()), body, sent: 0 });
+        self.sends.push(Outgoing {
+            peer,
+            header: header(self.sequence, self.kind, self.about.unwrap_or(body.len())),
+            body,
+            sent: 0,
+        });
     }
 
     pub(super) fn receive(&mut self, peer: usize, body: &'a mut [u8]) {
@@ -122,7 +146,7 @@ impl<'a> Round<'a> {
             }
             for incoming in &mut self.receives {
                 incoming.advance(self.mesh.stream(incoming.peer)).map_err(lost(incoming.peer))?;
-                incoming.check(self.sequence, self.kind)?;
+                incoming.check(self.sequence, self.kind, self.about)?;
             }
             self.sends.retain(|out| out.sent < HEADER + out.body.len());
             self.receives.retain(|incoming| incoming.got < HEADER + incoming.body.len());
@@ -143,11 +167,7 @@ impl<'a> Round<'a> {
         let receives = self.receives.iter().map(|incoming| (incoming.peer, PollFlags::IN));
         let mut sockets: Vec<PollFd<'_>> =
             sends.chain(receives).map(|(peer, flags)| PollFd::new(self.mesh.stream(peer), flags)).collect();
-        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut sockets, Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(e) => Err(e.into()),
-        }
+        wait(&mut sockets, left)
     }
 
     fn timed_out(&self) -> CollectiveError {
@@ -161,7 +181,7 @@ impl<'a> Round<'a> {
 }
 
 impl Outgoing<'_> {
-    fn advance(&mut self, mut stream: &TcpStream) -> io::Result<()> {
+    fn advance(&mut self, mut stream: &Stream) -> io::Result<()> {
         while self.sent < HEADER + self.body.len() {
             let rest = match self.sent {
                 0..HEADER => &self.header[self.sent..],
@@ -180,7 +200,7 @@ impl Outgoing<'_> {
 }
 
 impl Incoming<'_> {
-    fn advance(&mut self, mut stream: &TcpStream) -> io::Result<()> {
+    fn advance(&mut self, mut stream: &Stream) -> io::Result<()> {
         while self.got < HEADER + self.body.len() {
             // The body is not read before the header is checked.
             let (rest, is_header) = match self.got {
@@ -202,8 +222,9 @@ impl Incoming<'_> {
     }
 
     /// Compares the header, once it is there, with what is due.
-    fn check(&self, sequence: u64, kind: Kind) -> Result<(), CollectiveError> {
-        let due = header(sequence, kind, self.body.len());
+    fn check(&self, sequence: u64, kind: Kind, about: Option<usize>) -> Result<(), CollectiveError> {
+        let about = about.unwrap_or(self.body.len());
+        let due = header(sequence, kind, about);
         if self.got < HEADER || self.header == due {
             return Ok(());
         }
@@ -215,7 +236,7 @@ impl Incoming<'_> {
         let say = |kind: u8, sequence: u64, len: u64| format!("{} number {sequence} of {len} bytes", Kind::name(kind));
         Err(CollectiveError::OutOfStep {
             rank: self.peer,
-            ours: say(kind as u8, sequence, self.body.len() as u64),
+            ours: say(kind as u8, sequence, about as u64),
             theirs: say(self.header[16], number(0), number(8)),
         })
     }

@@ -1,18 +1,22 @@
 //! A connection from every rank to every other.
 
+use super::super::CollectiveError;
+use super::stream::{Listener, Stream, wait};
 use crate::rendezvous::store::{Client, StoreError};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// What a connection begins with, before the run's token and the rank.
 const MAGIC: [u8; 8] = *b"ddpm-co1";
 const HELLO: usize = 8 + 8 + 4;
-/// How long a connection may take to say who it is.
+/// How long a connection may take to say who it is. It holds up nobody else meanwhile.
 const GREETING: Duration = Duration::from_secs(2);
+/// Connections that may be about to say it; a further one replaces the oldest.
+const NEWCOMERS: usize = 64;
 
 /// How ranks find each other.
 #[derive(Debug)]
@@ -21,7 +25,7 @@ pub struct Meeting {
     pub rank: usize,
     /// Number of ranks.
     pub size: usize,
-    /// Whether all ranks are on this machine: then nobody else can connect.
+    /// Whether all ranks are on this machine: then they share memory, and nobody else can connect.
     pub one_machine: bool,
     /// Where they tell each other their addresses, and later who was lost first.
     pub store: Client,
@@ -51,6 +55,9 @@ pub enum MeetingError {
         /// The number.
         rank: usize,
     },
+    /// A rank that was lost again before all had met.
+    #[error(transparent)]
+    Parted(#[from] CollectiveError),
     /// The system.
     #[error("cannot {action} to meet the other ranks: {source}")]
     Io {
@@ -70,8 +77,10 @@ fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> MeetingError {
 pub(super) struct Mesh {
     pub rank: usize,
     pub size: usize,
+    /// Why they are TCP though the ranks are on one machine.
+    pub notice: Option<String>,
     /// One for each rank but this.
-    streams: Vec<Option<TcpStream>>,
+    streams: Vec<Option<Stream>>,
 }
 
 impl Mesh {
@@ -79,11 +88,17 @@ impl Mesh {
     ///
     /// # Panics
     /// If it is this rank.
-    pub fn stream(&self, peer: usize) -> &TcpStream {
+    pub fn stream(&self, peer: usize) -> &Stream {
         match &self.streams[peer] {
             Some(stream) => stream,
             None => panic!("rank {peer} sends itself a message"),
         }
+    }
+
+    /// The other ranks.
+    pub fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let rank = self.rank;
+        (0..self.size).filter(move |&other| other != rank)
     }
 
     /// Listens, says where, connects to the ranks below and is connected to by those above.
@@ -91,18 +106,27 @@ impl Mesh {
         let Meeting { rank, size, one_machine, ref mut store, patience } = *meeting;
         let start = Instant::now();
         let left = || patience.saturating_sub(start.elapsed());
-        let mut streams: Vec<Option<TcpStream>> = (0..size).map(|_| None).collect();
+        let mut streams: Vec<Option<Stream>> = (0..size).map(|_| None).collect();
         if store.add(&format!("collective/claim/{rank}"), 1)? != 1 {
             return Err(MeetingError::Twice { rank });
         }
-        let here = if one_machine { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { store.local_address()? };
-        let listener = TcpListener::bind(SocketAddr::new(here, 0)).map_err(io_error("listen"))?;
-        let address = listener.local_addr().map_err(io_error("listen"))?;
+        let number = RandomState::new().hash_one(std::process::id());
+        let mut notice = None;
+        let listener = if one_machine {
+            Listener::unix(&format!("ddpm-dist-{number:016x}-{rank}")).or_else(|error| {
+                notice = Some(format!("no Unix socket ({error})"));
+                Listener::tcp(IpAddr::V4(Ipv4Addr::LOCALHOST))
+            })
+        } else {
+            Listener::tcp(store.local_address()?)
+        };
+        let listener = listener.map_err(io_error("listen"))?;
+        let address = listener.address().map_err(io_error("listen"))?;
         if rank == 0 {
             // Not a secret from those who can read the store; it keeps strangers and other runs apart.
-            store.set("collective/token", &RandomState::new().hash_one(std::process::id()).to_le_bytes())?;
+            store.set("collective/token", &number.to_le_bytes())?;
         }
-        store.set(&format!("collective/address/{rank}"), address.to_string().as_bytes())?;
+        store.set(&format!("collective/address/{rank}"), address.as_bytes())?;
         let token = store.get("collective/token", left())?;
         let hello = |rank: usize| [&MAGIC[..], &token, &(rank as u32).to_le_bytes()].concat();
 
@@ -112,49 +136,68 @@ impl Mesh {
                 StoreError::TimedOut { .. } => MeetingError::Missing { missing: vec![peer], size, after: patience },
                 other => MeetingError::Store(other),
             })?;
-            let theirs: SocketAddr = String::from_utf8_lossy(&theirs).parse().map_err(|_| {
-                let source = io::Error::new(ErrorKind::InvalidData, "the store holds no address for it");
-                MeetingError::Io { action: "read where a rank is", source }
-            })?;
-            let mut connection = TcpStream::connect_timeout(&theirs, left().max(Duration::from_millis(1)))
-                .map_err(io_error("connect to a rank"))?;
-            connection.write_all(&hello(rank)).map_err(io_error("greet a rank"))?;
+            let theirs = String::from_utf8_lossy(&theirs);
+            let connection = Stream::connect(&theirs, left()).map_err(io_error("connect to a rank"))?;
+            (&connection).write_all(&hello(rank)).map_err(io_error("greet a rank"))?;
             *stream = Some(connection);
         }
-        let above = rank + 1..size;
-        while above.clone().any(|peer| streams[peer].is_none()) {
-            let Some(connection) = accept(&listener, left()).map_err(io_error("accept a connection"))? else {
-                let missing = above.filter(|&peer| streams[peer].is_none()).collect();
+        let mut newcomers: Vec<Newcomer> = Vec::new();
+        while streams[rank + 1..].iter().any(Option::is_none) {
+            if left().is_zero() {
+                let missing = (rank + 1..size).filter(|&peer| streams[peer].is_none()).collect();
                 return Err(MeetingError::Missing { missing, size, after: patience });
-            };
-            // Whoever says something else is no rank of this run.
-            if let Some(peer) = hear(&connection).and_then(|said| above.clone().find(|&peer| said[..] == hello(peer))) {
-                streams[peer] = Some(connection);
+            }
+            await_word(&listener, &newcomers, left()).map_err(io_error("wait for a connection"))?;
+            // All at once: one that is slow to say who it is, or never does, holds up nobody.
+            if let Some(stream) = listener.accept().map_err(io_error("accept a connection"))? {
+                if newcomers.len() == NEWCOMERS {
+                    newcomers.remove(0);
+                }
+                newcomers.push(Newcomer { stream, said: [0; HELLO], heard: 0, since: Instant::now() });
+            }
+            newcomers.iter_mut().for_each(Newcomer::listen);
+            for newcomer in newcomers.extract_if(.., |newcomer| newcomer.heard == HELLO) {
+                // Whoever says something else is no rank of this run.
+                let peer = (rank + 1..size).find(|&peer| newcomer.said[..] == hello(peer));
+                if let Some(free) = peer.map(|peer| &mut streams[peer]).filter(|stream| stream.is_none()) {
+                    *free = Some(newcomer.stream);
+                }
+            }
+            newcomers.retain(|newcomer| newcomer.since.elapsed() < GREETING);
+        }
+        Ok(Mesh { rank, size, notice, streams })
+    }
+}
+
+/// A connection that has not said yet who it is.
+struct Newcomer {
+    stream: Stream,
+    said: [u8; HELLO],
+    heard: usize,
+    since: Instant,
+}
+
+impl Newcomer {
+    /// Reads what has come of its greeting, and no more.
+    fn listen(&mut self) {
+        while self.heard < HELLO {
+            match (&self.stream).read(&mut self.said[self.heard..]) {
+                Ok(n) if n > 0 => self.heard += n,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Ok(_) | Err(_) => {
+                    // It is gone: nothing it could have said is a greeting.
+                    (self.said, self.heard) = ([0; HELLO], HELLO);
+                }
             }
         }
-        for stream in streams.iter().flatten() {
-            stream.set_nodelay(true).map_err(io_error("set up a connection"))?;
-            stream.set_nonblocking(true).map_err(io_error("set up a connection"))?;
-        }
-        Ok(Mesh { rank, size, streams })
     }
 }
 
-/// The next connection, or nothing if none comes in time.
-fn accept(listener: &TcpListener, patience: Duration) -> io::Result<Option<TcpStream>> {
-    let timeout = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
-    match poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&timeout)) {
-        Ok(0) => Ok(None),
-        Ok(_) => listener.accept().map(|(stream, _)| Some(stream)),
-        Err(rustix::io::Errno::INTR) if !patience.is_zero() => accept(listener, patience / 2),
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// What a new connection says first.
-fn hear(mut stream: &TcpStream) -> Option<[u8; HELLO]> {
-    let mut said = [0; HELLO];
-    stream.set_read_timeout(Some(GREETING)).ok()?;
-    stream.read_exact(&mut said).ok()?;
-    Some(said)
+/// Waits for a connection, for a word of one that is there, or until one has taken too long.
+fn await_word(listener: &Listener, newcomers: &[Newcomer], left: Duration) -> io::Result<()> {
+    let mut descriptors = vec![PollFd::new(listener, PollFlags::IN)];
+    descriptors.extend(newcomers.iter().map(|newcomer| PollFd::new(&newcomer.stream, PollFlags::IN)));
+    let tired = newcomers.iter().map(|newcomer| GREETING.saturating_sub(newcomer.since.elapsed())).min();
+    wait(&mut descriptors, left.min(tired.unwrap_or(left)))
 }

@@ -2,8 +2,8 @@
 
 use super::super::StoreAddress;
 use super::wire::{self, Request};
-use std::io::{self, Write};
-use std::net::{IpAddr, TcpStream, ToSocketAddrs};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -51,6 +51,43 @@ pub struct Client {
     stream: TcpStream,
     address: String,
     prefix: String,
+    /// How long an answer may take that waits for nobody else.
+    answer: Duration,
+}
+
+/// A stream until a moment, however slowly it says something.
+struct Until<'a> {
+    stream: &'a TcpStream,
+    end: Instant,
+}
+
+impl Until<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(out)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn within(stream: &TcpStream, time: Duration) -> Until<'_> {
+    Until { stream, end: Instant::now() + time }
 }
 
 impl Client {
@@ -71,7 +108,12 @@ impl Client {
                 Err(_) => std::thread::sleep(RETRY.min(left)),
             }
         };
-        Ok(Client { stream, address: name, prefix: prefix.to_string() })
+        Ok(Client { stream, address: name, prefix: prefix.to_string(), answer: ANSWER })
+    }
+
+    /// Changes how long an answer may take that waits for no other rank (30 s at first), from now on.
+    pub fn answer_within(&mut self, time: Duration) {
+        self.answer = time;
     }
 
     /// The address of this machine as the store sees it: one that other ranks can reach.
@@ -86,23 +128,26 @@ impl Client {
         format!("{}{key}", self.prefix).into_bytes()
     }
 
-    fn lost(&self) -> impl FnOnce(io::Error) -> StoreError {
-        let address = self.address.clone();
-        move |source| StoreError::Lost { address, source }
+    fn lost(&self) -> impl FnOnce(io::Error) -> StoreError + use<'_> {
+        |source| {
+            // An answer that comes after all would be taken for that to another question.
+            let _ = self.stream.shutdown(Shutdown::Both);
+            StoreError::Lost { address: self.address.clone(), source }
+        }
     }
 
     fn send(&mut self, request: &Request) -> Result<(), StoreError> {
         let mut bytes = Vec::new();
         request.encode(&mut bytes);
-        self.stream.write_all(&bytes).map_err(self.lost())
+        within(&self.stream, self.answer).write_all(&bytes).map_err(self.lost())
     }
 
     fn answer<const N: usize>(&mut self) -> Result<[u8; N], StoreError> {
-        wire::array(&mut self.stream).map_err(self.lost())
+        wire::array(&mut within(&self.stream, self.answer)).map_err(self.lost())
     }
 
     fn answer_value(&mut self) -> Result<Vec<u8>, StoreError> {
-        wire::value(&mut self.stream).map_err(self.lost())
+        wire::value(&mut within(&self.stream, self.answer)).map_err(self.lost())
     }
 
     /// Sets a key.
@@ -139,10 +184,7 @@ impl Client {
     pub fn wait(&mut self, keys: &[&str], patience: Duration) -> Result<(), StoreError> {
         self.send(&Request::Wait { keys: keys.iter().map(|key| self.key(key)).collect() })?;
         let timeout = patience.max(Duration::from_millis(1));
-        self.stream.set_read_timeout(Some(timeout)).map_err(self.lost())?;
-        let answer = wire::array::<1>(&mut self.stream);
-        self.stream.set_read_timeout(Some(ANSWER)).map_err(self.lost())?;
-        match answer {
+        match wire::array::<1>(&mut within(&self.stream, timeout)) {
             Ok([wire::STOP_WAITING]) => Ok(()),
             Ok(other) => Err(self.lost()(unexpected(other[0]))),
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
@@ -205,7 +247,7 @@ fn unexpected(answer: u8) -> io::Error {
 fn try_connect(host: &str, port: u16, patience: Duration) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
     for address in (host, port).to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, patience).and_then(greet) {
+        match TcpStream::connect_timeout(&address, patience).and_then(|stream| greet(stream, patience.min(ANSWER))) {
             Ok(stream) => return Ok(stream),
             Err(error) => last = error,
         }
@@ -214,16 +256,15 @@ fn try_connect(host: &str, port: u16, patience: Duration) -> io::Result<TcpStrea
 }
 
 /// Says what protocol this is, and hears whether the other side speaks it too.
-fn greet(mut stream: TcpStream) -> io::Result<TcpStream> {
+fn greet(stream: TcpStream, patience: Duration) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(ANSWER))?;
-    stream.set_write_timeout(Some(ANSWER))?;
+    let mut timed = within(&stream, patience);
     let number = std::process::id();
     let mut bytes = Vec::new();
     Request::Validate(wire::MAGIC).encode(&mut bytes);
     Request::Ping(number).encode(&mut bytes);
-    stream.write_all(&bytes)?;
-    match u32::from_le_bytes(wire::array(&mut stream)?) {
+    timed.write_all(&bytes)?;
+    match u32::from_le_bytes(wire::array(&mut timed)?) {
         answer if answer == number => Ok(stream),
         _ => Err(io::Error::new(io::ErrorKind::InvalidData, "what listens there is no store")),
     }

@@ -1,6 +1,7 @@
 //! A store of our own: one thread for each connection, all on one map.
 
 use super::wire::{self, Request};
+use rustix::net::SendFlags;
 use std::collections::HashMap;
 use std::io::{self, BufReader, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -201,9 +202,11 @@ impl State {
         for id in over {
             self.waiting.remove(&id);
             if let Some(answers) = self.connections.get(&id) {
-                let mut writer = answers.lock();
-                if writer.write_all(&[wire::STOP_WAITING]).is_err() {
-                    // Its own thread sees the end and forgets it.
+                // Nobody else writes to a connection that waits. One that has taken so little of its answers that there is no room for a
+                // byte must not hold up the others: it is cut off, and its own thread forgets it.
+                let writer = answers.lock();
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                if !matches!(rustix::net::send(&*writer, &[wire::STOP_WAITING], flags), Ok(1)) {
                     let _ = writer.shutdown(Shutdown::Both);
                 }
             }
@@ -214,6 +217,9 @@ impl State {
     fn answer(&mut self, id: u64, request: Request) -> io::Result<Vec<u8>> {
         let with_length = |value: &[u8]| [&(value.len() as u64).to_le_bytes()[..], value].concat();
         let nothing = Vec::new();
+        if self.waiting.contains_key(&id) && request != Request::CancelWait {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         Ok(match request {
             Request::Validate(_) => return Err(io::ErrorKind::InvalidData.into()),
             Request::Set { key, value } => {

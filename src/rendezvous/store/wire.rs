@@ -5,7 +5,8 @@ use std::io::{self, Read};
 /// What every connection begins with.
 pub(super) const MAGIC: u32 = 0x3C85_F7CE;
 
-/// Longest key in bytes, longest value, and most keys in a request: what is announced beyond these is not read (PyTorch has the same limits).
+/// Longest key in bytes, longest value, and most keys in a request: what is announced beyond these is not read (PyTorch has the same
+/// limits). All keys of a request together are no longer than a value.
 pub(super) const MAX_KEY: u64 = 8 << 10;
 pub(super) const MAX_VALUE: u64 = 8 << 20;
 pub(super) const MAX_KEYS: u64 = 128 << 10;
@@ -175,8 +176,11 @@ fn keys(from: &mut impl Read) -> io::Result<Vec<Vec<u8>>> {
         return Err(invalid(format!("{count} keys are announced, at most {MAX_KEYS} are read")));
     }
     let mut keys = Vec::new();
+    let mut left = MAX_VALUE;
     for _ in 0..count {
-        keys.push(key(from)?);
+        let key = bytes(from, MAX_KEY.min(left))?;
+        left -= key.len() as u64;
+        keys.push(key);
     }
     Ok(keys)
 }

@@ -165,13 +165,16 @@ fn lengths_that_are_announced_are_bounded() {
         [&[1][..], &length(1 << 20)].concat(),
         [&[1][..], &length(1), b"k", &length(u64::MAX)].concat(),
         [&[6][..], &length(u64::MAX)].concat(),
+        // Keys of which each is short enough, but not all together.
+        [&[6][..], &length(1025), &[&length(8 << 10)[..], &[b'k'; 8 << 10]].concat().repeat(1025)].concat(),
         [&[3][..], &length(6), b"absent"].concat(),
         vec![255],
     ] {
         // Without an end of what is sent: it is the server that hangs up.
         let mut stream = TcpStream::connect(server.address()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.write_all(&[&HELLO[..], &request].concat()).unwrap();
+        // It may hang up before all is sent.
+        let _ = stream.write_all(&[&HELLO[..], &request].concat());
         let ended = stream.read(&mut [0; 1]);
         assert!(matches!(ended, Ok(0)) || ended.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset));
     }
@@ -181,4 +184,73 @@ fn lengths_that_are_announced_are_bounded() {
     let refused = (0..40).position(|i| greedy.set(&format!("k{i}"), &value).is_err() || greedy.has("k0").is_err());
     assert!(refused.is_some_and(|at| at >= 31), "{refused:?}");
     assert!(client(&server, "").has("k30").unwrap());
+}
+
+#[test]
+fn a_client_that_takes_no_answers_holds_up_nobody() {
+    let server = server();
+    let mut good = client(&server, "");
+    good.set("long", &vec![0; 4 << 20]).unwrap();
+    let key = |key: &str| [&(key.len() as u64).to_le_bytes()[..], key.as_bytes()].concat();
+    let (get, wait) = ([&[3][..], &key("long")].concat(), [&[6][..], &1u64.to_le_bytes(), &key("go")].concat());
+    // It waits and asks at the same time, or asks for more than it takes before it waits.
+    let greedy: Vec<TcpStream> = [[&wait[..], &get].concat(), [&get.repeat(8)[..], &wait].concat()]
+        .iter()
+        .map(|requests| {
+            let mut stream = TcpStream::connect(server.address()).unwrap();
+            stream.write_all(&[&HELLO[..], requests].concat()).unwrap();
+            stream
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let start = Instant::now();
+    good.set("go", b"").unwrap();
+    assert!(good.has("go").unwrap());
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    drop(greedy);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever a store answers, a client ends in time with a value or an error. Half of the answers come drop by drop.
+    #[test]
+    fn a_client_survives_any_answer(
+        answers in proptest::collection::vec(any::<u8>(), 0..40), what in 0..6, drips: bool, stays: bool,
+    ) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let patience = Duration::from_millis(150);
+        let (over, wait) = std::sync::mpsc::channel::<()>();
+        let store = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut hello = [0; 10];
+            stream.read_exact(&mut hello).unwrap();
+            // The greeting is answered as it should be.
+            stream.write_all(&hello[6..]).unwrap();
+            for piece in answers.chunks(if drips { 1 } else { 40 }) {
+                std::thread::sleep(Duration::from_millis(if drips { 20 } else { 0 }));
+                let _ = stream.write_all(piece);
+            }
+            if stays {
+                let _ = wait.recv();
+            }
+        });
+        let mut client = Client::connect(&address(port), "", PATIENCE).unwrap();
+        client.answer_within(patience);
+        let start = Instant::now();
+        let failed = match what {
+            0 => client.get("k", patience).is_err(),
+            1 => client.add("k", 1).is_err(),
+            2 => client.compare_set("k", b"", b"v").is_err(),
+            3 => client.has("k").is_err(),
+            4 => client.wait(&["a", "b"], patience).is_err(),
+            _ => client.delete("k").is_err(),
+        };
+        // A wait, its end taken back, and a value.
+        let took = start.elapsed();
+        prop_assert!(took < 6 * patience + Duration::from_secs(1), "{took:?}, failed: {failed}");
+        drop(over);
+        store.join().unwrap();
+    }
 }

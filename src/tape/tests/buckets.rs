@@ -1,12 +1,12 @@
 //! The order of parameters, and the sums over ranks, in a UNet's training step.
 
 use super::super::*;
+use crate::collective::fake::{Clock, Cost, Event, Fake};
 use crate::collective::{Collective, CollectiveError, Solo};
-use crate::device::{ALIGNMENT, Binding, BufferId, Device, Region, Slot, cpu::Cpu};
+use crate::device::{ALIGNMENT, Binding, Device, Region, Slot, cpu::Cpu};
 use crate::ops::grad_norm::grad_norm;
 use crate::ops::testing::random;
 use crate::unet::{UnetConfig, unet};
-use std::ops::Range;
 use std::time::Duration;
 
 /// A UNet's gradients with small buckets: attention (fused q/k/v), shared timestep projections, skips.
@@ -152,56 +152,25 @@ fn an_unknown_name_is_a_fault_of_the_caller() {
     unet_program(Buckets::default()).1.io("nothing");
 }
 
-/// Two ranks with equal gradients: what is summed is doubled when it is waited for. Fails when it is to begin sum number `fails_at`.
-#[derive(Debug)]
-struct Pair {
-    begun: Vec<Range<usize>>,
-    waited: usize,
-    fails_at: usize,
-}
+const SMALL: Buckets = Buckets { first: 4 << 10, other: 16 << 10 };
 
-impl Collective for Pair {
-    fn rank(&self) -> usize {
-        0
-    }
-
-    fn world_size(&self) -> usize {
-        2
-    }
-
-    fn all_reduce_start(&mut self, _: &mut Device, _: BufferId, range: Range<usize>) -> Result<(), CollectiveError> {
-        if self.begun.len() == self.fails_at {
-            return Err(CollectiveError::PeerLost { rank: 1, operation: "a test".into() });
-        }
-        self.begun.push(range);
-        Ok(())
-    }
-
-    fn all_reduce_wait(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        assert_eq!(self.begun[self.waited], range, "sums are waited for in the order in which they were begun");
-        self.waited += 1;
-        let mut values = vec![0.0f32; range.len()];
-        device.download(buffer, range.start, &mut values);
-        values.iter_mut().for_each(|x| *x *= 2.0);
-        device.upload(buffer, range.start, &values);
-        Ok(())
-    }
-
-    fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
-        Ok(vec![mine.clone(), mine])
-    }
-
-    fn set_patience(&mut self, _: Duration) {}
+/// One of two ranks with equal gradients.
+fn pair() -> Fake {
+    Fake::new(0, 2, Clock::default(), Cost { each: Duration::ZERO, per_byte: 0.0 })
 }
 
 /// Gradients and norm of a UNet's step, or the error it ended with, and the number of instructions that were done.
 fn run_with(collective: &mut dyn Collective) -> (Result<(Vec<f32>, f32), RunError>, usize) {
-    let (_, program) = unet_program(Buckets { first: 4 << 10, other: 16 << 10 });
+    let (_, program) = unet_program(SMALL);
+    let mut done = 0;
+    (run_observed(&program, collective, &mut |_| done += 1), done)
+}
+
+fn run_observed(
+    program: &Program,
+    collective: &mut dyn Collective,
+    done: &mut dyn FnMut(usize),
+) -> Result<(Vec<f32>, f32), RunError> {
     let mut device = Device::Cpu(Cpu::new(2));
     let flat = program.layout.len();
     let [io, arena, weights, gradients] =
@@ -217,22 +186,20 @@ fn run_with(collective: &mut dyn Collective) -> (Result<(Vec<f32>, f32), RunErro
         let slot = program.io(name);
         device.upload(io, slot.offset / 4, &random(seed, slot.len));
     }
-    let mut done = 0;
-    let result = program.run_observed(&mut device, &binding, collective, &mut |_| done += 1).map(|()| {
-        let (mut found, mut norm) = (vec![0.0; flat], [0.0f32; 2]);
-        device.download(gradients, 0, &mut found);
-        device.download(io, program.io("norm").offset / 4, &mut norm);
-        (found, norm[0])
-    });
-    (result, done)
+    program.run_observed(&mut device, &binding, collective, done)?;
+    let (mut found, mut norm) = (vec![0.0; flat], [0.0f32; 2]);
+    device.download(gradients, 0, &mut found);
+    device.download(io, program.io("norm").offset / 4, &mut norm);
+    Ok((found, norm[0]))
 }
 
 #[test]
 fn every_gradient_is_summed_over_the_ranks_once_and_before_the_update() {
     let (alone, _) = run_with(&mut Solo);
-    let mut pair = Pair { begun: vec![], waited: 0, fails_at: usize::MAX };
+    let mut pair = pair();
     let (together, _) = run_with(&mut pair);
-    assert!(pair.begun.len() > 3 && pair.waited == pair.begun.len(), "{pair:?}");
+    let begun = pair.begun().len();
+    assert!(begun > 3 && pair.events().len() == 2 * begun, "{pair:?}");
     let ((alone, norm), (together, norm_together)) = (alone.unwrap(), together.unwrap());
     assert!(norm > 0.0 && norm_together == 2.0 * norm, "the norm is that of the sums");
     assert!(alone.iter().zip(&together).all(|(x, y)| *y == 2.0 * x));
@@ -241,8 +208,74 @@ fn every_gradient_is_summed_over_the_ranks_once_and_before_the_update() {
 #[test]
 fn a_lost_rank_ends_the_step_before_the_update() {
     let (_, all) = run_with(&mut Solo);
-    let mut pair = Pair { begun: vec![], waited: 0, fails_at: 2 };
+    let mut pair = pair().losing(1, 2);
     let (result, done) = run_with(&mut pair);
     assert!(matches!(result, Err(RunError::Collective(CollectiveError::PeerLost { rank: 1, .. }))));
-    assert!(done < all && pair.waited == 0);
+    assert!(done < all && pair.events().len() == 2, "{pair:?}");
+}
+
+/// What a step waits for its sums if each takes `BUCKET` and one GFLOP `gflop`: as measured on the events of a run, and by the schedule
+/// alone. And the run's collective.
+fn exposed(program: &Program, gflop: Duration) -> (Duration, Duration, Fake) {
+    let takes = |number: usize| match &program.instructions[number].kind {
+        Kind::Launch(op) => gflop.mul_f64(op.flops() as f64 * 1e-9),
+        Kind::ReduceStart { .. } | Kind::ReduceWait { .. } => Duration::ZERO,
+    };
+    let clock = Clock::default();
+    let mut fake = Fake::new(0, 4, clock.clone(), Cost { each: BUCKET, per_byte: 0.0 });
+    run_observed(program, &mut fake, &mut |number| clock.pass(takes(number))).unwrap();
+
+    // The compute lane without any waiting, and the sums behind it.
+    let (mut computed, mut summed) = (Duration::ZERO, Duration::ZERO);
+    let mut late = Duration::ZERO;
+    for (number, instruction) in program.instructions.iter().enumerate() {
+        match instruction.kind {
+            Kind::Launch(_) => computed += takes(number),
+            Kind::ReduceStart { .. } => summed = summed.max(computed) + BUCKET,
+            Kind::ReduceWait { .. } => late = summed.saturating_sub(computed),
+        }
+    }
+    (fake.exposed(), late, fake)
+}
+
+const BUCKET: Duration = Duration::from_millis(200);
+
+#[test]
+fn the_backward_pass_covers_the_sums_that_it_can() {
+    let (_, program) = unet_program(SMALL);
+    let backward: u64 = launches(&program)
+        .filter(|(_, i)| i.phase == Phase::Backward)
+        .map(|(_, i)| match &i.kind {
+            Kind::Launch(op) => op.flops(),
+            Kind::ReduceStart { .. } | Kind::ReduceWait { .. } => 0,
+        })
+        .sum();
+    // How long a GFLOP takes if all of the backward pass takes so many buckets' time.
+    let speed = |buckets: f64| BUCKET.mul_f64(buckets / (backward as f64 * 1e-9));
+    let mut all = Duration::ZERO;
+    let mut waits = Vec::new();
+    for buckets in [0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 100.0, 10_000.0] {
+        let (measured, predicted, fake) = exposed(&program, speed(buckets));
+        assert_eq!(measured, predicted, "backward takes {buckets} buckets");
+        all = BUCKET * fake.begun().len() as u32;
+        waits.push(measured);
+        // Every sum is begun before any is waited for: those of a step do not wait for each other's turn.
+        let first_wait = fake.events().iter().position(|e| matches!(e, Event::Waited { .. }));
+        assert_eq!(first_wait, Some(fake.begun().len()));
+    }
+    assert!(all >= 4 * BUCKET, "{all:?}");
+    assert_eq!(waits[0], all, "nothing is computed, nothing covered");
+    assert_eq!(*waits.last().unwrap(), BUCKET, "all but the last, which no computation comes after");
+    assert!(waits.is_sorted_by(|a, b| a >= b) && waits[3] < all, "{waits:?}");
+
+    // What this test would see if sums were waited for as soon as they are begun.
+    let mut eager = program.clone();
+    eager.instructions.retain(|i| !matches!(i.kind, Kind::ReduceWait { .. }));
+    for number in (0..eager.instructions.len()).rev() {
+        if let Kind::ReduceStart { bucket, range } = eager.instructions[number].kind.clone() {
+            let wait = Instruction { kind: Kind::ReduceWait { bucket, range }, ..eager.instructions[number].clone() };
+            eager.instructions.insert(number + 1, wait);
+        }
+    }
+    assert_eq!(exposed(&eager, speed(100.0)).0, all);
 }

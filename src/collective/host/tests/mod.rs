@@ -1,11 +1,14 @@
 //! Ranks as threads of this process, over real sockets.
 
+mod hostile;
+
+use super::stream::Stream;
 use super::*;
+use crate::collective::sum_along_tree;
 use crate::device::cpu::Cpu;
 use crate::rendezvous::store::{Client, Server};
 use crate::rendezvous::{StoreAddress, StoreHost};
 use std::io::Write;
-use std::net::TcpStream;
 use std::time::Instant;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -17,18 +20,33 @@ fn connect(server: &Server) -> Client {
 }
 
 fn join(server: &Server, rank: usize, size: usize, deadline: Duration) -> Result<Host, MeetingError> {
+    join_by(server, true, rank, size, deadline)
+}
+
+fn join_by(
+    server: &Server,
+    one_machine: bool,
+    rank: usize,
+    size: usize,
+    deadline: Duration,
+) -> Result<Host, MeetingError> {
     let store = connect(server);
-    Host::join(Meeting { rank, size, one_machine: true, store, patience: PATIENCE }, deadline)
+    Host::join(Meeting { rank, size, one_machine, store, patience: PATIENCE }, deadline)
 }
 
 /// Runs `work` as every rank of a world; gives what each returns.
 fn world<T: Send>(size: usize, deadline: Duration, work: impl Fn(Host) -> T + Sync) -> Vec<T> {
+    world_by(true, size, deadline, work)
+}
+
+/// The same with shared memory, or as if the ranks were on several machines.
+fn world_by<T: Send>(one_machine: bool, size: usize, deadline: Duration, work: impl Fn(Host) -> T + Sync) -> Vec<T> {
     let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..size)
             .map(|rank| {
                 let (server, work) = (&server, &work);
-                scope.spawn(move || work(join(server, rank, size, deadline).unwrap()))
+                scope.spawn(move || work(join_by(server, one_machine, rank, size, deadline).unwrap()))
             })
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
@@ -41,15 +59,16 @@ fn values(rank: usize, len: usize) -> Vec<f32> {
 }
 
 #[test]
-fn sums_are_those_of_the_tree_at_every_rank() {
-    for size in [1, 2, 3, 4, 7] {
-        // Buckets of odd lengths, shorter than the ranks are many too, begun before the first is waited for.
-        let lens = [1000, 1, 17, 4096 + 5, 33];
-        let results = world(size, PATIENCE, |mut host| {
+fn sums_are_those_of_the_tree_at_every_rank_through_memory_and_through_sockets() {
+    for (size, one_machine) in [1, 2, 3, 4, 5, 7, 8].into_iter().flat_map(|size| [(size, true), (size, false)]) {
+        // Buckets of odd lengths, shorter than the ranks are many too, begun before the first is waited for; and again, in the same
+        // memory.
+        let lens = [1000, 1, 17, 4096 + 5, 33, 40_001, 0];
+        let total: usize = lens.iter().sum();
+        let results = world_by(one_machine, size, PATIENCE, |mut host| {
+            assert_eq!((host.shared.is_some(), host.notice()), (one_machine && size > 1, None));
             let mut device = Device::Cpu(Cpu::new(1));
-            let total: usize = lens.iter().sum();
             let buffer = device.allocate(4 * total).unwrap();
-            device.upload(buffer, 0, &values(host.rank(), total));
             let ranges: Vec<Range<usize>> = lens
                 .iter()
                 .scan(0, |end, len| {
@@ -57,22 +76,47 @@ fn sums_are_those_of_the_tree_at_every_rank() {
                     Some(*end - len..*end)
                 })
                 .collect();
-            for range in &ranges {
-                host.all_reduce_start(&mut device, buffer, range.clone()).unwrap();
+            for round in 0..3 {
+                device.upload(buffer, 0, &values(host.rank() + round, total));
+                for range in &ranges {
+                    host.all_reduce_start(&mut device, buffer, range.clone()).unwrap();
+                }
+                for range in &ranges {
+                    host.all_reduce_wait(&mut device, buffer, range.clone()).unwrap();
+                }
             }
-            for range in &ranges {
-                host.all_reduce_wait(&mut device, buffer, range.clone()).unwrap();
-            }
+            let pages: usize = lens.iter().map(|len: &usize| (4 * len.max(&1)).next_multiple_of(4096)).sum();
+            assert!(host.shared.as_ref().is_none_or(|shared| shared.window.taken() == pages), "memory of one round");
             let mut sums = vec![0.0f32; total];
             device.download(buffer, 0, &mut sums);
             sums
         });
-        let mut parts: Vec<Vec<f32>> = (0..size).map(|rank| values(rank, lens.iter().sum())).collect();
+        let mut parts: Vec<Vec<f32>> = (0..size).map(|rank| values(rank + 2, total)).collect();
         sum_along_tree(&mut parts);
         for (rank, sums) in results.iter().enumerate() {
-            assert!(sums.iter().zip(&parts[0]).all(|(a, b)| a.to_bits() == b.to_bits()), "rank {rank} of {size}");
+            let is_same = sums.iter().zip(&parts[0]).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(is_same, "rank {rank} of {size}, one machine: {one_machine}");
         }
     }
+}
+
+#[test]
+fn sums_that_follow_each_other_without_end_take_bounded_memory() {
+    let taken = world(3, PATIENCE, |mut host| {
+        let mut device = Device::Cpu(Cpu::new(1));
+        let buffer = device.allocate(4 * 2000).unwrap();
+        device.upload(buffer, 0, &vec![1.0f32; 2000]);
+        let half = |i: usize| 1000 * (i % 2)..1000 * (i % 2 + 1);
+        host.all_reduce_start(&mut device, buffer, half(0)).unwrap();
+        for i in 0..200 {
+            // There is always one under way.
+            host.all_reduce_start(&mut device, buffer, half(i + 1)).unwrap();
+            host.all_reduce_wait(&mut device, buffer, half(i)).unwrap();
+        }
+        host.all_reduce_wait(&mut device, buffer, half(200)).unwrap();
+        host.shared.as_ref().unwrap().window.taken() / 4096
+    });
+    assert!(taken.iter().all(|pages| *pages <= 2 * (TAKEN + 1)), "{taken:?}");
 }
 
 #[test]
@@ -168,8 +212,8 @@ fn strangers_do_not_keep_ranks_from_meeting() {
         for garbage in
             [&b"GET / HTTP/1.1\r\n\r\n padding padding"[..], b"short", &[0xff; 64], b"ddpm-co1........\x01\0\0\0"]
         {
-            let mut stream = TcpStream::connect(&address).unwrap();
-            stream.write_all(garbage).unwrap();
+            let stream = Stream::connect(&address, PATIENCE).unwrap();
+            (&stream).write_all(garbage).unwrap();
         }
         let second = scope.spawn(|| join(&server, 1, 2, PATIENCE).unwrap());
         let (mut first, mut second) = (first.join().unwrap(), second.join().unwrap());
