@@ -36,6 +36,8 @@ fn is_at_work(pid: Pid) -> bool {
 /// A launcher with `ranks` ranks at work.
 fn launcher(project: &Project, name: &str, ranks: usize, more: &[&str]) -> (Running, Vec<Pid>) {
     let mut command = project.program();
+    // A launcher that is killed leaves its private folder behind.
+    command.env("TMPDIR", project.path(""));
     command.args(["--ranks", &ranks.to_string(), "--threads", "2"]).args(more).args(WORKS);
     let mut running = project.start(name, command);
     let pid = running.child.id();
@@ -136,6 +138,7 @@ fn two_machines_and_one_that_dies() {
     let node = |node: &str| {
         let mut command = project.program();
         command
+            .env("TMPDIR", project.path(""))
             .args(["--ranks", "1", "--nnodes", "2", "--node-rank", node, "--rdzv", &meet, "--threads", "2"])
             .args(WORKS);
         project.start(&format!("node{node}"), command)

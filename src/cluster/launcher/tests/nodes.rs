@@ -194,7 +194,8 @@ fn blockable_way(to: u16) -> (u16, Arc<AtomicBool>) {
     let blocked = Arc::clone(&is_blocked);
     std::thread::spawn(move || {
         for here in listener.incoming().flatten() {
-            let there = TcpStream::connect(("127.0.0.1", to)).unwrap();
+            // Before the other side listens, whoever comes this way tries again.
+            let Ok(there) = TcpStream::connect(("127.0.0.1", to)) else { continue };
             let ways = [(here.try_clone().unwrap(), there.try_clone().unwrap()), (there, here)];
             for (mut from, mut to) in ways {
                 let blocked = Arc::clone(&blocked);
