@@ -3,20 +3,36 @@
 use super::exit::{Code, Failure, OrFail};
 use super::{Common, Stop};
 use crate::cluster::Preemption;
+use crate::cluster::watchdog::Watchdog;
 use crate::collective::host::{Host, Meeting};
-use crate::collective::{Collective, Solo};
+use crate::collective::{Activity, Collective, CollectiveError, Solo};
 use crate::rendezvous::store::{Client, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, detect};
 use crate::report::Console;
+use crate::tape::RunError;
+use crate::train::TrainError;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
+
+/// How often a rank says what it is doing.
+const PUBLISHED: Duration = Duration::from_secs(1);
+/// How long it may take to find out what the others were doing.
+const EXPLAINED: Duration = Duration::from_secs(6);
 
 /// This rank, and its connection to the others.
 pub(super) struct Ranks {
     collective: Box<dyn Collective>,
     world: Option<World>,
     patience: Duration,
-    _preemption: Option<Preemption>,
+    together: Option<Together>,
+}
+
+/// What there is where there are several ranks.
+struct Together {
+    activity: Arc<Activity>,
+    watchdog: Watchdog,
+    _preemption: Preemption,
     /// Dropped last: the other ranks use it as long as they run.
     _store: Option<Server>,
 }
@@ -25,33 +41,45 @@ impl Ranks {
     /// Meets the other ranks, if a launcher has started several.
     pub fn join(common: &Common, stop: &Stop) -> Result<Ranks, Failure> {
         let patience = common.launch.patience();
-        let alone = |world| Ranks { collective: Box::new(Solo), world, patience, _preemption: None, _store: None };
         let world = match detect(&Environment::of_this_process()).or_fail(Code::Usage)? {
-            Detected::Rank(world) => world,
-            Detected::Alone | Detected::Node(_) => {
-                return Ok(alone(None));
-            }
+            Detected::Rank(world) => Some(world),
+            Detected::Alone | Detected::Node(_) => None,
         };
-        if world.size == 1 {
-            return Ok(alone(Some(world)));
-        }
+        let Some(world) = world.as_ref().filter(|world| world.size > 1) else {
+            return Ok(Ranks { collective: Box::new(Solo), world, patience, together: None });
+        };
         let one_machine = world.local_size == world.size;
         let server = match world.store.served_by == StoreHost::RankZero && world.rank == 0 {
             true => Some(serve(&world.store, one_machine, &common.console())?),
             false => None,
         };
-        let store = connect(&world, patience).or_fail(Code::Rendezvous)?;
-        let watched = connect(&world, patience).or_fail(Code::Rendezvous)?;
-        let preemption = Preemption::watch(watched, stop.request.clone()).or_fail(Code::Failed)?;
-        let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store, patience };
+        let connect = || connect(world, patience).or_fail(Code::Rendezvous);
+        let preemption = Preemption::watch(connect()?, stop.request.clone()).or_fail(Code::Failed)?;
+        let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store: connect()?, patience };
         let host = Host::join(meeting, patience).or_fail(Code::Rendezvous)?;
-        Ok(Ranks {
-            collective: Box::new(host),
-            world: Some(world),
-            patience,
-            _preemption: Some(preemption),
-            _store: server,
-        })
+        if let (Some(notice), 0) = (host.notice(), world.rank) {
+            common.console().say(notice);
+        }
+        let activity = host.activity();
+        let watchdog = Watchdog::start(connect()?, world.rank, world.size, Arc::clone(&activity), PUBLISHED);
+        let watchdog = watchdog.or_fail(Code::Failed)?;
+        let together = Together { activity, watchdog, _preemption: preemption, _store: server };
+        Ok(Ranks { collective: Box::new(host), world: Some(world.clone()), patience, together: Some(together) })
+    }
+
+    /// Where this rank notes what it is doing, for the others.
+    pub fn activity(&self) -> Option<Arc<Activity>> {
+        self.together.as_ref().map(|together| Arc::clone(&together.activity))
+    }
+
+    /// A failure to be reported; where ranks did not answer in time, with what they were doing.
+    pub fn explained(&self, code: Code, error: &TrainError) -> Failure {
+        match (&self.together, error) {
+            (Some(together), TrainError::Run(RunError::Collective(cause @ CollectiveError::TimedOut { .. }))) => {
+                Failure::new(code, together.watchdog.explain(cause, EXPLAINED))
+            }
+            _ => Failure::new(code, error),
+        }
     }
 
     pub fn collective(&mut self) -> &mut dyn Collective {

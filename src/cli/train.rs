@@ -78,7 +78,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         true => Start::Fresh { overwrite: arguments.overwrite },
         false => Start::Resume,
     };
-    let connect = ranks.connect();
+    let (connect, activity) = (ranks.connect(), ranks.activity());
     let options = Options {
         run_dir: &run_dir,
         start,
@@ -88,6 +88,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         stop: stop.flag(),
         deadline: arguments.max_time.map(|time| started + time),
         first_here: ranks.is_first_here(),
+        activity: activity.as_deref(),
         connect: connect.as_ref().map(|f| f as &dyn Fn() -> _),
         console: &console,
     };
@@ -97,7 +98,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         match error {
             // Said as a value of the file, with its line.
             TrainError::OutOfRange(refused) => arguments.config.refused(refused),
-            error => Failure::new(code, error),
+            error => ranks.explained(code, &error),
         }
     })?;
     Ok(match ended {

@@ -13,7 +13,7 @@ use super::state::{Identity, snapshot};
 use super::{Config, Metrics, Share, TrainConfig, TrainError, Trainer};
 use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Start};
 use crate::cluster::{Slow, Stragglers, minority};
-use crate::collective::{Collective, Timed};
+use crate::collective::{Activity, Collective, Timed};
 use crate::data::{Dataset, ImageSize, Loader, LoaderConfig, Order};
 use crate::device::{Device, Region};
 use crate::rendezvous::store::{Client, StoreError};
@@ -51,6 +51,8 @@ pub struct Options<'a> {
     pub deadline: Option<Instant>,
     /// Whether this is the first rank of its machine: it decodes the data set, and the others use what it has cached.
     pub first_here: bool,
+    /// Where this rank notes what it is doing, for a watchdog.
+    pub activity: Option<&'a Activity>,
     /// Opens a connection of its own to the store of the ranks, where there are several.
     pub connect: Option<&'a dyn Fn() -> Result<Client, StoreError>>,
     /// Where messages go.
@@ -109,6 +111,7 @@ struct Run<'a> {
     collective: &'a mut dyn Collective,
     console: &'a Console,
     stop: &'a AtomicBool,
+    activity: Option<&'a Activity>,
     deadline: Option<Instant>,
     root: PathBuf,
     trainer: Trainer,
@@ -167,17 +170,22 @@ impl<'a> Run<'a> {
     /// Algorithm 1, once.
     fn step(&mut self, loader: &mut Loader) -> Result<Known, TrainError> {
         let since = Instant::now();
+        self.note("waiting for images");
         let pixels = loader.next()?.pixels;
+        self.note("forward and backward");
         let mut timed = Timed::new(self.collective);
         let losses = self.trainer.step(self.device, &mut timed, self.config, self.step, pixels)?;
         let norm = losses.norm;
         self.card.fill(&losses);
         self.card.busy = since.elapsed().saturating_sub(timed.spent);
         self.step += 1;
-        if self.collective.world_size() > 1 && self.config.cluster.compares_after(self.step) {
+        // Also what is about to be saved.
+        let to_save = self.save_waits || self.config.checkpoint.is_due(self.step);
+        if self.collective.world_size() > 1 && (to_save || self.config.cluster.compares_after(self.step)) {
             let held = [Region::Weights, Region::Ema].map(|region| self.trainer.buffer(region));
             self.card.checksum = Some(checksum(self.device, &held, self.layout.elements()));
         }
+        self.note("telling the others how it stands");
         let (cards, known) = self.exchange()?;
         self.longest = self.longest.max(since.elapsed());
         self.compare(&cards)?;
@@ -196,6 +204,11 @@ impl<'a> Run<'a> {
             None => "No checkpoint was saved before".to_string(),
         };
         Err(TrainError::Diverged { step: self.step, what, kept })
+    }
+
+    /// Notes what this rank does from now on.
+    fn note(&self, phase: &'static str) {
+        self.activity.iter().for_each(|activity| activity.note(self.step + 1, phase));
     }
 
     /// Tells the other ranks how this one stands, and hears how they stand.
@@ -306,6 +319,7 @@ impl<'a> Run<'a> {
     /// A grid of images from the averaged weights, to the run directory and TensorBoard. Gives its path if it was written.
     fn draw(&mut self) -> Result<Option<PathBuf>, TrainError> {
         let Some(grids) = &self.grids else { return Ok(None) };
+        self.note("sampling");
         let weights = self.trainer.buffer(Region::Ema);
         let drawn = grids.draw(self.config, self.device, self.collective, weights, self.console, self.stop)?;
         let (Some(picture), Some(lead)) = (drawn, &mut self.lead) else { return Ok(None) };

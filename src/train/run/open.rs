@@ -32,7 +32,7 @@ impl<'a> Run<'a> {
         dataset: &Dataset,
         share: Share,
     ) -> Result<Run<'a>, TrainError> {
-        let Options { console, stop, program, deadline, .. } = *options;
+        let Options { console, stop, program, deadline, activity, .. } = *options;
         let [height, width, channels] = dataset.shape();
         let schedule = Schedule::new(&config.diffusion)?;
         let identity = Identity::new(config, dataset.fingerprint(), device, share.world_size)?;
@@ -104,6 +104,7 @@ impl<'a> Run<'a> {
             collective,
             console,
             stop,
+            activity,
             deadline,
             root: options.run_dir.to_path_buf(),
             trainer,
