@@ -308,8 +308,12 @@ fn flip_everywhere(pid: Pid, words: &[u32]) -> usize {
         let (Some(range), Some(access)) = (fields.next(), fields.next()) else { continue };
         let (start, end) = range.split_once('-').unwrap();
         let [start, end] = [start, end].map(|hex| u64::from_str_radix(hex, 16).unwrap());
+        // A reservation of address space, as for what ranks share, is larger than any memory.
+        if !access.starts_with("rw") || end - start > 1 << 30 {
+            continue;
+        }
         let mut bytes = vec![0; (end - start) as usize];
-        if !access.starts_with("rw") || memory.read_exact_at(&mut bytes, start).is_err() {
+        if memory.read_exact_at(&mut bytes, start).is_err() {
             continue;
         }
         for (offset, found) in bytes.chunks_exact(4).enumerate().map(|(i, word)| (4 * i, word)) {
