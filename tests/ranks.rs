@@ -234,3 +234,86 @@ fn a_rank_beyond_the_world_is_refused() {
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains("the rank is 2, expected less than 2"), "{stderr}");
 }
+
+/// Another build of the program: its commit is another.
+#[test]
+fn ranks_of_different_builds_are_refused() {
+    let (project, store) = (Project::new(), store());
+    let mut program = std::fs::read(env!("CARGO_BIN_EXE_ddpm-dist")).unwrap();
+    let name = format!("ddpm-dist {} (", env!("CARGO_PKG_VERSION")).into_bytes();
+    let places: Vec<usize> =
+        program.windows(name.len()).enumerate().filter(|(_, w)| *w == name).map(|(i, _)| i).collect();
+    assert!(!places.is_empty(), "the program says which build it is");
+    for place in places {
+        let commit = &mut program[place + name.len()];
+        *commit = if *commit == b'0' { b'1' } else { b'0' };
+    }
+    let other = project.write("other", program);
+    std::fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let programs = [env!("CARGO_BIN_EXE_ddpm-dist"), other.to_str().unwrap()];
+    let ranks: Vec<Running> = (0..2)
+        .map(|rank| {
+            let mut command = project.program_by(programs[rank]);
+            command.args(train("run", &[]));
+            rank_of(&mut command, &store, rank, 2);
+            project.start(&format!("rank-{rank}"), command)
+        })
+        .collect();
+    for running in ranks {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(
+            stderr.contains("rank 0 runs ddpm-dist") && stderr.contains("start one and the same program"),
+            "{stderr}"
+        );
+    }
+}
+
+/// The best instructions of two machines differ, and with them the last bits.
+#[test]
+fn ranks_with_different_instructions_are_refused() {
+    let (project, store) = (Project::new(), store());
+    let ranks: Vec<Running> = (0..2)
+        .map(|rank| {
+            let mut command = project.program();
+            command.args(train("run", &[]));
+            rank_of(&mut command, &store, rank, 2).env("DDPM_DIST_SIMD", ["portable", "avx2"][rank]);
+            project.start(&format!("rank-{rank}"), command)
+        })
+        .collect();
+    for running in ranks {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(
+            stderr.contains("portable") && stderr.contains("avx2") && stderr.contains("DDPM_DIST_SIMD"),
+            "{stderr}"
+        );
+    }
+}
+
+#[test]
+fn ranks_that_see_other_directories_are_refused() {
+    let (project, store) = (Project::new(), store());
+    let ranks = start(&project, &store, 2, |rank| train(["run", "elsewhere"][rank], &[]));
+    for (rank, running) in ranks.into_iter().enumerate() {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some([6, 4][rank]), "{stderr}");
+        assert!(stderr.contains("rank 1") && stderr.contains("elsewhere") && stderr.contains("--run-dir"), "{stderr}");
+    }
+}
+
+#[test]
+fn ranks_that_see_other_images_are_refused() {
+    let project = Project::new();
+    std::fs::create_dir(project.path("others")).unwrap();
+    for i in 0..12 {
+        project.picture(&format!("others/{i:02}.png"), [8, 8], i + 1);
+    }
+    let store = store();
+    let data = ["data.path=\"pictures\"", "data.path=\"others\""];
+    for running in start(&project, &store, 2, |rank| train("run", &["--set", data[rank]])) {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(stderr.contains("rank 1 sees other images than rank 0"), "{stderr}");
+    }
+}

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How often a rank says what it is doing.
-const PUBLISHED: Duration = Duration::from_secs(1);
+const PUBLISHED: Duration = Duration::from_millis(500);
 /// How long it may take to find out what the others were doing.
 const EXPLAINED: Duration = Duration::from_secs(6);
 

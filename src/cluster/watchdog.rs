@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 /// Least time between the two looks that tell the living from the dead.
-const GAP: Duration = Duration::from_millis(1500);
+const GAP: Duration = Duration::from_millis(1200);
 /// How long the store may take over one answer.
 const ANSWER: Duration = Duration::from_secs(2);
 

@@ -13,6 +13,8 @@ pub(super) struct Card {
     pub idle: bool,
     /// Time it spent on the step, but for waiting for others.
     pub busy: Duration,
+    /// The part of it in which it waited for images.
+    pub loading: Duration,
     /// Of weights and averages, where it is due.
     pub checksum: Option<u64>,
     /// Of its images, in the order of the batch.
@@ -25,7 +27,7 @@ const STOP: u32 = 1;
 const IDLE: u32 = 2;
 const CHECKSUM: u32 = 4;
 /// Words before losses and timesteps.
-const HEAD: usize = 4;
+const HEAD: usize = 5;
 
 impl Card {
     /// Takes over what a step gave.
@@ -40,8 +42,8 @@ impl Card {
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
         let flags = flag(self.stop, STOP) | flag(self.idle, IDLE) | flag(self.checksum.is_some(), CHECKSUM);
         let checksum = self.checksum.unwrap_or(0);
-        let busy = u32::try_from(self.busy.as_micros()).unwrap_or(u32::MAX);
-        let head = [flags, busy, checksum as u32, (checksum >> 32) as u32];
+        let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        let head = [flags, micros(self.busy), micros(self.loading), checksum as u32, (checksum >> 32) as u32];
         let losses = self.losses.iter().map(|loss| loss.to_bits());
         let words = head.into_iter().chain(losses).chain(self.timesteps.iter().copied());
         words.flat_map(u32::to_le_bytes).collect()
@@ -60,7 +62,8 @@ impl Card {
             stop: head[0] & STOP != 0,
             idle: head[0] & IDLE != 0,
             busy: Duration::from_micros(head[1].into()),
-            checksum: (head[0] & CHECKSUM != 0).then_some(u64::from(head[2]) | u64::from(head[3]) << 32),
+            loading: Duration::from_micros(head[2].into()),
+            checksum: (head[0] & CHECKSUM != 0).then_some(u64::from(head[3]) | u64::from(head[4]) << 32),
             losses: losses.iter().map(|&bits| f32::from_bits(bits)).collect(),
             timesteps: timesteps.to_vec(),
         })
@@ -90,6 +93,7 @@ mod tests {
             stop: true,
             idle: false,
             busy: Duration::from_micros(123_456),
+            loading: Duration::from_micros(1_234),
             checksum: Some(0x0123_4567_89ab_cdef),
             losses: vec![0.5, f32::NAN, -0.0],
             timesteps: vec![0, 999, 17],
@@ -99,7 +103,7 @@ mod tests {
         assert_eq!(Card { losses: vec![], ..back }, Card { losses: vec![], ..card });
         let idle = Card { idle: true, ..Card::default() };
         assert_eq!(Card::decode(&idle.encode()).unwrap(), idle);
-        for bytes in [0, 3, 12, 17, 20] {
+        for bytes in [0, 3, 16, 21, 24] {
             assert!(Card::decode(&vec![0; bytes]).is_none(), "{bytes} bytes");
         }
     }

@@ -6,7 +6,6 @@ use crate::device::{BufferId, Device};
 use crate::diffusion::{SamplerTable, Schedule};
 use crate::report::{Console, GridOptions, Images, Picture, grid};
 use crate::sample::{Progress, Request, ReverseProcess, SampleError, Sampler};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The reverse process that `[sample]` describes, with its memory.
 pub(super) struct Grids {
@@ -34,7 +33,7 @@ impl Grids {
         Ok(Some(Grids { sampler, table }))
     }
 
-    /// A grid from `weights`; nothing if `stop` was set meanwhile, or (with an alarm) if the images are not finite.
+    /// A grid from `weights`; nothing if it does not go on at some rank, or (with an alarm) if the images are not finite.
     pub fn draw(
         &self,
         config: &Config,
@@ -42,7 +41,7 @@ impl Grids {
         collective: &mut dyn Collective,
         weights: BufferId,
         console: &Console,
-        stop: &AtomicBool,
+        goes_on: &dyn Fn() -> bool,
     ) -> Result<Option<Picture>, TrainError> {
         let Grids { sampler, table } = self;
         let count = config.sample.count;
@@ -51,7 +50,7 @@ impl Grids {
         let bar = console.bar("sampling", (rounds * table.steps.len()) as u64);
         let observe = |at: Progress| {
             bar.set(at.done as u64);
-            !stop.load(Ordering::Relaxed)
+            goes_on()
         };
         match sampler.sample(device, collective, ReverseProcess { weights, table }, request, observe) {
             Ok(Some(pixels)) => {

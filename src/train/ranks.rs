@@ -37,7 +37,7 @@ pub(super) fn lost(error: CollectiveError) -> TrainError {
 
 /// Refuses ranks that would not train the same model: of another build of this program, or with another config.
 pub(super) fn same_program(collective: &mut dyn Collective, config: &Config) -> Result<(), TrainError> {
-    let build = format!("{} of {}", build(), crate::simd::level().name());
+    let build = format!("{} with {} instructions", build(), crate::simd::level().name());
     let all = gather(collective, format!("{build}\n{}", to_toml(config)?).into_bytes())?;
     let texts: Vec<String> = all.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
     let split = |text: &str| text.split_once('\n').map(|(build, toml)| (build.to_string(), toml.to_string()));
@@ -46,7 +46,10 @@ pub(super) fn same_program(collective: &mut dyn Collective, config: &Config) -> 
         let Some((build, toml)) = split(text) else { continue };
         if build != first_build {
             let what = format!("rank 0 runs {first_build}, rank {rank} {build}");
-            return Err(TrainError::Unequal { what, remedy: "start one and the same program on all nodes" });
+            return Err(TrainError::Unequal {
+                what,
+                remedy: "start one and the same program, on machines of one kind, or set DDPM_DIST_SIMD to what all of them have",
+            });
         }
         if toml != first_toml {
             let name = |rank: usize| format!("the config of rank {rank}");

@@ -13,7 +13,7 @@ impl Run<'_> {
         let picture = match ended {
             Ended::Finished => {
                 let picture = self.draw()?;
-                if picture.is_none() && self.stop.load(Ordering::Relaxed) {
+                if picture.is_none() && (self.stop.load(Ordering::Relaxed) || self.time_is_up()) {
                     self.console.say("stopped while the last grid was drawn: it is left out");
                 }
                 picture

@@ -7,7 +7,7 @@ use self::open::open_data;
 use super::cards::Card;
 use super::checksum::checksum;
 use super::grids::Grids;
-use super::ranks::{at_rank_zero, lost, same_program};
+use super::ranks::{at_rank_zero, gather, lost, same_program};
 use super::reports::Reports;
 use super::state::{Identity, snapshot};
 use super::{Config, Metrics, Share, TrainConfig, TrainError, Trainer};
@@ -172,6 +172,7 @@ impl<'a> Run<'a> {
         let since = Instant::now();
         self.note("waiting for images");
         let pixels = loader.next()?.pixels;
+        self.card.loading = since.elapsed();
         self.note("forward and backward");
         let mut timed = Timed::new(self.collective);
         let losses = self.trainer.step(self.device, &mut timed, self.config, self.step, pixels)?;
@@ -225,9 +226,13 @@ impl<'a> Run<'a> {
 
     /// Whether there would be no time left to save after one more step.
     fn time_is_up(&self) -> bool {
-        let saving = Duration::from_secs(self.layout.elements() as u64 * 16 / SAVED_PER_SECOND);
-        let needed = 2 * self.longest + saving + LEAVING;
+        let needed = 2 * self.longest + self.needed_to_leave();
         self.deadline.is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()) < needed)
+    }
+
+    /// Time that saving and leaving may take.
+    fn needed_to_leave(&self) -> Duration {
+        Duration::from_secs(self.layout.elements() as u64 * 16 / SAVED_PER_SECOND) + LEAVING
     }
 
     /// Compares what the ranks say of themselves.
@@ -243,10 +248,15 @@ impl<'a> Run<'a> {
                 continue;
             }
             match is_slow {
-                true => self.console.alarm(format!(
-                    "step {}: rank {rank} is slow: its own work takes {ratio:.1} times as long as the typical rank's",
-                    self.step
-                )),
+                true => {
+                    let Card { busy, loading, .. } = &cards[rank];
+                    let loading = 100.0 * loading.as_secs_f64() / busy.as_secs_f64().max(1e-9);
+                    self.console.alarm(format!(
+                        "step {}: rank {rank} is slow: its own work takes {ratio:.1} times as long as the typical rank's, {loading:.0} % of \
+                         it waiting for images",
+                        self.step
+                    ));
+                }
                 false => {
                     self.console.all_clear(format!("step {}: rank {rank} is as fast as the others again", self.step))
                 }
@@ -276,7 +286,10 @@ impl<'a> Run<'a> {
     fn save_now(&mut self) -> Result<(), TrainError> {
         self.wait_for_save();
         let step = self.step;
-        if step > 0 && self.saved != Some(step) {
+        // A rank may not have heard that all was well: then all save again.
+        let mine = vec![u8::from(self.saved != Some(step))];
+        let missing = gather(self.collective, mine)?.iter().any(|missing| *missing == [1]);
+        if step > 0 && missing {
             self.save();
             if let Some(report) = self.saver.wait() {
                 report.result.map_err(|source| TrainError::NotSaved { step, source })?;
@@ -321,7 +334,11 @@ impl<'a> Run<'a> {
         let Some(grids) = &self.grids else { return Ok(None) };
         self.note("sampling");
         let weights = self.trainer.buffer(Region::Ema);
-        let drawn = grids.draw(self.config, self.device, self.collective, weights, self.console, self.stop)?;
+        let stop = self.stop;
+        let until =
+            self.deadline.map(|deadline| deadline.checked_sub(self.needed_to_leave()).unwrap_or_else(Instant::now));
+        let goes_on = || !stop.load(Ordering::Relaxed) && until.is_none_or(|until| Instant::now() < until);
+        let drawn = grids.draw(self.config, self.device, self.collective, weights, self.console, &goes_on)?;
         let (Some(picture), Some(lead)) = (drawn, &mut self.lead) else { return Ok(None) };
         lead.reports.picture(self.step, &picture);
         let path = lead.run_dir.sample(self.step, "png");
