@@ -103,23 +103,28 @@ fn one_rank_trains_and_a_signal_saves_its_state() {
 #[test]
 fn what_a_rank_says_of_its_failure_is_the_last_word() {
     let project = Project::new();
-    let ended = project.run(&["--ranks", "2", "--max-restarts", "3", "--log-dir", "logs", "bench", "nothing.toml"]);
-    assert_eq!(ended.code, 2, "{}", ended.stderr);
+    // A config that is wrong is refused before any rank starts, once.
+    project.run(&["--ranks", "2", "bench", "nothing.toml"]).refused(2, &["nothing.toml"]);
+    let ranks = ["--ranks", "2", "--max-restarts", "3", "--log-dir", "logs"];
+    let ended = project.run(&[&ranks[..], &["sample", "nothing", "--out", "x.png"]].concat());
+    assert_eq!(ended.code, 4, "{}", ended.stderr);
     let last = ended.stderr.lines().last().unwrap_or_default();
-    for words in ["ddpm-dist: rank ", "exit code 2", "nothing.toml", "the same would come again"] {
+    for words in ["ddpm-dist: rank ", "exit code 4", "nothing", "the same would come again"] {
         assert!(last.contains(words), "{}", ended.stderr);
     }
     let json: serde_json::Value =
         serde_json::from_slice(&project.read("logs/attempt-0/rank-00001/error.json")).unwrap();
-    assert!(json["message"]["message"].as_str().unwrap().contains("nothing.toml"), "{json}");
+    assert!(json["message"]["message"].as_str().unwrap().contains("nothing"), "{json}");
     assert_eq!(json["message"]["extraInfo"]["rank"], "1");
     assert!(!project.path("logs/attempt-1").exists());
     // A launcher inside another, as torchrun, says it on.
     let mut command = project.program();
-    command.args(["--ranks", "1", "bench", "nothing.toml"]).env("TORCHELASTIC_ERROR_FILE", project.path("outer.json"));
-    assert_eq!(command.status().unwrap().code(), Some(2));
+    command
+        .args(["--ranks", "1", "sample", "nothing", "--out", "x.png"])
+        .env("TORCHELASTIC_ERROR_FILE", project.path("outer.json"));
+    assert_eq!(command.status().unwrap().code(), Some(4));
     let outer = String::from_utf8(project.read("outer.json")).unwrap();
-    assert!(outer.contains("rank 0") && outer.contains("nothing.toml"), "{outer}");
+    assert!(outer.contains("rank 0") && outer.contains("nothing"), "{outer}");
 }
 
 #[test]

@@ -65,9 +65,10 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let source = Source::open(&arguments.source, Want::Ema, &console)?;
     let size = source.size()?;
     source.model.validate(size[0], size[1]).or_fail(Code::State)?;
-    // Images are the same in any batch: as many as there are, divided among the ranks.
-    let batch = arguments.batch.map_or(source.batch, usize::from).min(count.div_ceil(ranks.number()));
+    let batch = arguments.batch.map_or(source.batch, usize::from);
     source.model.validate_work(size[0], size[1], batch, "--batch").or_fail(Code::Usage)?;
+    // Images are the same in any batch: as many as there are, divided among the ranks.
+    let batch = batch.min(count.div_ceil(ranks.number()));
     let (diffusion, choice) = source.process()?;
     let table = table(&arguments, diffusion, choice.clone())?;
     let noise = match &arguments.init_noise {

@@ -3,7 +3,7 @@
 use super::super::CollectiveError;
 use super::stream::{Listener, Stream, wait};
 use crate::rendezvous::store::{Client, StoreError};
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr};
@@ -99,6 +99,14 @@ impl Mesh {
     pub fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let rank = self.rank;
         (0..self.size).filter(move |&other| other != rank)
+    }
+
+    /// Whether a rank has closed its connection, whatever it sent before.
+    pub fn has_hung_up(&self, peer: usize) -> bool {
+        let Some(Some(stream)) = self.streams.get(peer) else { return false };
+        let mut sockets = [PollFd::new(stream, PollFlags::RDHUP)];
+        let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        poll(&mut sockets, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok() && sockets[0].revents().intersects(closed)
     }
 
     /// Listens, says where, connects to the ranks below and is connected to by those above.

@@ -132,7 +132,11 @@ impl Worker {
         let Some(suspect) = suspect else { return error };
         self.store.answer_within(AGREEMENT);
         let first = self.store.compare_set("collective/lost", b"", suspect.to_string().as_bytes());
-        let first = first.ok().and_then(|first| String::from_utf8(first).ok()?.parse().ok());
+        let first = match first {
+            Ok(first) => String::from_utf8(first).ok().and_then(|first| first.parse().ok()),
+            // A store that is gone has gone with rank 0, where that served it: what others hung up for. By now its connection is closed too.
+            Err(_) => self.mesh.has_hung_up(0).then_some(0),
+        };
         match first {
             Some(rank) if rank != suspect && rank != self.mesh.rank && rank < self.mesh.size => {
                 CollectiveError::PeerLost {
@@ -140,7 +144,6 @@ impl Worker {
                     operation: if said.is_empty() { "an earlier operation".into() } else { said },
                 }
             }
-            // A store that is gone with its rank has nothing to add.
             _ => error,
         }
     }
