@@ -351,7 +351,8 @@ fn twenty_kills_at_random_lose_nothing() {
     let mut killed: Vec<Pid> = Vec::new();
     for _ in 0..20 {
         // Somewhere before, in or after a save; the log may be behind the checkpoint that a restart began with.
-        let steps = project.path("run/log.jsonl").exists().then(|| project.log_lines("run")).unwrap_or(0);
+        let log = project.path("run/log.jsonl");
+        let steps = if log.exists() { project.log_lines("run") } else { 0 };
         let goal = (steps + 1 + draw(9) as usize).min(115);
         launcher.until("a few more steps", || {
             let ranks = ranks_of_pid(pid);

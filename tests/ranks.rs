@@ -317,3 +317,26 @@ fn ranks_that_see_other_images_are_refused() {
         assert!(stderr.contains("rank 1 sees other images than rank 0"), "{stderr}");
     }
 }
+
+/// Before all ranks have come there is nothing to save; the ranks that are there leave together.
+#[test]
+fn ranks_that_wait_for_others_leave_when_one_is_told() {
+    let (project, store) = (Project::new(), store());
+    let mut ranks: Vec<Running> = [0, 2]
+        .into_iter()
+        .map(|rank| {
+            let mut command = project.program();
+            command.args(train("run", &[]));
+            rank_of(&mut command, &store, rank, 3);
+            project.start(&format!("rank-{rank}"), command)
+        })
+        .collect();
+    // Both have said where they listen; nobody is rank 1.
+    ranks[0].until("two ranks to wait", || store.len() >= 4);
+    ranks[1].signal(rustix::process::Signal::USR1);
+    for running in ranks {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(75), "{stderr}");
+        assert!(stderr.contains("stopped before all ranks had come"), "{stderr}");
+    }
+}

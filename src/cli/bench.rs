@@ -84,7 +84,7 @@ struct OpRow {
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
     let (config, size) = arguments.config.load_with_size()?;
     let stop = Stop::on_signals()?;
-    let mut ranks = Ranks::join(common, &stop)?;
+    let mut ranks = Ranks::join(common, &stop, None)?;
     let console = ranks.console(common);
     let mut device = common.device(ranks.here());
     let Device::Cpu(cpu) = &device;

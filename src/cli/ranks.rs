@@ -11,10 +11,15 @@ use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, d
 use crate::report::Console;
 use crate::tape::RunError;
 use crate::train::TrainError;
+use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+/// How often a rank that waits for others looks whether it is asked to stop, and how long the others may take to hear of it.
+const LOOKS: Duration = Duration::from_millis(50);
+const TOLD: Duration = Duration::from_millis(500);
 /// How often a rank says what it is doing.
 const PUBLISHED: Duration = Duration::from_millis(500);
 /// How long it may take to find out what the others were doing.
@@ -38,8 +43,9 @@ struct Together {
 }
 
 impl Ranks {
-    /// Meets the other ranks, if a launcher has started several.
-    pub fn join(common: &Common, stop: &Stop) -> Result<Ranks, Failure> {
+    /// Meets the other ranks, if a launcher has started several. A request to stop meanwhile ends the process, with `stopped` or, if there
+    /// is none, as the signal would have.
+    pub fn join(common: &Common, stop: &Stop, stopped: Option<Code>) -> Result<Ranks, Failure> {
         let patience = common.launch.patience();
         let world = match detect(&Environment::of_this_process()).or_fail(Code::Usage)? {
             Detected::Rank(world) => Some(world),
@@ -48,6 +54,7 @@ impl Ranks {
         let Some(world) = world.as_ref().filter(|world| world.size > 1) else {
             return Ok(Ranks { collective: Box::new(Solo), world, patience, together: None });
         };
+        let _guard = Guard::new(stop, stopped).or_fail(Code::Failed)?;
         let one_machine = world.local_size == world.size;
         let server = match world.store.served_by == StoreHost::RankZero && world.rank == 0 {
             true => Some(serve(&world.store, one_machine, &common.console())?),
@@ -114,6 +121,38 @@ impl Ranks {
     /// Where this rank speaks: rank 0 for all, the others when something is wrong.
     pub fn console(&self, common: &Common) -> Console {
         if self.is_rank_zero() { common.console() } else { Console::new(crate::report::Verbosity::Quiet) }
+    }
+}
+
+/// Ends the process when it is asked to stop, until this is dropped: who waits for other ranks has nothing to save and sees no flag.
+struct Guard {
+    over: Arc<AtomicBool>,
+}
+
+impl Guard {
+    fn new(stop: &Stop, stopped: Option<Code>) -> std::io::Result<Guard> {
+        let over = Arc::new(AtomicBool::new(false));
+        let (ended, stop) = (Arc::clone(&over), stop.clone());
+        std::thread::Builder::new().name("guard".into()).spawn(move || {
+            while !ended.load(Ordering::SeqCst) {
+                if stop.is_set() {
+                    // So that the others hear of it, too.
+                    std::thread::sleep(TOLD);
+                    if !ended.load(Ordering::SeqCst) {
+                        let _ = writeln!(std::io::stderr(), "ddpm-dist: stopped before all ranks had come");
+                        std::process::exit(stopped.unwrap_or(stop.code()) as i32);
+                    }
+                }
+                std::thread::sleep(LOOKS);
+            }
+        })?;
+        Ok(Guard { over })
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::SeqCst);
     }
 }
 

@@ -60,7 +60,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let count = arguments.count as usize;
     let format = check_output(&arguments.out, count).or_fail(Code::Usage)?;
     let stop = Stop::on_signals()?;
-    let mut ranks = Ranks::join(common, &stop)?;
+    let mut ranks = Ranks::join(common, &stop, None)?;
     let console = ranks.console(common);
     let source = Source::open(&arguments.source, Want::Ema, &console)?;
     let size = source.size()?;

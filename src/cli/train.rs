@@ -59,7 +59,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let started = Instant::now();
     let mut config = arguments.config.load()?;
     let stop = Stop::on_signals()?;
-    let mut ranks = Ranks::join(common, &stop)?;
+    let mut ranks = Ranks::join(common, &stop, Some(Code::Preempted))?;
     let console = ranks.console(common);
     let file = &arguments.config.config;
     let run_dir = arguments
