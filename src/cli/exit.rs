@@ -43,7 +43,7 @@ pub const HELP: &str = "\
 Exit codes: 0 done, 1 failed, 2 command line or config, 3 data set or image file, 4 checkpoint or run directory, 5 training diverged, \
 6 a rank or node was lost, 7 device or memory, 8 ranks cannot meet (port taken, node missing), \
 9 ranks hold different weights, 75 training stopped by a signal with its state saved, 130 and 143 stopped by SIGINT and SIGTERM \
-otherwise (by the second one, or in a command that has no state)";
+otherwise (by a second SIGINT, or in a command that has no state)";
 
 impl Code {
     /// All of them.
