@@ -151,6 +151,13 @@ pub struct Sampler {
     slots: Slots,
 }
 
+/// An image that is not finite after a reverse step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct NotFinite {
+    image: usize,
+    timestep: u32,
+}
+
 /// Images on their way.
 struct Batch {
     /// `[N, H, W, C]`, the padding of a last batch included.
@@ -245,8 +252,9 @@ impl Sampler {
         Ok((finished == request.count).then_some(images))
     }
 
-    /// Algorithm 2 for the images from `first` on, as many as `images` has room for: x_0 in place. `observe` is called after every step and
-    /// returns whether to go on; if it does not, what is there is not finished. Gives whether it is.
+    /// Algorithm 2 for the images from `first` on: x_0 of them in `batch`. `tell` is called after every step, with the place of the first
+    /// number that is not finite if there is one, and returns whether to go on; if it does not, what is there is not finished. Gives whether
+    /// it is.
     fn make_batch(
         &self,
         device: &mut Device,
@@ -254,7 +262,7 @@ impl Sampler {
         request: &Request<'_>,
         first: usize,
         batch: &mut Batch,
-        mut observe: impl FnMut() -> bool,
+        mut tell: impl FnMut(Option<NotFinite>) -> Result<bool, SampleError>,
     ) -> Result<bool, SampleError> {
         let image: usize = self.size.iter().product();
         let Request { count, seed, initial_noise, stages } = *request;
@@ -282,15 +290,14 @@ impl Sampler {
             self.program.run(device, &binding, &mut Solo)?;
             device.download(self.io, self.slots.x.offset / size_of::<f32>(), x);
             let images = &x[..image * wanted];
-            if let Some(bad) = images.iter().position(|v| !v.is_finite()) {
-                return Err(SampleError::NotFinite { image: first + bad / image, timestep: step.timestep });
-            }
+            let bad = images.iter().position(|v| !v.is_finite());
+            let bad = bad.map(|bad| NotFinite { image: first + bad / image, timestep: step.timestep });
             let done = i + 1;
             for stage in (0..stages).filter(|stage| (stage + 1) * table.steps.len() / (stages + 1) == done) {
                 kept[stage].clear();
                 kept[stage].extend_from_slice(images); // within what was reserved
             }
-            if !observe() && done < table.steps.len() {
+            if !tell(bad)? && done < table.steps.len() {
                 return Ok(false);
             }
         }

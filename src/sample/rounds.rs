@@ -1,46 +1,58 @@
 //! Many batches on many ranks: in each round, every rank makes the next batch, and all of them are handed over in order.
+//!
+//! The ranks go through a round step by step, so that none waits for another longer than a step takes, and all of them stop at the same one.
 
-use super::{Batch, Finished, Progress, Request, ReverseProcess, SampleError, Sampler, room_for};
+use super::{Batch, Finished, NotFinite, Progress, Request, ReverseProcess, SampleError, Sampler, room_for};
 use crate::collective::{Collective, CollectiveError};
 use crate::device::Device;
 
-/// What became of a rank's batch in a round, as it tells the others.
+/// How a rank stands after a reverse step, as it tells the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
-    /// It is finished; the rank goes on, or not.
-    Done { goes_on: bool },
-    /// There was none left for this rank.
-    Idle,
-    /// It was stopped on the way.
-    Stopped,
-    /// An image is not finite after a timestep.
-    NotFinite { image: u64, timestep: u32 },
+struct Stand {
+    goes_on: bool,
+    bad: Option<NotFinite>,
 }
 
-impl Outcome {
+/// What a rank says of itself: whether it goes on, whether an image is not finite, which one (u64), after which timestep (u32).
+const WORD: usize = 1 + 1 + 8 + 4;
+
+impl Stand {
     fn encode(self) -> Vec<u8> {
-        let (kind, image, timestep) = match self {
-            Outcome::Done { goes_on: true } => (0, 0, 0),
-            Outcome::Done { goes_on: false } => (1, 0, 0),
-            Outcome::Idle => (2, 0, 0),
-            Outcome::Stopped => (3, 0, 0),
-            Outcome::NotFinite { image, timestep } => (4, image, timestep),
-        };
-        [&[kind][..], &image.to_le_bytes(), &timestep.to_le_bytes()].concat()
+        let NotFinite { image, timestep } = self.bad.unwrap_or(NotFinite { image: 0, timestep: 0 });
+        let flags = [u8::from(self.goes_on), u8::from(self.bad.is_some())];
+        [&flags[..], &(image as u64).to_le_bytes(), &timestep.to_le_bytes()].concat()
     }
 
-    fn decode(bytes: &[u8]) -> Option<Outcome> {
-        let (kind, rest) = bytes.split_first()?;
-        let (image, timestep) = rest.split_first_chunk()?;
-        let (image, timestep) = (u64::from_le_bytes(*image), u32::from_le_bytes(timestep.try_into().ok()?));
-        Some(match kind {
-            0 => Outcome::Done { goes_on: true },
-            1 => Outcome::Done { goes_on: false },
-            2 => Outcome::Idle,
-            3 => Outcome::Stopped,
-            4 => Outcome::NotFinite { image, timestep },
-            _ => return None,
-        })
+    fn decode(bytes: &[u8]) -> Option<Stand> {
+        let [goes_on @ (0 | 1), is_bad @ (0 | 1), image @ .., t0, t1, t2, t3]: [u8; WORD] = bytes.try_into().ok()?
+        else {
+            return None;
+        };
+        let bad = NotFinite {
+            image: usize::try_from(u64::from_le_bytes(image)).ok()?,
+            timestep: u32::from_le_bytes([t0, t1, t2, t3]),
+        };
+        Some(Stand { goes_on: goes_on == 1, bad: (is_bad == 1).then_some(bad) })
+    }
+
+    /// Whether all ranks go on.
+    ///
+    /// # Errors
+    /// An image that is not finite, at any of them.
+    fn agree(self, collective: &mut dyn Collective) -> Result<bool, SampleError> {
+        let mut goes_on = self.goes_on;
+        let mut bad = self.bad;
+        if collective.world_size() > 1 {
+            for (rank, said) in collective.all_gather(self.encode())?.iter().enumerate() {
+                let theirs = Stand::decode(said).ok_or_else(|| out_of_step(rank, "a reverse step".into(), said))?;
+                goes_on &= theirs.goes_on;
+                bad = bad.or(theirs.bad);
+            }
+        }
+        match bad {
+            Some(NotFinite { image, timestep }) => Err(SampleError::NotFinite { image, timestep }),
+            None => Ok(goes_on),
+        }
     }
 }
 
@@ -69,49 +81,35 @@ impl Sampler {
             return Err(SampleError::InitialNoise { found, expected, count, height, width, channels }.into());
         }
         let mut batch = self.room_for_batch(&request)?;
-        let batches = count.div_ceil(self.batch);
-        let of = (rank..batches).step_by(ranks).len() * process.table.steps.len();
+        let (batches, steps) = (count.div_ceil(self.batch), process.table.steps.len());
+        let of = batches.div_ceil(ranks) * steps;
         let mut done = 0;
         for first_of_round in (0..batches).step_by(ranks) {
             let number = first_of_round + rank;
-            let mut goes_on = true;
-            let outcome = if number < batches {
-                let made = self.make_batch(device, process, &request, number * self.batch, &mut batch, || {
-                    done += 1;
-                    goes_on = observe(Progress { done, of });
-                    goes_on
-                });
-                match made {
-                    Ok(true) => Outcome::Done { goes_on },
-                    Ok(false) => Outcome::Stopped,
-                    Err(SampleError::NotFinite { image, timestep }) => {
-                        Outcome::NotFinite { image: image as u64, timestep }
-                    }
-                    Err(error) => return Err(error.into()),
-                }
-            } else {
-                Outcome::Idle
+            let mut all_go_on = true;
+            let mut tell = |bad: Option<NotFinite>| {
+                done += 1;
+                all_go_on = Stand { goes_on: observe(Progress { done, of }), bad }.agree(collective)?;
+                Ok(all_go_on)
             };
-            let outcomes =
-                if ranks == 1 { &[outcome][..] } else { &exchange(collective, outcome).map_err(SampleError::from)? };
-            let mut stops = false;
-            for (maker, outcome) in outcomes.iter().enumerate() {
-                let number = first_of_round + maker;
-                match *outcome {
-                    Outcome::Done { goes_on } => {
-                        let wanted = (count - number * self.batch).min(self.batch) * image;
-                        self.hand_over(collective, number * self.batch, maker, &mut batch, wanted, &mut keep)?;
-                        stops |= !goes_on;
-                    }
-                    Outcome::Idle => {}
-                    Outcome::Stopped => return Ok(number * self.batch),
-                    Outcome::NotFinite { image, timestep } => {
-                        return Err(SampleError::NotFinite { image: image as usize, timestep }.into());
-                    }
-                }
+            let finished = if number < batches {
+                self.make_batch(device, process, &request, number * self.batch, &mut batch, tell)?
+            } else {
+                // The others still have something to do, and may be stopped.
+                let mut to_do = 0..steps;
+                while to_do.next().is_some() && tell(None)? {}
+                to_do.is_empty()
+            };
+            if !finished {
+                return Ok(first_of_round * self.batch);
             }
-            if stops {
-                return Ok((first_of_round + ranks).min(batches).saturating_mul(self.batch).min(count));
+            for maker in 0..ranks.min(batches - first_of_round) {
+                let first = (first_of_round + maker) * self.batch;
+                let wanted = (count - first).min(self.batch) * image;
+                self.hand_over(collective, first, maker, &mut batch, wanted, &mut keep)?;
+            }
+            if !all_go_on {
+                return Ok((first_of_round + ranks).saturating_mul(self.batch).min(count));
             }
         }
         Ok(count)
@@ -160,15 +158,26 @@ impl Sampler {
     }
 }
 
-/// What became of the batches of all ranks.
-fn exchange(collective: &mut dyn Collective, mine: Outcome) -> Result<Vec<Outcome>, CollectiveError> {
-    let all = collective.all_gather(mine.encode())?;
-    let decoded = |(rank, bytes): (usize, &Vec<u8>)| {
-        Outcome::decode(bytes).ok_or_else(|| out_of_step(rank, "the outcome of a round".into(), bytes))
-    };
-    all.iter().enumerate().map(decoded).collect()
-}
-
 fn out_of_step(rank: usize, ours: String, theirs: &[u8]) -> CollectiveError {
     CollectiveError::OutOfStep { rank, ours, theirs: format!("{} bytes that are none", theirs.len()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stand_is_read_as_it_was_written() {
+        for stand in [
+            Stand { goes_on: true, bad: None },
+            Stand { goes_on: false, bad: None },
+            Stand { goes_on: true, bad: Some(NotFinite { image: 123_456_789_012, timestep: 999 }) },
+        ] {
+            assert_eq!(Stand::decode(&stand.encode()), Some(stand));
+            assert_eq!(stand.encode().len(), WORD);
+        }
+        for bytes in [&[][..], &[1; WORD - 1], &[1; WORD + 1], &[2; WORD]] {
+            assert_eq!(Stand::decode(bytes), None);
+        }
+    }
 }
