@@ -25,7 +25,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Several ranks")]
 pub(super) struct LaunchArguments {
-    /// Start N CPU ranks on this machine that work together
+    /// Start N CPU ranks on this machine that work together; `plan` starts none and shows what they would need
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     ranks: Option<u16>,
     /// Start N ranks, one per GPU of this machine
@@ -58,6 +58,11 @@ pub(super) struct LaunchArguments {
 }
 
 impl LaunchArguments {
+    /// How many ranks a command that starts none is to reckon with.
+    pub(super) fn planned_ranks(&self) -> Option<usize> {
+        self.ranks.map(usize::from)
+    }
+
     /// How long ranks and machines wait for each other to come.
     pub(super) fn patience(&self) -> Duration {
         Duration::from_secs(self.rdzv_timeout.unwrap_or(RDZV_TIMEOUT))
@@ -111,11 +116,19 @@ pub(super) fn tell_of_panics() {
 /// Starts ranks, if that is what was asked for, and returns when the run is over.
 pub(super) fn launch_if_asked(command: &Command, common: &Common) -> Result<Option<ExitCode>, Failure> {
     let flags = &common.launch;
+    if let Command::Plan(_) = command {
+        return match flags.gpus.map(|_| "--gpus").or(flags.given_beside_number()) {
+            Some(option) => Err(Failure::new(
+                Code::Usage,
+                format!("`plan` starts nothing: leave out {option}; --ranks N plans for N ranks, of CPU cores or GPUs"),
+            )),
+            None => Ok(None),
+        };
+    }
     let name = match command {
-        Command::Train(_) | Command::Sample(_) | Command::Bench(_) => None,
+        Command::Train(_) | Command::Sample(_) | Command::Bench(_) | Command::Plan(_) => None,
         Command::Export(_) => Some("export"),
         Command::Checkpoint(_) => Some("checkpoint"),
-        Command::Plan(_) => Some("plan"),
         Command::Doctor => Some("doctor"),
     };
     if let Some(name) = name {

@@ -1,11 +1,15 @@
-//! Many processes as one run: starting them on this machine and others, watching them, ending and starting them again.
+//! Many processes as one run: starting them on this machine and others, watching them, ending and starting them again. And on paper: how
+//! fast so many would be.
 
 mod config;
+mod interconnect;
 pub mod launcher;
 mod preemption;
+pub mod scaling;
 mod verdict;
 pub mod watchdog;
 
 pub use config::ClusterConfig;
+pub use interconnect::{Interconnect, UnknownInterconnect};
 pub use preemption::{Preemption, Request};
 pub use verdict::{Slow, Stragglers, minority};

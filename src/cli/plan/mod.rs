@@ -1,13 +1,16 @@
 //! `ddpm-dist plan`
 
-use super::exit::Failure;
+mod scaling;
+
+use super::exit::{Code, Failure};
 use super::stdout::{grouped, print, print_json, table};
 use super::{Common, ConfigArguments};
+use crate::config::OutOfRange;
 use crate::device::Region;
 use crate::device::cpu::pool::BASE_SCRATCH;
 use crate::sample::reverse_step_program;
 use crate::tape::{OpGroup, Program, human_bytes, human_flops};
-use crate::train::{STATE, Share, forward_products, step_groups, step_programs, step_runs};
+use crate::train::{Config, STATE, Share, forward_products, step_groups, step_programs, step_runs};
 use serde::Serialize;
 use std::fmt::Write;
 use std::process::ExitCode;
@@ -22,12 +25,15 @@ pub(super) struct Arguments {
     /// JSON in place of tables
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    scaling: scaling::Arguments,
 }
 
 /// What a config needs. FLOPs count a multiply-add as two; sizes are bytes.
 ///
 /// FLOPs of forward pass and step follow the common convention: matrix products only, and the backward pass as twice the forward. Those of
-/// ops, and `arithmetic`, count everything that is computed.
+/// ops, and `arithmetic`, count everything that is computed. `forward_flops` and `step_flops` are those of the whole batch, all else is one
+/// rank's.
 #[derive(Debug, Serialize)]
 struct Plan {
     tool: &'static str,
@@ -36,6 +42,10 @@ struct Plan {
     /// [H, W, C]
     image: [usize; 3],
     batch: usize,
+    ranks: usize,
+    images_per_rank: usize,
+    /// Parts in which a rank computes its images.
+    shards_per_rank: usize,
     threads: usize,
     parameters: usize,
     forward_flops_per_image: u64,
@@ -49,6 +59,8 @@ struct Plan {
     ops: Vec<OpRow>,
     #[serde(skip_serializing_if = "Option::is_none")]
     listing: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scaling: Option<scaling::Scaling>,
 }
 
 /// A part of a training process's memory.
@@ -70,18 +82,23 @@ struct OpRow {
 }
 
 pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Failure> {
+    let ranks = common.launch.planned_ranks();
+    arguments.scaling.check(ranks)?;
+    let ranks = ranks.unwrap_or(1);
     let (config, size) = arguments.config.load_with_size()?;
     let batch = config.train.batch;
-    let share = Share::solo(&config.train).map_err(|refused| arguments.config.refused(refused))?;
+    let share =
+        Share::new(&config.train, 0, ranks).map_err(|refused| not_shared(&arguments, &config, ranks, refused))?;
     let (programs, _) = step_programs(&config, size, &share);
     // That of the last shard: the whole step, if there is one.
     let program = &programs[programs.len() - 1];
-    let forward = share.shards as u64 * forward_products(program);
+    let forward_flops_per_image = forward_products(program) / share.shard as u64;
     let (groups, _) = step_groups(&programs);
-    // Grids are made while training, beside everything else.
-    let grid = config.sample.batch.min(config.sample.count);
+    // Grids are made while training, beside everything else, by all ranks.
+    let grid = config.sample.batch.min(config.sample.count.div_ceil(ranks));
     let sampler = (grid > 0).then(|| reverse_step_program(&config.model, size, grid, Some(&program.layout)));
-    let memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), common.threads(1));
+    let threads = common.threads(if arguments.scaling.is_host() { ranks } else { 1 });
+    let memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), threads, ranks);
     let row = |group: &OpGroup| OpRow {
         phase: group.phase.name(),
         op: group.name,
@@ -90,17 +107,21 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         bytes: group.bytes,
     };
     let ops: Vec<OpRow> = groups.iter().map(row).collect();
+    let subject = scaling::Subject { config: &config, share: &share, program, forward_flops_per_image };
     let plan = Plan {
         tool: "ddpm-dist",
         version: env!("CARGO_PKG_VERSION"),
         model: arguments.config.name(),
         image: [size[0], size[1], config.model.image_channels],
         batch,
-        threads: common.threads(1),
+        ranks,
+        images_per_rank: share.images(),
+        shards_per_rank: share.shards,
+        threads,
         parameters: program.layout.parameters(),
-        forward_flops_per_image: forward / batch as u64,
-        forward_flops: forward,
-        step_flops: 3 * forward,
+        forward_flops_per_image,
+        forward_flops: batch as u64 * forward_flops_per_image,
+        step_flops: 3 * batch as u64 * forward_flops_per_image,
         arithmetic: ops.iter().map(|op| op.flops).sum(),
         bytes_moved: step_runs(&programs).map(|(runs, program)| runs * program.summary().bytes_moved).sum(),
         instructions: ops.iter().map(|op| op.count).sum(),
@@ -108,6 +129,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         memory,
         ops,
         listing: arguments.listing.then(|| listing(&programs)),
+        scaling: arguments.scaling.scaling(&subject)?,
     };
     match arguments.json {
         true => print_json(&plan)?,
@@ -116,8 +138,22 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     Ok(ExitCode::SUCCESS)
 }
 
+/// A batch that so many ranks cannot divide among them; for as many images for each of them as the config has for one, another is needed.
+fn not_shared(arguments: &Arguments, config: &Config, ranks: usize, refused: OutOfRange) -> Failure {
+    let batch = config.train.batch;
+    let more = batch.checked_mul(ranks).filter(|_| refused.key == "train.batch");
+    let refusal = arguments.config.refused(refused);
+    match more {
+        Some(all) => Failure::new(
+            Code::Usage,
+            format!("{refusal}; {batch} images for each of the {ranks} ranks are --set train.batch={all}"),
+        ),
+        None => refusal,
+    }
+}
+
 /// All memory of a training process that grows with the config, the data set aside.
-fn memory(programs: &[Program], sampler: Option<(&Program, usize)>, threads: usize) -> Vec<Part> {
+fn memory(programs: &[Program], sampler: Option<(&Program, usize)>, threads: usize, ranks: usize) -> Vec<Part> {
     let largest = |size: fn(&Program) -> usize| programs.iter().map(size).max().unwrap_or(0);
     let flat = largest(|program| program.summary().flat_bytes);
     let gradients = match programs.len() {
@@ -139,12 +175,14 @@ fn memory(programs: &[Program], sampler: Option<(&Program, usize)>, threads: usi
         ),
     ];
     if let Some((sampler, images)) = sampler {
-        let holds = format!("arena of the grids' sampler, {images} images at a time");
+        let holds = format!("arena of the grids' sampler, {images} at a time");
         parts.push(part("sampler arena", sampler.arena_bytes, &holds));
         parts.push(part("sampler io", sampler.io_bytes, "its images and tables"));
     }
     let copies: Vec<&str> = STATE.map(Region::name).to_vec();
-    parts.push(part("checkpoint", copies.len() * flat, &format!("copy to be written: {}", copies.join(", "))));
+    let share = if ranks > 1 { format!("1/{ranks} of ") } else { String::new() };
+    let holds = format!("copy to be written: {share}{}", copies.join(", "));
+    parts.push(part("checkpoint", copies.len() * flat.div_ceil(ranks), &holds));
     parts
 }
 
@@ -166,19 +204,29 @@ fn listing(programs: &[Program]) -> Vec<String> {
 impl Plan {
     fn to_text(&self) -> String {
         let [height, width, channels] = self.image;
-        let mut text = format!("{}: images of {height}×{width}×{channels}, batch {}\n\n", self.model, self.batch);
+        let mut text = format!("{}: images of {height}×{width}×{channels}, batch {}", self.model, self.batch);
+        if self.ranks > 1 {
+            let in_shards = match self.shards_per_rank {
+                1 => String::new(),
+                shards => format!(" in {shards} shards, one after another"),
+            };
+            let _ = write!(text, ": {} for each of {} ranks{in_shards}", self.images_per_rank, self.ranks);
+        }
+        text += "\n\n";
         let row = |name: &str, value: String| vec![name.to_string(), value];
+        let of_rank = if self.ranks > 1 { "of each rank: " } else { "" };
         let summary = [
             row("parameters", grouped(self.parameters as u64)),
             row("forward", format!("{} per image", human_flops(self.forward_flops_per_image))),
             row("training step", format!("{} (3 × forward)", human_flops(self.step_flops))),
-            row("", format!("{} with all that is not a matrix product", human_flops(self.arithmetic))),
-            row("", format!("{} read and written", human_bytes(self.bytes_moved))),
+            row("", format!("{}{} with all that is not a matrix product", of_rank, human_flops(self.arithmetic))),
+            row("", format!("{}{} read and written", of_rank, human_bytes(self.bytes_moved))),
             row("instructions", grouped(self.instructions as u64)),
         ];
         text += &table(&summary, 2);
 
-        let _ = writeln!(text, "\nMemory of training on {} CPU threads, without the data set", self.threads);
+        let of = if self.ranks > 1 { format!("each of {} ranks", self.ranks) } else { "training".to_string() };
+        let _ = writeln!(text, "\nMemory of {of} on {} CPU threads, without the data set", self.threads);
         let mut rows: Vec<Vec<String>> = vec![];
         for part in &self.memory {
             rows.push(vec![part.name.to_string(), right(human_bytes(part.bytes)), part.holds.clone()]);
@@ -186,7 +234,8 @@ impl Plan {
         rows.push(vec!["total".into(), right(human_bytes(self.memory_total))]);
         text += &table(&rows, 3);
 
-        text += "\nOps of a training step (FLOPs: a multiply-add is two; bytes: all operands)\n";
+        let each = if self.ranks > 1 { " of a rank" } else { "" };
+        let _ = write!(text, "\nOps of a training step{each} (FLOPs: a multiply-add is two; bytes: all operands)\n");
         let mut rows = vec![["phase", "op", "count", "FLOPs", "share", "bytes"].map(String::from).to_vec()];
         for op in &self.ops {
             rows.push(vec![
@@ -200,6 +249,9 @@ impl Plan {
         }
         text += &table(&rows, 2);
 
+        if let Some(scaling) = &self.scaling {
+            text += &scaling.to_text();
+        }
         if let Some(listing) = &self.listing {
             text +=
                 "\nProgram: number, lane, phase, op, part of the model, FLOPs, bytes, reads -> writes (+: in place)\n";
