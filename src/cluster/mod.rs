@@ -3,6 +3,7 @@
 mod config;
 pub mod launcher;
 mod preemption;
+pub mod requeue;
 mod verdict;
 pub mod watchdog;
 
