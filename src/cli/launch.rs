@@ -3,8 +3,9 @@
 use super::exit::{self, Code, Failure, OrFail};
 use super::{Command, Common};
 use crate::cluster::launcher::{self, Codes, Inbox, Job, LaunchError, Timing, Voice, launch};
-use crate::rendezvous::{Detected, Environment, Launcher, Node, OWN_RUN_ID, World, detect};
+use crate::rendezvous::{Detected, Environment, Launcher, Node, OWN_RUN_ID, World, address_of_interface, detect};
 use crate::train::Share;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -40,6 +41,9 @@ pub(super) struct LaunchArguments {
     /// Where machines meet: node 0's name, and a free port there
     #[arg(long, global = true, value_name = "HOST:PORT", value_parser = meeting_place)]
     rdzv: Option<(String, u16)>,
+    /// The network that several machines use: listen there, and tell the others that address [default: all networks; the way to the store]
+    #[arg(long, global = true, value_name = "NAME|ADDRESS")]
+    interface: Option<String>,
     /// How long ranks and machines wait for each other to come [default: 300]
     #[arg(long, global = true, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=604_800))]
     rdzv_timeout: Option<u64>,
@@ -66,6 +70,12 @@ impl LaunchArguments {
     /// How long ranks and machines wait for each other to come.
     pub(super) fn patience(&self) -> Duration {
         Duration::from_secs(self.rdzv_timeout.unwrap_or(RDZV_TIMEOUT))
+    }
+
+    /// The address of this machine that the others are to use, if one was chosen.
+    pub(super) fn interface(&self) -> Result<Option<IpAddr>, Failure> {
+        let refused = |error| Failure::new(Code::Usage, format!("--interface: {error}"));
+        self.interface.as_deref().map(address_of_interface).transpose().map_err(refused)
     }
 }
 
@@ -156,6 +166,7 @@ pub(super) fn launch_if_asked(command: &Command, common: &Common) -> Result<Opti
         node,
         nodes,
         meet,
+        interface: flags.interface()?,
         patience: flags.patience(),
         max_restarts: flags.max_restarts.unwrap_or(MAX_RESTARTS),
         min_ranks: flags.min_ranks.map(usize::from),
@@ -200,6 +211,7 @@ fn code_of(error: &LaunchError) -> u8 {
     let code = match error {
         LaunchError::Folder { .. } => Code::Usage,
         LaunchError::Twice { .. }
+        | LaunchError::OtherNetwork { .. }
         | LaunchError::Disagree { .. }
         | LaunchError::NotAllowed { .. }
         | LaunchError::TooFew { .. } => Code::Usage,

@@ -4,6 +4,7 @@ mod bench;
 mod checkpoint;
 mod doctor;
 mod exit;
+mod guard;
 mod export;
 mod launch;
 mod plan;
@@ -173,9 +174,14 @@ impl Stop {
         self.request.flag.load(Ordering::SeqCst)
     }
 
+    /// The signal that it came by; 0: none.
+    fn signal(&self) -> i32 {
+        self.request.signal.load(Ordering::SeqCst) as i32
+    }
+
     /// The exit code of a command that has no state to go on from.
     fn code(&self) -> Code {
-        match self.request.signal.load(Ordering::SeqCst) as i32 {
+        match self.signal() {
             signal_hook::consts::SIGINT => Code::Interrupted,
             _ => Code::Terminated,
         }

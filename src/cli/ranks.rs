@@ -1,6 +1,7 @@
 //! This process among the ranks of a run, as every subcommand that computes sees it.
 
 use super::exit::{Code, Failure, OrFail};
+use super::guard::Guard;
 use super::{Common, Stop};
 use crate::cluster::Preemption;
 use crate::cluster::watchdog::Watchdog;
@@ -11,15 +12,10 @@ use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, d
 use crate::report::Console;
 use crate::tape::RunError;
 use crate::train::TrainError;
-use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// How often a rank that waits for others looks whether it is asked to stop, and how long the others may take to hear of it.
-const LOOKS: Duration = Duration::from_millis(50);
-const TOLD: Duration = Duration::from_millis(500);
 /// How often a rank says what it is doing.
 const PUBLISHED: Duration = Duration::from_millis(500);
 /// How long it may take to find out what the others were doing.
@@ -29,6 +25,8 @@ const EXPLAINED: Duration = Duration::from_secs(6);
 pub(super) struct Ranks {
     collective: Box<dyn Collective>,
     world: Option<World>,
+    /// The address of this machine that the others are to use, if one was chosen.
+    interface: Option<IpAddr>,
     patience: Duration,
     together: Option<Together>,
 }
@@ -52,15 +50,16 @@ impl Ranks {
             Detected::Alone | Detected::Node(_) => None,
         };
         let Some(world) = world.as_ref().filter(|world| world.size > 1) else {
-            return Ok(Ranks { collective: Box::new(Solo), world, patience, together: None });
+            return Ok(Ranks { collective: Box::new(Solo), world, interface: None, patience, together: None });
         };
+        let interface = common.launch.interface()?;
         let _guard = Guard::new(stop, stopped).or_fail(Code::Failed)?;
         let one_machine = world.local_size == world.size;
         let server = match world.store.served_by == StoreHost::RankZero && world.rank == 0 {
-            true => Some(serve(&world.store, one_machine, &common.console())?),
+            true => Some(serve(&world.store, one_machine, interface, &common.console())?),
             false => None,
         };
-        let connect = || connect(world, patience).or_fail(Code::Rendezvous);
+        let connect = || connect(world, interface, patience).or_fail(Code::Rendezvous);
         let preemption = Preemption::watch(connect()?, stop.request.clone()).or_fail(Code::Failed)?;
         let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store: connect()?, patience };
         let host = Host::join(meeting, patience).or_fail(Code::Rendezvous)?;
@@ -71,7 +70,13 @@ impl Ranks {
         let watchdog = Watchdog::start(connect()?, world.rank, world.size, Arc::clone(&activity), PUBLISHED);
         let watchdog = watchdog.or_fail(Code::Failed)?;
         let together = Together { activity, watchdog, _preemption: preemption, _store: server };
-        Ok(Ranks { collective: Box::new(host), world: Some(world.clone()), patience, together: Some(together) })
+        Ok(Ranks {
+            collective: Box::new(host),
+            world: Some(world.clone()),
+            interface,
+            patience,
+            together: Some(together),
+        })
     }
 
     /// Where this rank notes what it is doing, for the others.
@@ -95,8 +100,9 @@ impl Ranks {
 
     /// What opens a connection to the store of the ranks, where there are several.
     pub fn connect(&self) -> Option<impl Fn() -> Result<Client, StoreError> + use<>> {
-        let (world, patience) = (self.world.clone().filter(|world| world.size > 1)?, self.patience);
-        Some(move || connect(&world, patience))
+        let world = self.world.clone().filter(|world| world.size > 1)?;
+        let (interface, patience) = (self.interface, self.patience);
+        Some(move || connect(&world, interface, patience))
     }
 
     /// Number of ranks.
@@ -124,55 +130,58 @@ impl Ranks {
     }
 }
 
-/// Ends the process when it is asked to stop, until this is dropped: who waits for other ranks has nothing to save and sees no flag.
-struct Guard {
-    over: Arc<AtomicBool>,
-}
-
-impl Guard {
-    fn new(stop: &Stop, stopped: Option<Code>) -> std::io::Result<Guard> {
-        let over = Arc::new(AtomicBool::new(false));
-        let (ended, stop) = (Arc::clone(&over), stop.clone());
-        std::thread::Builder::new().name("guard".into()).spawn(move || {
-            while !ended.load(Ordering::SeqCst) {
-                if stop.is_set() {
-                    // So that the others hear of it, too.
-                    std::thread::sleep(TOLD);
-                    if !ended.load(Ordering::SeqCst) {
-                        let _ = writeln!(std::io::stderr(), "ddpm-dist: stopped before all ranks had come");
-                        std::process::exit(stopped.unwrap_or(stop.code()) as i32);
-                    }
-                }
-                std::thread::sleep(LOOKS);
-            }
-        })?;
-        Ok(Guard { over })
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::SeqCst);
-    }
-}
-
 /// Keys are those of this start of the run: a store may outlive it.
-fn connect(world: &World, patience: Duration) -> Result<Client, StoreError> {
-    Client::connect(&world.store, &format!("ddpm-dist/{}/", world.attempt), patience)
+fn connect(world: &World, interface: Option<IpAddr>, patience: Duration) -> Result<Client, StoreError> {
+    let is_own = world.store.served_by == StoreHost::RankZero && world.rank == 0 && world.local_size < world.size;
+    let store = match interface.filter(|_| is_own) {
+        // Its own name may mean loopback here, where it does not listen then.
+        Some(address) => StoreAddress { host: address.to_string(), ..world.store.clone() },
+        None => world.store.clone(),
+    };
+    let mut client = Client::connect(&store, &format!("ddpm-dist/{}/", world.attempt), patience)?;
+    client.reach_at(interface);
+    Ok(client)
 }
 
-/// Serves the store at the port that all ranks agree on.
-fn serve(store: &StoreAddress, one_machine: bool, console: &Console) -> Result<Server, Failure> {
-    let here = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+/// Serves the store at the port that all ranks agree on: on loopback if they are all here, on the network that was chosen, or on all.
+fn serve(
+    store: &StoreAddress,
+    one_machine: bool,
+    interface: Option<IpAddr>,
+    console: &Console,
+) -> Result<Server, Failure> {
     let port = store.port;
-    let server = Server::listen(SocketAddr::new(here.into(), port)).map_err(|error| {
+    let here = match (one_machine, interface) {
+        (true, _) => Ipv4Addr::LOCALHOST.into(),
+        (false, Some(chosen)) => {
+            check_network(&store.host, port, chosen)?;
+            chosen
+        }
+        (false, None) => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    let server = Server::listen(SocketAddr::new(here, port)).map_err(|error| {
         let message = format!(
             "cannot listen on port {port}, where the ranks are to meet: {error}; set MASTER_PORT to a free port, for all ranks alike"
         );
         Failure::new(Code::Rendezvous, message)
     })?;
     if !one_machine {
-        console.say(format!("the ranks meet on port {port}, open on all networks of this machine"));
+        let network = interface.map_or("all networks of this machine".to_string(), |address| address.to_string());
+        console.say(format!("the ranks meet on port {port}, open on {network}"));
     }
     Ok(server)
+}
+
+/// The others look for the store by its host's name: that must not be on another network than the one that was chosen.
+fn check_network(host: &str, port: u16, chosen: IpAddr) -> Result<(), Failure> {
+    let found: Vec<IpAddr> = (host, port).to_socket_addrs().into_iter().flatten().map(|found| found.ip()).collect();
+    match found.iter().find(|found| !found.is_loopback()) {
+        Some(other) if !found.contains(&chosen) => Err(Failure::new(
+            Code::Usage,
+            format!(
+                "the ranks are to meet at {host}, which is {other}, but --interface is {chosen}: set MASTER_ADDR to {chosen}, for all ranks alike"
+            ),
+        )),
+        _ => Ok(()),
+    }
 }

@@ -5,6 +5,8 @@ use super::ranks::Ranks;
 use super::source::Source;
 use super::{Common, ConfigArguments, Stop, absolute, program};
 use crate::checkpoint::{Layout, Start, Want};
+use crate::cluster::requeue;
+use crate::rendezvous::Environment;
 use crate::report::Console;
 use crate::train::{Config, Ended, Initial, Options, TrainError, differences, train};
 use crate::unet::UnetConfig;
@@ -31,7 +33,13 @@ pub(super) struct Arguments {
     /// Save and leave before so much time is over: minutes, hours:minutes:seconds or days-hours, as Slurm's --time
     #[arg(long, value_name = "TIME", value_parser = duration)]
     max_time: Option<Duration>,
+    /// In a job of Slurm: when the run has to leave before its end, put the job into the queue again; not after Ctrl-C, nor after `scancel`
+    #[arg(long)]
+    requeue: bool,
 }
+
+/// How long a rank may take to tell the others by which signal it leaves.
+const TOLD: Duration = Duration::from_secs(1);
 
 /// A time as Slurm's `--time` takes it.
 fn duration(text: &str) -> Result<Duration, String> {
@@ -93,18 +101,37 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         console: &console,
     };
     let mut device = common.device(ranks.here());
-    let ended = train(&mut config, &mut device, ranks.collective(), &options).map_err(|error| {
-        let code = code_of(&error);
-        match error {
-            // Said as a value of the file, with its line.
-            TrainError::OutOfRange(refused) => arguments.config.refused(refused),
-            error => ranks.explained(code, &error),
-        }
-    })?;
-    Ok(match ended {
-        Ended::Finished => ExitCode::SUCCESS,
-        Ended::Stopped => ExitCode::from(Code::Preempted as u8),
-    })
+    let ended = train(&mut config, &mut device, ranks.collective(), &options);
+    let has_left = match &ended {
+        Ok(ended) => *ended == Ended::Stopped,
+        Err(error) => code_of(error) == Code::Preempted,
+    };
+    if has_left && arguments.requeue && ranks.is_rank_zero() {
+        come_back(&stop, ranks.number(), &console);
+    }
+    match ended {
+        Ok(Ended::Finished) => Ok(ExitCode::SUCCESS),
+        Ok(Ended::Stopped) => Ok(ExitCode::from(Code::Preempted as u8)),
+        // Said as a value of the file, with its line.
+        Err(TrainError::OutOfRange(refused)) => Err(arguments.config.refused(refused)),
+        Err(error) => Err(ranks.explained(code_of(&error), &error)),
+    }
+}
+
+/// Puts the job of Slurm that this run is, if it is one, into the queue again.
+fn come_back(stop: &Stop, ranks: usize, console: &Console) {
+    let Some(job) = requeue::slurm_job(&Environment::of_this_process()) else { return };
+    let since = Instant::now();
+    // Another rank's signal has made this one leave, and may itself still be on its way.
+    while ranks > 1 && !stop.is_set() && since.elapsed() < TOLD {
+        std::thread::sleep(TOLD / 50);
+    }
+    match requeue::requeue(&job, stop.signal()) {
+        Ok(true) => console.say(format!("job {job} is in the queue again")),
+        Ok(false) => console.say(format!("job {job} was told to end, and is not put into the queue again")),
+        Err(error) => console
+            .alarm(format!("job {job} is NOT in the queue again: {error}; its state is saved, so submit it once more")),
+    }
 }
 
 /// The model whose weights a run begins with; it must be the config's, but for dropout.

@@ -5,6 +5,7 @@ mod config;
 mod interconnect;
 pub mod launcher;
 mod preemption;
+pub mod requeue;
 pub mod scaling;
 mod verdict;
 pub mod watchdog;

@@ -43,6 +43,10 @@ impl Preemption {
             while !over.load(Ordering::Relaxed) && matches!(pass_on(&mut store, &request), Ok(false)) {
                 std::thread::park_timeout(EVERY);
             }
+            // A rank that leaves before it was its turn to look says so first: the others may have to know why they leave.
+            if over.load(Ordering::Relaxed) && request.flag.load(Ordering::SeqCst) {
+                let _ = pass_on(&mut store, &request);
+            }
         };
         let thread = std::thread::Builder::new().name("preemption".into()).spawn(work)?;
         Ok(Preemption { ends, thread: Some(thread) })
@@ -103,6 +107,23 @@ mod tests {
             std::thread::yield_now();
         }
         assert!(ranks.iter().all(|(request, _)| request.signal.load(Ordering::SeqCst) == 10));
+    }
+
+    /// A rank may save and leave sooner than it looks at the store again.
+    #[test]
+    fn a_request_is_passed_on_by_a_rank_that_leaves_at_once() {
+        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let port = server.address().port();
+        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
+        let connect = || Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
+        let request = Request::default();
+        let watch = Preemption::watch(connect(), request.clone()).unwrap();
+        // The first look is over, and the next one far.
+        std::thread::sleep(EVERY / 4);
+        request.signal.store(10, Ordering::SeqCst);
+        request.flag.store(true, Ordering::SeqCst);
+        drop(watch);
+        assert_eq!(connect().get(KEY, Duration::from_secs(10)).unwrap(), b"10");
     }
 
     #[test]

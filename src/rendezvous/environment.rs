@@ -17,7 +17,7 @@ impl Environment {
     }
 
     /// The value of a variable; nothing if it is empty, as unset variables of scripts and manifests are.
-    pub(super) fn get(&self, name: &str) -> Option<&str> {
+    pub fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(|value| value.trim()).filter(|value| !value.is_empty())
     }
 

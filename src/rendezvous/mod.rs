@@ -7,6 +7,7 @@
 
 mod environment;
 mod host;
+mod interface;
 mod slurm;
 pub mod store;
 mod world;
@@ -16,6 +17,7 @@ mod tests;
 
 pub use environment::Environment;
 pub use host::host_name;
+pub use interface::{InterfaceError, address_of_interface};
 pub use world::{
     Detected, Launcher, Node, OWN_ATTEMPT, OWN_RUN_ID, StoreAddress, StoreHost, World, WorldError, detect,
 };

@@ -2,6 +2,7 @@
 
 use crate::rendezvous::store::StoreError;
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 use thiserror::Error;
@@ -32,6 +33,18 @@ pub enum LaunchError {
         port: u16,
         /// Why.
         source: io::Error,
+    },
+    /// The meeting place is on another network than the one that was chosen.
+    #[error(
+        "the nodes meet at {host}, which is {found} here, but --interface is {chosen}: name a host in --rdzv that is {chosen}, or the address itself"
+    )]
+    OtherNetwork {
+        /// Host of the meeting place.
+        host: String,
+        /// Its address.
+        found: IpAddr,
+        /// The address of the interface.
+        chosen: IpAddr,
     },
     /// The store of node 0.
     #[error("the launcher of node 0 cannot be reached: {0}")]

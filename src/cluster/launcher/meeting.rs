@@ -97,13 +97,18 @@ impl<'a> Meeting<'a> {
         let port = meeting.port();
         if is_lead {
             voice.say(&format!(
-                "node 0 ({}) waits for {} other{} on port {port} of all its interfaces; whoever can reach it can disturb the run",
+                "node 0 ({}) waits for {} other{} on port {port} of {}; whoever can reach it can disturb the run",
                 me.host,
                 job.nodes - 1,
                 if job.nodes == 2 { "" } else { "s" },
+                job.interface.map_or("all its interfaces".to_string(), |address| address.to_string()),
             ));
         }
-        let host = if is_lead { "127.0.0.1".to_string() } else { meeting.host().to_string() };
+        let host = match (is_lead, job.interface) {
+            (true, Some(address)) => address.to_string(),
+            (true, None) => "127.0.0.1".to_string(),
+            (false, _) => meeting.host().to_string(),
+        };
         let address = StoreAddress { host, port, served_by: StoreHost::Launcher };
         meeting.client = Some(connect(&address, job.patience, inbox)?);
         meeting.announce(me)?;
@@ -145,6 +150,9 @@ impl<'a> Meeting<'a> {
     pub(super) fn host_for_ranks(&self) -> String {
         if self.job.nodes == 1 {
             return "127.0.0.1".to_string();
+        }
+        if let Some(address) = self.job.interface {
+            return address.to_string();
         }
         let seen: Vec<Option<IpAddr>> = self.nodes.iter().map(|node| node.meets_at).collect();
         host_for_all(self.host(), &seen)

@@ -42,6 +42,7 @@ use ends::Place;
 use meeting::{Meeting, Order};
 use plan::{Decision, History, Limits, decide, largest};
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -89,6 +90,8 @@ pub struct Job {
     pub nodes: usize,
     /// Host and port where nodes meet: node 0 listens there. Several nodes need it.
     pub meet: Option<(String, u16)>,
+    /// The address of this node that the others are to use, if they are not to use all.
+    pub interface: Option<IpAddr>,
     /// How long nodes wait for each other at the start.
     pub patience: Duration,
     /// How often the ranks may be started again.

@@ -9,12 +9,19 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
 use std::time::Duration;
 
-/// Listens: for one node on loopback only, where nobody else comes by.
+/// Listens: for one node on loopback only, where nobody else comes by; for several on the network that was chosen, or on all.
 pub(super) fn serve(job: &Job) -> Result<Server, LaunchError> {
     let port = job.meet.as_ref().map_or(0, |(_, port)| *port);
     let listen = |ip: IpAddr| Server::listen((ip, port).into());
-    let served = match job.nodes {
-        1 => listen(Ipv4Addr::LOCALHOST.into()),
+    if let (Some((host, port)), Some(chosen), 2..) = (&job.meet, job.interface, job.nodes) {
+        // A name that means loopback here may well mean that network to the others.
+        if let Some(found) = resolve(host, *port).filter(|found| *found != chosen && !found.is_loopback()) {
+            return Err(LaunchError::OtherNetwork { host: host.clone(), found, chosen });
+        }
+    }
+    let served = match (job.nodes, job.interface) {
+        (1, _) => listen(Ipv4Addr::LOCALHOST.into()),
+        (_, Some(chosen)) => listen(chosen),
         // The IPv6 address takes IPv4 too, on systems that have both.
         _ => match listen(Ipv6Addr::UNSPECIFIED.into()) {
             Err(error) if error.kind() != io::ErrorKind::AddrInUse => listen(Ipv4Addr::UNSPECIFIED.into()),

@@ -57,7 +57,7 @@ impl Winding {
 
     /// What is to be done now.
     pub(super) fn next(&mut self, now: Instant, seen: &Seen) -> Option<Act> {
-        use signal_hook::consts::{SIGINT, SIGTERM};
+        use signal_hook::consts::SIGTERM;
         let asked_to_leave = |phase| matches!(phase, Phase::Leaving { asked: Asked::ToLeave, .. } | Phase::Killed);
         if seen.kill && self.phase != Phase::Killed {
             self.phase = Phase::Killed;
@@ -66,8 +66,7 @@ impl Winding {
         if let Some(signal) = seen.stop
             && !asked_to_leave(self.phase)
         {
-            // Whatever the signal was, ranks know SIGTERM; SIGINT stays, for the exit codes of those without a state to save.
-            let signal = if signal == SIGINT { SIGINT } else { SIGTERM };
+            // As it came: ranks may care which it was.
             self.phase = Phase::Leaving { until: now + self.grace, asked: Asked::ToLeave };
             return Some(Act::Ask(signal, Asked::ToLeave));
         }
@@ -126,7 +125,7 @@ mod tests {
             ("nothing happens", vec![], vec![]),
             ("a failure", vec![(3, FAILED)], vec![(8, Ask(SIGTERM, ByFailure)), (68, Kill(ByFailure))]),
             ("a rank leaves", vec![(3, LEFT)], vec![(63, Ask(SIGTERM, ToLeave)), (123, Kill(ToLeave))]),
-            ("a stop", vec![(2, stop(SIGUSR1, RUNS))], vec![(2, Ask(SIGTERM, ToLeave)), (62, Kill(ToLeave))]),
+            ("a stop", vec![(2, stop(SIGUSR1, RUNS))], vec![(2, Ask(SIGUSR1, ToLeave)), (62, Kill(ToLeave))]),
             ("Ctrl-C", vec![(2, stop(SIGINT, RUNS))], vec![(2, Ask(SIGINT, ToLeave)), (62, Kill(ToLeave))]),
             (
                 "Ctrl-C twice",

@@ -51,6 +51,8 @@ pub struct Client {
     stream: TcpStream,
     address: String,
     prefix: String,
+    /// Where this machine is to be reached, if not where the store sees it.
+    reached_at: Option<IpAddr>,
     /// How long an answer may take that waits for nobody else.
     answer: Duration,
 }
@@ -108,7 +110,7 @@ impl Client {
                 Err(_) => std::thread::sleep(RETRY.min(left)),
             }
         };
-        Ok(Client { stream, address: name, prefix: prefix.to_string(), answer: ANSWER })
+        Ok(Client { stream, address: name, prefix: prefix.to_string(), reached_at: None, answer: ANSWER })
     }
 
     /// Changes how long an answer may take that waits for no other rank (30 s at first), from now on.
@@ -116,11 +118,19 @@ impl Client {
         self.answer = time;
     }
 
-    /// The address of this machine as the store sees it: one that other ranks can reach.
+    /// Names the address at which other ranks are to reach this machine: one of another network than the store's.
+    pub fn reach_at(&mut self, address: Option<IpAddr>) {
+        self.reached_at = address;
+    }
+
+    /// An address of this machine that other ranks can reach: the one that the store sees, unless [another](Self::reach_at) was named.
     ///
     /// # Errors
     /// A store that is lost.
     pub fn local_address(&self) -> Result<IpAddr, StoreError> {
+        if let Some(address) = self.reached_at {
+            return Ok(address);
+        }
         self.stream.local_addr().map(|address| address.ip()).map_err(self.lost())
     }
 

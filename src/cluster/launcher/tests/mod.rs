@@ -96,6 +96,7 @@ impl Script {
             node: 0,
             nodes: 1,
             meet: None,
+            interface: None,
             patience: PATIENCE,
             max_restarts: 0,
             min_ranks: None,

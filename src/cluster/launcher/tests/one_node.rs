@@ -145,7 +145,7 @@ fn fewer_ranks_go_on_without_a_place_that_keeps_failing() {
 
 #[test]
 fn a_signal_lets_ranks_save_and_leave() {
-    for (signal, name) in [(SIGTERM, "TERM"), (SIGINT, "INT"), (signal_hook::consts::SIGUSR1, "TERM")] {
+    for (signal, name) in [(SIGTERM, "TERM"), (SIGINT, "INT"), (signal_hook::consts::SIGUSR1, "USR1")] {
         let script =
             Script::new(2, &format!("trap ': > $DIR/told$RANK; exit 75' {name}; : > $DIR/ready$RANK; {LIVES}"));
         let running = script.start();

@@ -1,0 +1,103 @@
+//! The networks of this machine, by the names of their interfaces.
+
+use std::io;
+use std::net::{IpAddr, TcpListener};
+use thiserror::Error;
+
+/// Why an interface cannot be used.
+#[derive(Debug, Error)]
+pub enum InterfaceError {
+    /// The system does not list them.
+    #[error("the system does not tell which network interfaces there are: {0}")]
+    System(io::Error),
+    /// No interface of that name.
+    #[error("`{name}` is no network interface of this machine, nor an address; there are: {there}")]
+    Unknown {
+        /// What was asked for.
+        name: String,
+        /// All there are, with their addresses.
+        there: String,
+    },
+    /// Another machine's address.
+    #[error("{address} is no address of this machine; there are: {there}")]
+    NotHere {
+        /// What was asked for.
+        address: IpAddr,
+        /// All there are, with their addresses.
+        there: String,
+    },
+}
+
+/// The address that an interface's name, or an address itself, stands for on this machine: the first IPv4 address, else the first IPv6
+/// address that is good beyond its own cable.
+///
+/// # Errors
+/// What this machine does not have, with a list of what it has.
+pub fn address_of_interface(text: &str) -> Result<IpAddr, InterfaceError> {
+    let interfaces = if_addrs::get_if_addrs().map_err(InterfaceError::System)?;
+    let all: Vec<(String, IpAddr)> = interfaces.into_iter().map(|i| (i.name.clone(), i.ip())).collect();
+    choose(text, &all, |address| TcpListener::bind((address, 0)).is_ok())
+}
+
+fn choose(text: &str, all: &[(String, IpAddr)], is_here: impl Fn(IpAddr) -> bool) -> Result<IpAddr, InterfaceError> {
+    let there = || {
+        let list: Vec<String> = all.iter().map(|(name, address)| format!("{name} ({address})")).collect();
+        list.join(", ")
+    };
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return if is_here(address) { Ok(address) } else { Err(InterfaceError::NotHere { address, there: there() }) };
+    }
+    let addresses = || all.iter().filter(|(name, _)| name == text).map(|(_, address)| *address);
+    let usable = |address: &IpAddr| match address {
+        IpAddr::V4(_) => true,
+        // It would need the number of the interface, too, which is each machine's own.
+        IpAddr::V6(address) => !address.is_unicast_link_local(),
+    };
+    addresses()
+        .find(IpAddr::is_ipv4)
+        .or_else(|| addresses().find(usable))
+        .ok_or_else(|| InterfaceError::Unknown { name: text.to_string(), there: there() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_addresses() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let all: Vec<(String, IpAddr)> = [
+            ("lo", "127.0.0.1"),
+            ("eth0", "fe80::1"),
+            ("eth0", "fd00::5"),
+            ("eth0", "10.0.0.5"),
+            ("ib0", "fe80::2"),
+            ("ib0", "fd01::7"),
+            ("ib1", "fe80::3"),
+        ]
+        .map(|(name, address)| (name.to_string(), ip(address)))
+        .to_vec();
+        let is_here = |address| all.iter().any(|(_, a)| *a == address);
+        for (text, expected) in [
+            ("lo", "127.0.0.1"),
+            ("eth0", "10.0.0.5"),
+            ("ib0", "fd01::7"),
+            ("10.0.0.5", "10.0.0.5"),
+            ("fd01::7", "fd01::7"),
+        ] {
+            assert_eq!(choose(text, &all, is_here).unwrap(), ip(expected), "{text}");
+        }
+        for text in ["eth", "eth00", "", "ib1", "10.0.0.6"] {
+            let error = choose(text, &all, is_here).unwrap_err().to_string();
+            assert!(error.contains(text) && error.contains("ib0 (fd01::7)"), "{error}");
+        }
+    }
+
+    #[test]
+    fn this_machine_has_a_loopback() {
+        assert!(address_of_interface("lo").unwrap().is_loopback());
+        assert!(address_of_interface("127.0.0.2").unwrap().is_loopback(), "all of 127/8 is here");
+        // An address that is kept for documentation (RFC 5737).
+        assert!(matches!(address_of_interface("192.0.2.1"), Err(InterfaceError::NotHere { .. })));
+    }
+}
