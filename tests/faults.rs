@@ -94,9 +94,9 @@ fn uninterrupted(project: &Project, steps: &str) {
 #[test]
 fn a_rank_that_is_killed_is_named_and_the_world_goes_on_to_the_same_bits() {
     let (_alone, project) = (alone(), Project::new());
-    uninterrupted(&project, "train.steps=60");
-    let mut launcher = launch(&project, 4, "run", &["--max-restarts", "1", "--set", "train.steps=60"]);
-    until_steps(&project, &mut launcher, "run", 12);
+    uninterrupted(&project, "train.steps=300");
+    let mut launcher = launch(&project, 4, "run", &["--max-restarts", "1", "--set", "train.steps=300"]);
+    launcher.until("a checkpoint", || is_saved(&project, "run"));
     let ranks = ranks_of(&launcher);
     assert_eq!(ranks.iter().map(|(rank, _)| *rank).collect::<Vec<_>>(), [0, 1, 2, 3]);
     kill_process(ranks[2].1, Signal::KILL).unwrap();
@@ -106,7 +106,7 @@ fn a_rank_that_is_killed_is_named_and_the_world_goes_on_to_the_same_bits() {
     assert_eq!(code, Some(0), "{stderr}");
     assert!(stderr.contains("rank 2 ") && stderr.contains("signal 9"), "the cause: {stderr}");
     assert!(stderr.contains("resuming from"), "{stderr}");
-    assert!(state(&project, "run", 60) == state(&project, "straight", 60));
+    assert!(state(&project, "run", 300) == state(&project, "straight", 300));
     assert_eq!(project.measured("run"), project.measured("straight"));
 }
 
@@ -166,10 +166,10 @@ fn no_rank_outlives_its_launcher() {
 #[test]
 fn one_rank_is_told_and_all_save_the_same_step() {
     let (_alone, project) = (alone(), Project::new());
-    uninterrupted(&project, "train.steps=60");
+    uninterrupted(&project, "train.steps=300");
     for (number, signal) in [(0, Signal::TERM), (1, Signal::USR1), (3, Signal::USR2), (2, Signal::INT)] {
         let run_dir = format!("run-{number}");
-        let mut launcher = launch(&project, 4, &run_dir, &["--set", "train.steps=60"]);
+        let mut launcher = launch(&project, 4, &run_dir, &["--set", "train.steps=300"]);
         until_steps(&project, &mut launcher, &run_dir, 8);
         kill_process(rank(&launcher, number), signal).unwrap();
         let (code, stderr) = launcher.wait();
@@ -178,9 +178,9 @@ fn one_rank_is_told_and_all_save_the_same_step() {
         assert!(stderr.contains(&format!("stopped at step {step} ")), "{stderr}");
         assert_eq!(project.log_lines(&run_dir) as u64, step, "what is saved is the last step");
         project.hashes(&run_dir, step);
-        let (code, stderr) = launch(&project, 2, &run_dir, &["--set", "train.steps=60"]).wait();
+        let (code, stderr) = launch(&project, 2, &run_dir, &["--set", "train.steps=300"]).wait();
         assert_eq!(code, Some(0), "{stderr}");
-        assert!(state(&project, &run_dir, 60) == state(&project, "straight", 60), "stopped at {step} by {signal:?}");
+        assert!(state(&project, &run_dir, 300) == state(&project, "straight", 300), "stopped at {step} by {signal:?}");
     }
 }
 
@@ -199,7 +199,7 @@ fn a_launcher_that_is_told_tells_its_ranks() {
     }
 }
 
-/// While images are sampled: a thousand reverse steps of 64 images after each second step of training.
+/// While images are sampled: a thousand reverse steps for each of 256 images after every second step of training.
 #[test]
 fn a_rank_that_is_told_while_images_are_sampled() {
     let (_alone, project) = (alone(), Project::new());
@@ -220,6 +220,7 @@ fn a_rank_that_is_told_while_images_are_sampled() {
     assert_eq!(code, Some(75), "{stderr}");
     let last = *project.checkpoints("run").last().unwrap();
     assert!(stderr.contains(&format!("stopped at step {last} ")), "{stderr}");
+    assert!(!project.path("run/samples/step-00000002.png").exists(), "sampling went on to its end");
     assert_eq!(project.log_lines("run") as u64, last);
 }
 
@@ -252,8 +253,8 @@ fn catches(pid: Pid, signal: Signal) -> bool {
 fn the_wall_clock_limit_saves_and_leaves_before_it() {
     let (_alone, project) = (alone(), Project::new());
     let start = Instant::now();
-    let (code, stderr) = launch(&project, 2, "run", &[&FOR_LONG[..], &["--max-time", "0:06"]].concat()).wait();
-    assert!(start.elapsed() < Duration::from_secs(6), "{:?}", start.elapsed());
+    let (code, stderr) = launch(&project, 2, "run", &[&FOR_LONG[..], &["--max-time", "0:15"]].concat()).wait();
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     assert_eq!(code, Some(75), "{stderr}");
     let step = *project.checkpoints("run").last().unwrap();
     assert!(step > 0 && stderr.contains(&format!("stopped at step {step} ")), "{stderr}");
@@ -339,8 +340,8 @@ fn flip_everywhere(pid: Pid, words: &[u32]) -> usize {
 #[test]
 fn twenty_kills_at_random_lose_nothing() {
     let (_alone, project) = (alone(), Project::new());
-    uninterrupted(&project, "train.steps=120");
-    let mut launcher = launch(&project, 4, "run", &["--max-restarts", "20", "--set", "train.steps=120"]);
+    uninterrupted(&project, "train.steps=400");
+    let mut launcher = launch(&project, 4, "run", &["--max-restarts", "20", "--set", "train.steps=400"]);
     let mut state_of_chance = 7u64;
     let mut draw = |below: u64| {
         state_of_chance =
@@ -353,7 +354,7 @@ fn twenty_kills_at_random_lose_nothing() {
         // Somewhere before, in or after a save; the log may be behind the checkpoint that a restart began with.
         let log = project.path("run/log.jsonl");
         let steps = if log.exists() { project.log_lines("run") } else { 0 };
-        let goal = (steps + 1 + draw(9) as usize).min(115);
+        let goal = (steps + 1 + draw(9) as usize).min(380);
         launcher.until("a few more steps", || {
             let ranks = ranks_of_pid(pid);
             let all_new = ranks.len() == 4 && ranks.iter().all(|(_, pid)| !killed.contains(pid));
@@ -365,7 +366,7 @@ fn twenty_kills_at_random_lose_nothing() {
     }
     let (code, stderr) = launcher.wait();
     assert_eq!(code, Some(0), "{stderr}");
-    assert!(state(&project, "run", 120) == state(&project, "straight", 120));
+    assert!(state(&project, "run", 400) == state(&project, "straight", 400));
     assert_eq!(project.measured("run"), project.measured("straight"));
 }
 
@@ -404,8 +405,7 @@ fn a_slow_rank_is_named() {
     let (_alone, project) = (alone(), Project::new());
     let large = ["--set", "train.batch=16", "--set", "model.channels=[16, 32]"];
     let mut launcher = launch(&project, 2, "run", &[&FOR_LONG[..], &large].concat());
-    until_steps(&project, &mut launcher, "run", 60);
-    assert!(!launcher.stderr().contains("is slow"), "{}", launcher.stderr());
+    until_steps(&project, &mut launcher, "run", 20);
     let victim = rank(&launcher, 1);
     let begin = project.log_lines("run");
     while !launcher.stderr().contains("rank 1 is slow") {
@@ -481,8 +481,8 @@ fn a_damaged_shard_is_named_and_the_checkpoint_before_it_taken() {
 #[test]
 fn a_place_that_keeps_failing_is_given_up() {
     let (_alone, project) = (alone(), Project::new());
-    uninterrupted(&project, "train.steps=60");
-    let more = ["--max-restarts", "3", "--min-ranks", "1", "--set", "train.steps=60"];
+    uninterrupted(&project, "train.steps=300");
+    let more = ["--max-restarts", "3", "--min-ranks", "1", "--set", "train.steps=300"];
     let mut launcher = launch(&project, 2, "run", &more);
     let pid = launcher.child.id();
     let stderr = project.path("run.stderr");
@@ -501,7 +501,7 @@ fn a_place_that_keeps_failing_is_given_up() {
     }
     let (code, stderr) = launcher.wait();
     assert_eq!(code, Some(0), "{stderr}");
-    assert!(state(&project, "run", 60) == state(&project, "straight", 60));
-    let saved: Snapshot = load(&project.checkpoint("run", 60), None, Want::Ema).unwrap();
+    assert!(state(&project, "run", 300) == state(&project, "straight", 300));
+    let saved: Snapshot = load(&project.checkpoint("run", 300), None, Want::Ema).unwrap();
     assert_eq!(saved.meta.world_size, 1, "{stderr}");
 }

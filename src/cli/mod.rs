@@ -159,7 +159,8 @@ impl Stop {
             .or_fail(Code::Failed)?;
         signal_hook::flag::register(SIGINT, interrupted).or_fail(Code::Failed)?;
         for signal in [SIGINT, SIGTERM, SIGUSR1, SIGUSR2] {
-            let Request { flag, signal: number } = &stop.request;
+            let Request { flag, signal: number, user_signal } = &stop.request;
+            let number = if matches!(signal, SIGUSR1 | SIGUSR2) { user_signal } else { number };
             signal_hook::flag::register_usize(signal, Arc::clone(number), signal as usize).or_fail(Code::Failed)?;
             signal_hook::flag::register(signal, Arc::clone(flag)).or_fail(Code::Failed)?;
         }
@@ -176,7 +177,7 @@ impl Stop {
 
     /// The signal that it came by; 0: none.
     fn signal(&self) -> i32 {
-        self.request.signal.load(Ordering::SeqCst) as i32
+        self.request.signal()
     }
 
     /// The exit code of a command that has no state to go on from.

@@ -9,8 +9,7 @@ use crate::collective::host::{Host, Meeting};
 use crate::collective::{Activity, Collective, CollectiveError, Solo};
 use crate::rendezvous::store::{Client, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, detect};
-use crate::report::Console;
-use crate::tape::RunError;
+use crate::report::{Console, Verbosity};
 use crate::train::TrainError;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
@@ -86,8 +85,8 @@ impl Ranks {
 
     /// A failure to be reported; where ranks did not answer in time, with what they were doing.
     pub fn explained(&self, code: Code, error: &TrainError) -> Failure {
-        match (&self.together, error) {
-            (Some(together), TrainError::Run(RunError::Collective(cause @ CollectiveError::TimedOut { .. }))) => {
+        match (&self.together, error.collective()) {
+            (Some(together), Some(cause @ CollectiveError::TimedOut { .. })) => {
                 Failure::new(code, together.watchdog.explain(cause, EXPLAINED))
             }
             _ => Failure::new(code, error),
@@ -110,6 +109,17 @@ impl Ranks {
         self.collective.world_size()
     }
 
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.collective.rank()
+    }
+
+    /// Returns when all ranks have come here, or one is gone.
+    pub fn leave_together(&mut self) {
+        // Whoever is gone has done its part.
+        let _ = self.collective.all_gather(Vec::new());
+    }
+
     pub fn is_rank_zero(&self) -> bool {
         self.collective.rank() == 0
     }
@@ -124,19 +134,28 @@ impl Ranks {
         self.world.as_ref().is_none_or(|world| world.local_rank == 0)
     }
 
+    /// Where is said what all ranks would say alike.
+    pub fn joint(&self, common: &Common) -> Console {
+        if self.is_rank_zero() { common.console() } else { Console::new(Verbosity::Silent) }
+    }
+
     /// Where this rank speaks: rank 0 for all, the others when something is wrong.
     pub fn console(&self, common: &Common) -> Console {
-        if self.is_rank_zero() { common.console() } else { Console::new(crate::report::Verbosity::Quiet) }
+        if self.is_rank_zero() { common.console() } else { Console::new(Verbosity::Quiet) }
     }
 }
 
 /// Keys are those of this start of the run: a store may outlive it.
 fn connect(world: &World, interface: Option<IpAddr>, patience: Duration) -> Result<Client, StoreError> {
-    let is_own = world.store.served_by == StoreHost::RankZero && world.rank == 0 && world.local_size < world.size;
-    let store = match interface.filter(|_| is_own) {
+    let served_by_rank = world.store.served_by == StoreHost::RankZero;
+    let one_machine = world.local_size == world.size;
+    let at = |host: String| StoreAddress { host, ..world.store.clone() };
+    let store = match interface {
+        // Rank 0 listens on loopback then, whatever the name of this machine means.
+        _ if served_by_rank && one_machine => at(Ipv4Addr::LOCALHOST.to_string()),
         // Its own name may mean loopback here, where it does not listen then.
-        Some(address) => StoreAddress { host: address.to_string(), ..world.store.clone() },
-        None => world.store.clone(),
+        Some(address) if served_by_rank && world.rank == 0 => at(address.to_string()),
+        _ => world.store.clone(),
     };
     let mut client = Client::connect(&store, &format!("ddpm-dist/{}/", world.attempt), patience)?;
     client.reach_at(interface);

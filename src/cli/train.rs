@@ -6,13 +6,13 @@ use super::source::Source;
 use super::{Common, ConfigArguments, Stop, absolute, program};
 use crate::checkpoint::{Layout, Start, Want};
 use crate::cluster::requeue;
-use crate::rendezvous::Environment;
+use crate::rendezvous::{Environment, OWN_STARTED};
 use crate::report::Console;
 use crate::train::{Config, Ended, Initial, Options, TrainError, differences, train};
 use crate::unet::UnetConfig;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -68,7 +68,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let mut config = arguments.config.load()?;
     let stop = Stop::on_signals()?;
     let mut ranks = Ranks::join(common, &stop, Some(Code::Preempted))?;
-    let console = ranks.console(common);
+    let (console, joint) = (ranks.console(common), ranks.joint(common));
     let file = &arguments.config.config;
     let run_dir = arguments
         .run_dir
@@ -78,7 +78,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         config.data.path = absolute(&path);
     }
     let source = match &arguments.init {
-        Some(path) => Some(open_initial(path, &config, &console)?),
+        Some(path) => Some(open_initial(path, &config, &joint)?),
         None => None,
     };
     let initial = source.as_ref().map(|source| |layout: &Layout| source.flat(layout).map_err(|f| f.to_string()));
@@ -94,11 +94,12 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         program: &program(),
         initial: initial.as_ref().map(|f| f as &Initial),
         stop: stop.flag(),
-        deadline: arguments.max_time.map(|time| started + time),
+        deadline: arguments.max_time.map(|time| started + time.saturating_sub(spent_before())),
         first_here: ranks.is_first_here(),
         activity: activity.as_deref(),
         connect: connect.as_ref().map(|f| f as &dyn Fn() -> _),
         console: &console,
+        joint: &joint,
     };
     let mut device = common.device(ranks.here());
     let ended = train(&mut config, &mut device, ranks.collective(), &options);
@@ -109,13 +110,32 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     if has_left && arguments.requeue && ranks.is_rank_zero() {
         come_back(&stop, ranks.number(), &console);
     }
+    if ended.is_ok() {
+        // Rank 0 may serve the store to the others, and batch systems end all ranks when the first leaves.
+        ranks.leave_together();
+    }
     match ended {
         Ok(Ended::Finished) => Ok(ExitCode::SUCCESS),
         Ok(Ended::Stopped) => Ok(ExitCode::from(Code::Preempted as u8)),
         // Said as a value of the file, with its line.
         Err(TrainError::OutOfRange(refused)) => Err(arguments.config.refused(refused)),
+        // The launcher is to blame the ranks that are wrong.
+        Err(error @ TrainError::Corrupt { .. }) if !is_among(&error, ranks.rank()) => {
+            Err(Failure::new(Code::PeerLost, error))
+        }
         Err(error) => Err(ranks.explained(code_of(&error), &error)),
     }
+}
+
+/// What is gone already of the time that this run was given: its launcher has started other ranks before.
+fn spent_before() -> Duration {
+    let started = std::env::var(OWN_STARTED).ok().and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    started.map_or(Duration::ZERO, |started| now.saturating_sub(started))
+}
+
+fn is_among(error: &TrainError, rank: usize) -> bool {
+    matches!(error, TrainError::Corrupt { ranks, .. } if ranks.contains(&rank))
 }
 
 /// Puts the job of Slurm that this run is, if it is one, into the queue again.

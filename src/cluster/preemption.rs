@@ -19,8 +19,18 @@ const EVERY: Duration = Duration::from_millis(200);
 pub struct Request {
     /// Whether there is one.
     pub flag: Arc<AtomicBool>,
-    /// The signal that it came by, set before the flag; 0: none.
+    /// The signal that it came by, SIGTERM or SIGINT, set before the flag; 0: none.
     pub signal: Arc<AtomicUsize>,
+    /// The same for SIGUSR1 and SIGUSR2, which say more: a batch system sends them first, and SIGTERM later.
+    pub user_signal: Arc<AtomicUsize>,
+}
+
+impl Request {
+    /// The signal that it came by; 0: none.
+    pub fn signal(&self) -> i32 {
+        let signals = [&self.user_signal, &self.signal].map(|signal| signal.load(Ordering::SeqCst) as i32);
+        signals.into_iter().find(|signal| *signal != 0).unwrap_or(0)
+    }
 }
 
 /// Keeps the requests of all ranks the same, until it is dropped.
@@ -66,7 +76,7 @@ impl Drop for Preemption {
 /// Tells the others of this rank's request, or this rank of theirs; gives whether there is one.
 fn pass_on(store: &mut Client, request: &Request) -> Result<bool, crate::rendezvous::store::StoreError> {
     if request.flag.load(Ordering::SeqCst) {
-        store.set(KEY, request.signal.load(Ordering::SeqCst).to_string().as_bytes())?;
+        store.set(KEY, request.signal().to_string().as_bytes())?;
         // What was set is answered by nobody; this waits until the store has taken it.
         store.has(KEY)?;
         return Ok(true);
@@ -75,7 +85,10 @@ fn pass_on(store: &mut Client, request: &Request) -> Result<bool, crate::rendezv
         return Ok(false);
     }
     let signal = String::from_utf8(store.get(KEY, EVERY)?).ok().and_then(|text| text.parse().ok());
-    request.signal.store(signal.unwrap_or(0), Ordering::SeqCst);
+    // What this rank was told itself stays.
+    if request.signal() == 0 {
+        request.signal.store(signal.unwrap_or(0), Ordering::SeqCst);
+    }
     request.flag.store(true, Ordering::SeqCst);
     Ok(true)
 }
@@ -106,7 +119,11 @@ mod tests {
             assert!(start.elapsed() < Duration::from_secs(20), "the others hear nothing");
             std::thread::yield_now();
         }
-        assert!(ranks.iter().all(|(request, _)| request.signal.load(Ordering::SeqCst) == 10));
+        assert!(ranks.iter().all(|(request, _)| request.signal() == 10));
+        // A batch system that sends another one later.
+        ranks[1].0.user_signal.store(12, Ordering::SeqCst);
+        ranks[1].0.signal.store(15, Ordering::SeqCst);
+        assert_eq!(ranks[1].0.signal(), 12);
     }
 
     /// A rank may save and leave sooner than it looks at the store again.

@@ -19,5 +19,5 @@ pub use environment::Environment;
 pub use host::host_name;
 pub use interface::{InterfaceError, address_of_interface};
 pub use world::{
-    Detected, Launcher, Node, OWN_ATTEMPT, OWN_RUN_ID, StoreAddress, StoreHost, World, WorldError, detect,
+    Detected, Launcher, Node, OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED, StoreAddress, StoreHost, World, WorldError, detect,
 };

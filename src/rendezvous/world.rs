@@ -137,6 +137,8 @@ pub enum WorldError {
 pub const OWN_RUN_ID: &str = "DDPM_DIST_RUN_ID";
 /// How often it started the world before.
 pub const OWN_ATTEMPT: &str = "DDPM_DIST_ATTEMPT";
+/// When it began, in seconds since 1970.
+pub const OWN_STARTED: &str = "DDPM_DIST_STARTED";
 
 /// What `environment` says of this process. The first launcher that matches counts, in this order:
 ///

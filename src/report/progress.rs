@@ -18,6 +18,8 @@ const NEWS: u32 = 3;
 /// How much is said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Verbosity {
+    /// Nothing at all: another process says it.
+    Silent,
     /// `-q`: errors, alarms and the last message.
     Quiet,
     /// Progress and messages.
@@ -91,12 +93,16 @@ impl Console {
 
     /// Something is wrong and work goes on all the same: shown even with `-q`.
     pub fn alarm(&self, text: impl AsRef<str>) {
-        self.line(&format!("warning: {}", text.as_ref()));
+        if self.verbosity >= Verbosity::Quiet {
+            self.line(&format!("warning: {}", text.as_ref()));
+        }
     }
 
     /// What an alarm told of is over: shown to everyone whom the alarm was shown to.
     pub fn all_clear(&self, text: impl AsRef<str>) {
-        self.line(text.as_ref());
+        if self.verbosity >= Verbosity::Quiet {
+            self.line(text.as_ref());
+        }
     }
 
     /// The reason why work stops: shown even with `-q`.
@@ -106,7 +112,9 @@ impl Console {
 
     /// What a run says when it is done: shown even with `-q`.
     pub fn last(&self, text: impl AsRef<str>) {
-        self.line(text.as_ref());
+        if self.verbosity >= Verbosity::Quiet {
+            self.line(text.as_ref());
+        }
     }
 
     /// A bar that counts to `total`: `what` is what happens to which things ("decoding images", "sampling").

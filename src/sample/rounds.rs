@@ -13,6 +13,9 @@ struct Stand {
     bad: Option<NotFinite>,
 }
 
+/// Numbers of images that are sent at a time: 4 MiB.
+const PIECE: usize = 1 << 20;
+
 /// What a rank says of itself: whether it goes on, whether an image is not finite, which one (u64), after which timestep (u32).
 const WORD: usize = 1 + 1 + 8 + 4;
 
@@ -141,13 +144,17 @@ impl Sampler {
         }
         let mine = collective.rank() == maker;
         let mut pass_on = |values: &[f32]| -> Result<Vec<f32>, SampleError> {
-            let bytes = if mine { bytemuck::cast_slice(values).to_vec() } else { Vec::new() };
-            let all = collective.all_gather(bytes)?;
-            let values: Vec<f32> = bytemuck::pod_collect_to_vec(&all[maker]);
-            match values.len() == wanted {
-                true => Ok(values),
-                false => Err(out_of_step(maker, format!("{wanted} numbers of images"), &all[maker]).into()),
+            let mut whole = room_for(wanted, "images of other ranks")?;
+            for start in (0..wanted).step_by(PIECE) {
+                let piece = start..(start + PIECE).min(wanted);
+                let bytes = if mine { bytemuck::cast_slice(&values[piece.clone()]).to_vec() } else { Vec::new() };
+                let all = collective.all_gather(bytes)?;
+                if all[maker].len() != piece.len() * size_of::<f32>() {
+                    return Err(out_of_step(maker, format!("{} numbers of images", piece.len()), &all[maker]).into());
+                }
+                whole.extend(bytemuck::pod_collect_to_vec::<u8, f32>(&all[maker]));
             }
+            Ok(whole)
         };
         let images = pass_on(&batch.x[..wanted])?;
         let mut stages = Vec::new();

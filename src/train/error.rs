@@ -2,6 +2,7 @@
 
 use super::Difference;
 use crate::checkpoint::{CheckpointError, LayoutError, RunDirError};
+use crate::collective::CollectiveError;
 use crate::config::{ConfigError, OutOfRange};
 use crate::data::DataError;
 use crate::device::DeviceError;
@@ -128,6 +129,17 @@ pub enum TrainError {
     /// The step.
     #[error(transparent)]
     Run(#[from] RunError),
+}
+
+impl TrainError {
+    /// What went wrong between ranks, if that is what it is.
+    pub fn collective(&self) -> Option<&CollectiveError> {
+        match self {
+            TrainError::Run(RunError::Collective(error))
+            | TrainError::Sample(SampleError::Run(RunError::Collective(error))) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 fn whose(ranks: &[usize]) -> String {

@@ -4,15 +4,24 @@ use super::resume::differences_of_ranks;
 use super::{Config, TrainError};
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{parse, to_toml};
+use crate::data::DataError;
 use crate::tape::RunError;
+
+/// What a rank says that was asked to stop.
+const STOPPED: &str = "\0stopped";
 
 /// Gives `result` if it is well at all ranks; else this rank's error, or one that tells of the other rank's.
 pub(super) fn together<T>(collective: &mut dyn Collective, result: Result<T, TrainError>) -> Result<T, TrainError> {
-    let mine = result.as_ref().err().map(ToString::to_string);
-    let all = gather(collective, mine.map_or_else(Vec::new, String::into_bytes))?;
+    let mine = match &result {
+        Ok(_) => String::new(),
+        Err(TrainError::Data(DataError::Stopped)) => STOPPED.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let all = gather(collective, mine.into_bytes())?;
     let value = result?;
     match all.iter().position(|said| !said.is_empty()) {
         None => Ok(value),
+        Some(rank) if all[rank] == STOPPED.as_bytes() => Err(TrainError::Data(DataError::Stopped)),
         Some(rank) => Err(TrainError::OtherRank { rank, message: String::from_utf8_lossy(&all[rank]).into_owned() }),
     }
 }

@@ -6,7 +6,7 @@ use super::voice::{Target, Voice};
 use super::winding::Act;
 use super::{Command, parent};
 use crate::files::unique_id;
-use crate::rendezvous::{OWN_ATTEMPT, OWN_RUN_ID};
+use crate::rendezvous::{OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -98,6 +98,8 @@ pub(super) struct Site<'a> {
     pub command: &'a Command,
     pub folder: &'a Folder,
     pub voice: &'a Voice,
+    /// When the launcher began, in seconds since 1970.
+    pub started: u64,
 }
 
 impl Site<'_> {
@@ -150,6 +152,7 @@ impl Site<'_> {
         for (name, value) in [
             (OWN_RUN_ID, attempt.run_id.clone()),
             (OWN_ATTEMPT, attempt.number.to_string()),
+            (OWN_STARTED, self.started.to_string()),
             ("RANK", rank.to_string()),
             ("WORLD_SIZE", attempt.places.len().to_string()),
             ("LOCAL_RANK", local_rank.to_string()),
@@ -246,6 +249,7 @@ impl Drop for Rank {
     }
 }
 
-fn now() -> f64 {
+/// Seconds since 1970.
+pub(super) fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }

@@ -128,13 +128,14 @@ pub fn launch(
 ) -> Result<Outcome, LaunchError> {
     let log_dir = job.log_dir.as_deref();
     let folder = Folder::create(log_dir).map_err(|(path, source)| LaunchError::Folder { path, source })?;
+    let started = child::now() as u64;
     let mut meeting = Meeting::open(job, voice, inbox)?;
     let host = meeting.nodes[0].host.clone();
     if job.node != 0 {
-        let site = Site { node: job.node, host: &host, command: &job.command, folder: &folder, voice };
+        let site = Site { node: job.node, host: &host, command: &job.command, folder: &folder, voice, started };
         return follow(job, &site, &mut meeting, inbox);
     }
-    let site = Site { node: 0, host: &host, command: &job.command, folder: &folder, voice };
+    let site = Site { node: 0, host: &host, command: &job.command, folder: &folder, voice, started };
     let limits = Limits {
         max_restarts: job.max_restarts,
         min_ranks: job.min_ranks,

@@ -6,15 +6,14 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 
 impl Run<'_> {
-    /// Saves what is not saved, draws the last grid, and says goodbye.
+    /// Draws the last grid, and says goodbye.
     pub(super) fn close(mut self, ended: Ended) -> Result<Ended, TrainError> {
-        self.save_now()?;
         self.end_bar();
         let picture = match ended {
             Ended::Finished => {
                 let picture = self.draw()?;
                 if picture.is_none() && (self.stop.load(Ordering::Relaxed) || self.time_is_up()) {
-                    self.console.say("stopped while the last grid was drawn: it is left out");
+                    self.joint.say("stopped while the last grid was drawn: it is left out");
                 }
                 picture
             }
@@ -35,19 +34,17 @@ impl Run<'_> {
     pub(super) fn give_up(mut self, error: TrainError) -> TrainError {
         self.end_bar();
         // State that is not finite, or not the same at all ranks, is worth less than the checkpoint before it.
-        let is_sound = !matches!(error, TrainError::Diverged { .. } | TrainError::Corrupt { .. });
-        if is_sound && self.collective.world_size() == 1 {
+        use TrainError::{Corrupt, Diverged, NotSaved};
+        let is_worth_it = !matches!(error, Diverged { .. } | Corrupt { .. } | NotSaved { .. });
+        if self.collective.world_size() > 1 {
+            // The others do not take part in it any more.
+            self.saver.call_off();
+        } else if is_worth_it {
             match self.save_now() {
                 Ok(()) if self.step > 0 => self.console.alarm(format!("step {} is saved", self.step)),
                 Ok(()) => {}
                 Err(not_saved) => self.console.alarm(not_saved.to_string()),
             }
-        } else {
-            if matches!(error, TrainError::Run(_)) {
-                // The rank that is lost would be waited for.
-                self.saver.call_off();
-            }
-            self.wait_for_save();
         }
         self.lead.iter_mut().for_each(|lead| lead.reports.flush());
         error

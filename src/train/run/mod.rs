@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 
 /// How long ranks wait for each other before the first step: one of them may decode a data set meanwhile.
 const OPENING: Duration = Duration::from_secs(3600);
+/// How often ranks look whether all have saved.
+const LOOK: Duration = Duration::from_millis(20);
 /// What a deadline leaves for writing a checkpoint, in bytes per second, as a slow shared disk does …
 const SAVED_PER_SECOND: u64 = 50_000_000;
 /// … and for the rest of leaving.
@@ -57,6 +59,8 @@ pub struct Options<'a> {
     pub connect: Option<&'a dyn Fn() -> Result<Client, StoreError>>,
     /// Where messages go.
     pub console: &'a Console,
+    /// Where messages go that all ranks would say alike: silent at all but one.
+    pub joint: &'a Console,
 }
 
 /// How a run ended well.
@@ -71,7 +75,8 @@ pub enum Ended {
 /// Trains as `config` says (and notes the size of the images in it) until all steps are done or `options.stop` is set.
 ///
 /// # Errors
-/// Whatever stands in the way, before the first step if possible; later, the state is saved first. Failing to write a checkpoint, a log
+/// Whatever stands in the way, before the first step if possible; later, a run of one rank saves its state first, and one of several goes
+/// back to its last checkpoint. Failing to write a checkpoint, a log
 /// or a picture is no error but an alarm on the console, except for the last checkpoint.
 pub fn train(
     config: &mut Config,
@@ -93,7 +98,7 @@ pub fn train(
     config.data.channels = Some(channels);
 
     let mut run = Run::open(config, device, collective, options, &dataset, share)?;
-    let ended = run.all_steps(&dataset);
+    let ended = run.all_steps(&dataset).and_then(|ended| run.save_now().map(|()| ended));
     if dataset.replaced() > 0 {
         options.console.alarm(format!("{} images were bad and others stood in for them", dataset.replaced()));
     }
@@ -110,6 +115,7 @@ struct Run<'a> {
     device: &'a mut Device,
     collective: &'a mut dyn Collective,
     console: &'a Console,
+    joint: &'a Console,
     stop: &'a AtomicBool,
     activity: Option<&'a Activity>,
     deadline: Option<Instant>,
@@ -154,7 +160,13 @@ impl<'a> Run<'a> {
         let places = self.trainer.share().places();
         let slice = LoaderConfig { batch, offset: places.start, count: places.len(), start: self.step, depth: 3 };
         let mut loader = Loader::new(Arc::clone(dataset), Order { seed, len: dataset.len() }, slice)?;
-        let mut known = self.exchange()?.1;
+        self.card.checksum = self.checksum();
+        let (cards, mut known) = self.exchange()?;
+        let strange = minority(&cards.iter().filter_map(|card| card.checksum).collect::<Vec<_>>());
+        if let Some(rank) = strange.iter().find(|rank| **rank > 0) {
+            let what = format!("rank {rank} begins with other weights than rank 0");
+            return Err(TrainError::Unequal { what, remedy: "give all of them the same --init" });
+        }
         while self.step < steps {
             if known.stop {
                 return Ok(Ended::Stopped);
@@ -170,10 +182,10 @@ impl<'a> Run<'a> {
     /// Algorithm 1, once.
     fn step(&mut self, loader: &mut Loader) -> Result<Known, TrainError> {
         let since = Instant::now();
-        self.note("waiting for images");
+        self.note(self.step + 1, "waiting for images");
         let pixels = loader.next()?.pixels;
         self.card.loading = since.elapsed();
-        self.note("forward and backward");
+        self.note(self.step + 1, "forward and backward");
         let mut timed = Timed::new(self.collective);
         let losses = self.trainer.step(self.device, &mut timed, self.config, self.step, pixels)?;
         let norm = losses.norm;
@@ -182,11 +194,10 @@ impl<'a> Run<'a> {
         self.step += 1;
         // Also what is about to be saved.
         let to_save = self.save_waits || self.config.checkpoint.is_due(self.step);
-        if self.collective.world_size() > 1 && (to_save || self.config.cluster.compares_after(self.step)) {
-            let held = [Region::Weights, Region::Ema].map(|region| self.trainer.buffer(region));
-            self.card.checksum = Some(checksum(self.device, &held, self.layout.elements()));
+        if to_save || self.config.cluster.compares_after(self.step) {
+            self.card.checksum = self.checksum();
         }
-        self.note("telling the others how it stands");
+        self.note(self.step, "telling the others how it stands");
         let (cards, known) = self.exchange()?;
         self.longest = self.longest.max(since.elapsed());
         self.compare(&cards)?;
@@ -199,7 +210,8 @@ impl<'a> Run<'a> {
             return Ok(known);
         }
         let what = if metrics.loss.is_finite() { "the gradient" } else { "the loss" };
-        self.wait_for_save();
+        // The state is lost in any case; what is being written may still become whole.
+        self.wait_for_saves()?;
         let kept = match self.saved {
             Some(step) => format!("The checkpoint of step {step} is intact"),
             None => "No checkpoint was saved before".to_string(),
@@ -207,9 +219,15 @@ impl<'a> Run<'a> {
         Err(TrainError::Diverged { step: self.step, what, kept })
     }
 
-    /// Notes what this rank does from now on.
-    fn note(&self, phase: &'static str) {
-        self.activity.iter().for_each(|activity| activity.note(self.step + 1, phase));
+    /// Notes what this rank does from now on, for step `step` from 1.
+    fn note(&self, step: u64, phase: &'static str) {
+        self.activity.iter().for_each(|activity| activity.note(step, phase));
+    }
+
+    /// Of weights and averages, where there is a rank to compare them with.
+    fn checksum(&self) -> Option<u64> {
+        let held = [Region::Weights, Region::Ema].map(|region| self.trainer.buffer(region));
+        (self.collective.world_size() > 1).then(|| checksum(self.device, &held, self.layout.elements()))
     }
 
     /// Tells the other ranks how this one stands, and hears how they stand.
@@ -226,43 +244,47 @@ impl<'a> Run<'a> {
 
     /// Whether there would be no time left to save after one more step.
     fn time_is_up(&self) -> bool {
-        let needed = 2 * self.longest + self.needed_to_leave();
+        let needed = self.needed_to_leave();
         self.deadline.is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()) < needed)
     }
 
-    /// Time that saving and leaving may take.
+    /// Time that one more step, saving (after the save that is under way) and leaving may take.
     fn needed_to_leave(&self) -> Duration {
-        Duration::from_secs(self.layout.elements() as u64 * 16 / SAVED_PER_SECOND) + LEAVING
+        let save = Duration::from_secs(self.layout.elements() as u64 * 16 / SAVED_PER_SECOND);
+        2 * self.longest + if self.saver.is_busy() { 2 * save } else { save } + LEAVING
     }
 
     /// Compares what the ranks say of themselves.
     fn compare(&mut self, cards: &[Card]) -> Result<(), TrainError> {
         let checksums: Vec<u64> = cards.iter().filter_map(|card| card.checksum).collect();
-        let ranks = minority(&checksums);
-        if !ranks.is_empty() {
-            let rest = if ranks.len() < checksums.len() { "those of the others" } else { "each other" };
-            return Err(TrainError::Corrupt { step: self.step, ranks, rest });
-        }
+        self.agree(&checksums)?;
         for Slow { rank, ratio, is_slow } in self.stragglers.note(cards.iter().map(|card| card.busy)) {
-            if self.lead.is_none() {
-                continue;
-            }
             match is_slow {
                 true => {
                     let Card { busy, loading, .. } = &cards[rank];
                     let loading = 100.0 * loading.as_secs_f64() / busy.as_secs_f64().max(1e-9);
-                    self.console.alarm(format!(
+                    self.joint.alarm(format!(
                         "step {}: rank {rank} is slow: its own work takes {ratio:.1} times as long as the typical rank's, {loading:.0} % of \
                          it waiting for images",
                         self.step
                     ));
                 }
                 false => {
-                    self.console.all_clear(format!("step {}: rank {rank} is as fast as the others again", self.step))
+                    self.joint.all_clear(format!("step {}: rank {rank} is as fast as the others again", self.step))
                 }
             }
         }
         Ok(())
+    }
+
+    /// Refuses to go on where a rank holds other weights or averages than most.
+    fn agree(&self, checksums: &[u64]) -> Result<(), TrainError> {
+        let ranks = minority(checksums);
+        if ranks.is_empty() {
+            return Ok(());
+        }
+        let rest = if ranks.len() < checksums.len() { "those of the others" } else { "each other" };
+        Err(TrainError::Corrupt { step: self.step, ranks, rest })
     }
 
     /// Begins to write a checkpoint in the background if one is due and no rank still writes the one before; else it waits for that.
@@ -278,35 +300,54 @@ impl<'a> Run<'a> {
         let Run { trainer, device, saver, layout, identity, config, step, .. } = self;
         let state = snapshot(trainer, device, saver, layout, identity, config, *step);
         if let Err(refused) = saver.save(state) {
-            self.console.alarm(format!("step {step} is not saved: {refused}"));
+            self.joint.alarm(format!("step {step} is not saved: {refused}"));
         }
     }
 
     /// Waits for what is being written, and then saves this step if it is not saved yet. An error is that of this step.
     fn save_now(&mut self) -> Result<(), TrainError> {
-        self.wait_for_save();
         let step = self.step;
-        // A rank may not have heard that all was well: then all save again.
-        let mine = vec![u8::from(self.saved != Some(step))];
-        let missing = gather(self.collective, mine)?.iter().any(|missing| *missing == [1]);
-        if step > 0 && missing {
-            self.save();
-            if let Some(report) = self.saver.wait() {
-                report.result.map_err(|source| TrainError::NotSaved { step, source })?;
-            }
-            self.saved = Some(step);
+        self.note(step, "saving");
+        if let Some(report) = self.wait_for_saves()? {
+            self.note_save(Some(report));
         }
+        // A rank may not have heard that all was well: then all save again. What is saved is the same at all ranks.
+        let mut mine = vec![u8::from(self.saved != Some(step))];
+        mine.extend(self.checksum().unwrap_or(0).to_le_bytes());
+        let all = gather(self.collective, mine)?;
+        if step == 0 || all.iter().all(|word| word.starts_with(&[0])) {
+            return Ok(());
+        }
+        let checksum = |word: &Vec<u8>| word.get(1..).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
+        self.agree(&all.iter().filter_map(checksum).collect::<Vec<_>>())?;
+        self.save();
+        if let Some(report) = self.wait_for_saves()? {
+            report.result.map_err(|source| TrainError::NotSaved { step, source })?;
+        }
+        self.saved = Some(step);
         Ok(())
     }
 
-    fn wait_for_save(&mut self) {
-        let report = self.saver.wait();
-        self.note_save(report);
+    /// Returns when no rank writes a checkpoint any more, with the report of what this one wrote.
+    fn wait_for_saves(&mut self) -> Result<Option<SaveReport>, TrainError> {
+        if self.collective.world_size() == 1 {
+            return Ok(self.saver.wait());
+        }
+        let mut report = None;
+        loop {
+            report = self.saver.poll().or(report);
+            // Not the store, but the others themselves: a rank that is lost is noticed at once.
+            let busy = gather(self.collective, vec![u8::from(self.saver.is_busy())])?;
+            if busy.iter().all(|busy| *busy == [0]) {
+                return Ok(report);
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     fn note_save(&mut self, report: Option<SaveReport>) {
         let Some(SaveReport { step, result }) = report else { return };
-        let console = self.console;
+        let console = self.joint;
         match result {
             Ok(done) => {
                 self.saved = Some(step);
@@ -332,13 +373,13 @@ impl<'a> Run<'a> {
     /// A grid of images from the averaged weights, to the run directory and TensorBoard. Gives its path if it was written.
     fn draw(&mut self) -> Result<Option<PathBuf>, TrainError> {
         let Some(grids) = &self.grids else { return Ok(None) };
-        self.note("sampling");
+        self.note(self.step, "sampling");
         let weights = self.trainer.buffer(Region::Ema);
         let stop = self.stop;
         let until =
             self.deadline.map(|deadline| deadline.checked_sub(self.needed_to_leave()).unwrap_or_else(Instant::now));
         let goes_on = || !stop.load(Ordering::Relaxed) && until.is_none_or(|until| Instant::now() < until);
-        let drawn = grids.draw(self.config, self.device, self.collective, weights, self.console, &goes_on)?;
+        let drawn = grids.draw(self.config, self.device, self.collective, weights, self.joint, &goes_on)?;
         let (Some(picture), Some(lead)) = (drawn, &mut self.lead) else { return Ok(None) };
         lead.reports.picture(self.step, &picture);
         let path = lead.run_dir.sample(self.step, "png");

@@ -22,6 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+/// How long ranks wait for each other's part of a checkpoint at least.
+const WRITING: Duration = Duration::from_secs(300);
+
 impl<'a> Run<'a> {
     /// Everything in place for the first step, or for the one after the newest checkpoint.
     pub(super) fn open(
@@ -32,7 +35,7 @@ impl<'a> Run<'a> {
         dataset: &Dataset,
         share: Share,
     ) -> Result<Run<'a>, TrainError> {
-        let Options { console, stop, program, deadline, activity, .. } = *options;
+        let Options { console, joint, stop, program, deadline, activity, .. } = *options;
         let [height, width, channels] = dataset.shape();
         let schedule = Schedule::new(&config.diffusion)?;
         let identity = Identity::new(config, dataset.fingerprint(), device, share.world_size)?;
@@ -58,16 +61,16 @@ impl<'a> Run<'a> {
             restore(&trainer, device, &snapshot);
             console.say(format!("resuming from {}", path.display()));
             if options.initial.is_some() {
-                console.alarm("the weights to begin with are not used: this run has begun already");
+                joint.alarm("the weights to begin with are not used: this run has begun already");
             }
             let differ = "same images and noise, but last bits differ";
             if snapshot.meta.device_kind != identity.device_kind {
                 let (then, now) = (&snapshot.meta.device_kind, &identity.device_kind);
-                console.alarm(format!("saved on {then}, going on with {now}: {differ}"));
+                joint.alarm(format!("saved on {then}, going on with {now}: {differ}"));
             }
             if snapshot.meta.world_size != share.world_size && config.train.shards == Shards::Auto {
                 let (then, now) = (snapshot.meta.world_size, share.world_size);
-                console.alarm(format!("saved by {}, going on with {}: {differ}", ranks(then), ranks(now)));
+                joint.alarm(format!("saved by {}, going on with {}: {differ}", ranks(then), ranks(now)));
             }
         } else if let Some(initial) = options.initial {
             trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
@@ -103,6 +106,7 @@ impl<'a> Run<'a> {
             device,
             collective,
             console,
+            joint,
             stop,
             activity,
             deadline,
@@ -138,7 +142,9 @@ fn same_directory(collective: &mut dyn Collective, root: &Path, run_dir: Option<
 /// This rank's saver.
 fn saver(config: &Config, collective: &dyn Collective, options: &Options<'_>) -> Result<Saver, TrainError> {
     let checkpoints = checkpoints_of(options.run_dir);
-    let (rank, size, patience) = (collective.rank(), collective.world_size(), config.cluster.patience());
+    let (rank, size) = (collective.rank(), collective.world_size());
+    // A disk may be slow where ranks are not.
+    let patience = config.cluster.patience().max(WRITING);
     Ok(match options.connect {
         Some(connect) if size > 1 => {
             let store = connect()?;
@@ -210,7 +216,7 @@ fn open_data_here(config: &Config, options: &Options<'_>) -> Result<Dataset, Tra
     )?;
     if dataset.skipped() > 0 {
         let names = dataset.skipped_names().join(", ");
-        options.console.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
+        options.joint.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
     }
     Ok(dataset)
 }
