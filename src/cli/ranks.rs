@@ -5,7 +5,7 @@ use super::guard::Guard;
 use super::{Common, Stop};
 use crate::cluster::Preemption;
 use crate::cluster::watchdog::Watchdog;
-use crate::collective::host::{Host, Meeting};
+use crate::collective::host::{Host, Meeting, MeetingError};
 use crate::collective::{Activity, Collective, CollectiveError, Solo};
 use crate::rendezvous::store::{Client, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, detect};
@@ -61,7 +61,11 @@ impl Ranks {
         let connect = || connect(world, interface, patience).or_fail(Code::Rendezvous);
         let preemption = Preemption::watch(connect()?, stop.request.clone()).or_fail(Code::Failed)?;
         let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store: connect()?, patience };
-        let host = Host::join(meeting, patience).or_fail(Code::Rendezvous)?;
+        let host = Host::join(meeting, patience).map_err(|error| match &error {
+            // Whoever went is the cause, and not this rank.
+            MeetingError::Parted(_) => Failure::new(Code::PeerLost, error),
+            _ => Failure::new(Code::Rendezvous, error),
+        })?;
         if let (Some(notice), 0) = (host.notice(), world.rank) {
             common.console().say(notice);
         }
