@@ -83,10 +83,10 @@ impl<'a> Run<'a> {
             for path in run_dir.settle()? {
                 console.detail(format!("left in place, as no run makes it: {}", path.display()));
             }
-            run_dir.write_config(&identity.config_toml)?;
             if step < config.train.steps {
                 check_room(&run_dir.checkpoints(), &layout)?;
             }
+            run_dir.write_config(&identity.config_toml)?;
             let (parameters, images) = (layout.parameters(), dataset.len());
             let TrainConfig { steps, batch, .. } = config.train;
             let on = if share.world_size > 1 { format!(" on {}", ranks(share.world_size)) } else { String::new() };
