@@ -17,6 +17,8 @@ use std::time::Duration;
 
 /// How often a rank says what it is doing.
 const PUBLISHED: Duration = Duration::from_millis(500);
+/// How long the other ranks may need the store after rank 0 has finished.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// How long it may take to find out what the others were doing.
 const EXPLAINED: Duration = Duration::from_secs(6);
 
@@ -36,7 +38,17 @@ struct Together {
     watchdog: Watchdog,
     _preemption: Preemption,
     /// Dropped last: the other ranks use it as long as they run.
-    _store: Option<Server>,
+    _store: Option<Serving>,
+}
+
+/// The store, served by this rank. The others read in it to the end (whether the last checkpoint is committed, say), so that it stays until
+/// they have left or are lost, but not for ones that hang.
+struct Serving(Server);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.0.until_all_have_left(FAREWELL);
+    }
 }
 
 impl Ranks {
@@ -72,7 +84,7 @@ impl Ranks {
         let activity = host.activity();
         let watchdog = Watchdog::start(connect()?, world.rank, world.size, Arc::clone(&activity), PUBLISHED);
         let watchdog = watchdog.or_fail(Code::Failed)?;
-        let together = Together { activity, watchdog, _preemption: preemption, _store: server };
+        let together = Together { activity, watchdog, _preemption: preemption, _store: server.map(Serving) };
         Ok(Ranks {
             collective: Box::new(host),
             world: Some(world.clone()),

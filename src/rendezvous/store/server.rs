@@ -8,7 +8,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Most bytes of keys and values in all.
 const MAX_BYTES: usize = 256 << 20;
@@ -16,6 +16,8 @@ const MAX_BYTES: usize = 256 << 20;
 const MAX_CONNECTIONS: usize = 4096;
 /// How long a connection may take to say what it is, and a client to take an answer.
 const GREETING: Duration = Duration::from_secs(10);
+/// Pause between two looks whether all have left.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// A store that serves until it is dropped.
 #[derive(Debug)]
@@ -75,6 +77,21 @@ impl Server {
     /// Whether there is no key.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Waits until nobody is connected any more: whoever serves the store must not leave before those who still read from it. Gives whether
+    /// they had all left when `patience` was over.
+    pub fn until_all_have_left(&self, patience: Duration) -> bool {
+        let since = Instant::now();
+        loop {
+            if self.shared.lock().connections.is_empty() {
+                return true;
+            }
+            if since.elapsed() >= patience {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Where it listens.

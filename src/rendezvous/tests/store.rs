@@ -111,6 +111,19 @@ fn something_else_at_the_address_is_no_store() {
 }
 
 #[test]
+fn a_server_knows_when_all_have_left() {
+    let server = server();
+    assert!(server.until_all_have_left(Duration::ZERO));
+    let (mut first, second) = (client(&server, ""), client(&server, ""));
+    // An answer shows that its connection is known.
+    first.has("key").unwrap();
+    drop(second);
+    assert!(!server.until_all_have_left(Duration::from_millis(50)));
+    drop(first);
+    assert!(server.until_all_have_left(Duration::from_secs(20)));
+}
+
+#[test]
 fn a_store_that_ends_is_lost_at_once() {
     let server = server();
     let mut a = client(&server, "");
