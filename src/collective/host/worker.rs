@@ -14,6 +14,8 @@ use std::time::Duration;
 
 /// How long the store may take to say who was lost first: it may be served by the rank that was.
 const AGREEMENT: Duration = Duration::from_secs(1);
+/// How much later than this rank others may notice that they wait in vain.
+const WAITERS: Duration = Duration::from_millis(300);
 
 /// What the thread does, with its data; given back when it is done.
 #[derive(Debug)]
@@ -118,9 +120,28 @@ impl Worker {
         })
     }
 
+    /// Those of the missing ranks that do not themselves wait for another: a rank that is held up says so in the store, in a little while.
+    fn silent_among(&mut self, missing: Vec<usize>) -> Vec<usize> {
+        self.store.answer_within(AGREEMENT);
+        let key = |rank: usize| format!("collective/waits/{rank}");
+        if self.mesh.size == 2 || self.store.set(&key(self.mesh.rank), b"").is_err() {
+            return missing;
+        }
+        std::thread::sleep(WAITERS);
+        let silent: Vec<usize> =
+            missing.iter().copied().filter(|&rank| matches!(self.store.has(&key(rank)), Ok(false))).collect();
+        if silent.is_empty() { missing } else { silent }
+    }
+
     /// The rank that was lost first, as the ranks agree in the store. A rank that finds another gone hangs up on all, and those would take
     /// it for the one that failed; but it says so in the store before.
     fn agree(&mut self, error: CollectiveError) -> CollectiveError {
+        let error = match error {
+            CollectiveError::TimedOut { ranks, operation, after } => {
+                CollectiveError::TimedOut { ranks: self.silent_among(ranks), operation, after }
+            }
+            error => error,
+        };
         let (suspect, said) = match &error {
             CollectiveError::PeerLost { rank, operation } => (Some(*rank), operation.clone()),
             CollectiveError::TimedOut { ranks, .. } => (ranks.first().copied(), String::new()),
