@@ -340,3 +340,17 @@ fn ranks_that_wait_for_others_leave_when_one_is_told() {
         assert!(stderr.contains("stopped before all ranks had come"), "{stderr}");
     }
 }
+
+#[test]
+fn ranks_that_would_make_other_images_are_refused() {
+    let (project, store) = (Project::new(), store());
+    project.trained("run", &["--set", "train.steps=5"]);
+    let sample =
+        |rank: usize| ["sample", "run", "--seed", ["3", "4"][rank], "--out", "x.png"].map(str::to_string).to_vec();
+    for running in start(&project, &store, 2, sample) {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(2), "{stderr}");
+        assert!(stderr.contains("of step 5, 16 images of seed 3") && stderr.contains("seed 4"), "{stderr}");
+    }
+    assert!(!project.path("x.png").exists());
+}

@@ -125,6 +125,15 @@ impl Ranks {
         self.collective.world_size()
     }
 
+    /// Refuses ranks that do not say the same of what they are about to do.
+    pub fn same_everywhere(&mut self, mine: &str) -> Result<(), Failure> {
+        let all = self.collective.all_gather(mine.as_bytes().to_vec()).or_fail(Code::PeerLost)?;
+        let Some(rank) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(()) };
+        let [zero, other] = [&all[0], &all[rank]].map(|said| String::from_utf8_lossy(said).into_owned());
+        let message = format!("the ranks do not belong together: rank 0 has {zero}, rank {rank} {other}");
+        Err(Failure::new(Code::Usage, message))
+    }
+
     /// This rank.
     pub fn rank(&self) -> usize {
         self.collective.rank()

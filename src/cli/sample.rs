@@ -63,6 +63,14 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let mut ranks = Ranks::join(common, &stop, None)?;
     let console = ranks.console(common);
     let source = Source::open(&arguments.source, Want::Ema, &console)?;
+    // A run that trains meanwhile may show them different checkpoints.
+    let step = source.step().map_or_else(String::new, |step| format!(" of step {step}"));
+    let simd = crate::simd::level().name();
+    let version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("DDPM_DIST_COMMIT"), ")");
+    ranks.same_everywhere(&format!(
+        "weights{step}, {count} images of seed {}, ddpm-dist {version}, {simd}",
+        arguments.seed
+    ))?;
     let size = source.size()?;
     source.model.validate(size[0], size[1]).or_fail(Code::State)?;
     let batch = arguments.batch.map_or(source.batch, usize::from);

@@ -35,6 +35,14 @@ enum Weights {
 }
 
 impl Source {
+    /// After how many steps of training, where the weights come from a checkpoint.
+    pub fn step(&self) -> Option<u64> {
+        match &self.weights {
+            Weights::Checkpoint(snapshot, _) => Some(snapshot.meta.step),
+            Weights::Diffusers(_) => None,
+        }
+    }
+
     /// Opens `path`; of a run or a checkpoint the weights that `want` names are read.
     pub fn open(path: &Path, want: Want, console: &Console) -> Result<Source, Failure> {
         if path.join(MANIFEST).is_file() {
