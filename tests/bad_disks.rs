@@ -11,9 +11,8 @@ fn a_disk_that_refuses_checkpoints_for_a_while() {
     let mut running = project.train_on("run", &["--set", "checkpoint.keep=3"]);
     running.until("a checkpoint", || !project.checkpoints("run").is_empty());
     // Even the system's administrator cannot make a directory in a file.
-    let (dir, away) = (project.path("run/checkpoints"), project.path("run/away"));
-    std::fs::rename(&dir, &away).unwrap();
-    std::fs::write(&dir, b"no directory").unwrap();
+    project.write("away", b"no directory");
+    project.exchange("run/checkpoints", "away");
     let alarm = |text: &str| {
         text.lines().any(|l| l.starts_with("warning: step") && l.contains("is NOT saved") && l.contains("checkpoints"))
     };
@@ -21,8 +20,7 @@ fn a_disk_that_refuses_checkpoints_for_a_while() {
     running.until("an alarm", || alarm(&std::fs::read_to_string(&stderr).unwrap()));
     let lines = project.log_lines("run");
     running.until("more steps", || project.log_lines("run") > lines + 20);
-    std::fs::remove_file(&dir).unwrap();
-    std::fs::rename(&away, &dir).unwrap();
+    project.exchange("run/checkpoints", "away");
     let last = *project.checkpoints("run").last().unwrap();
     running.until("a checkpoint after it", || project.checkpoints("run").last().is_some_and(|&step| step > last));
     running.signal(rustix::process::Signal::TERM);
@@ -107,13 +105,14 @@ fn a_full_disk() {
         r#"{mount} || exit 99
         fill() {{ free=$(df -k --output=avail disk | tail -n 1); head -c $(( (free - 300) * 1024 )) /dev/zero > disk/filler; }}
         {train}=1000000 2> said & run=$!
-        until [ -d disk/run/checkpoints/step-00000005 ]; do kill -0 $run || exit 98; sleep 0.02; done
+        newest() {{ last=$(ls disk/run/checkpoints 2> none | grep -x 'step-[0-9]*' | tail -n 1); last=${{last#step-}}; echo $((10#${{last:-0}})); }}
+        until [ "$(newest)" -ge 5 ]; do kill -0 $run || exit 98; sleep 0.02; done
         fill
         until grep -q 'is NOT saved' said; do kill -0 $run || exit 97; sleep 0.02; done
         kill -TERM $run; wait $run; echo "left with $?"; cat said >&2
         {train}=1000000; echo "refused with $?"
         rm disk/filler
-        last=$(ls disk/run/checkpoints | tail -n 1); last=$((10#${{last#step-}} + 5))
+        last=$(($(newest) + 5))
         {train}=$last || exit 2
         cp -r disk/run copied
         echo $last"#

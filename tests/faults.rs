@@ -427,16 +427,14 @@ fn a_disk_that_refuses_the_checkpoints_of_many_ranks_for_a_while() {
     let mut launcher = launch(&project, 2, "run", &[&FOR_LONG[..], &["--set", "checkpoint.keep=3"]].concat());
     launcher.until("a checkpoint", || is_saved(&project, "run"));
     // Even the system's administrator cannot make a directory in a file.
-    let (dir, away) = (project.path("run/checkpoints"), project.path("run/away"));
-    std::fs::rename(&dir, &away).unwrap();
-    std::fs::write(&dir, b"no directory").unwrap();
+    project.write("away", b"no directory");
+    project.exchange("run/checkpoints", "away");
     let stderr = project.path("run.stderr");
     let said = || std::fs::read_to_string(&stderr).unwrap();
     launcher.until("an alarm", || said().contains("is NOT saved"));
     let lines = project.log_lines("run");
     launcher.until("more steps", || project.log_lines("run") > lines + 20);
-    std::fs::remove_file(&dir).unwrap();
-    std::fs::rename(&away, &dir).unwrap();
+    project.exchange("run/checkpoints", "away");
     let last = *project.checkpoints("run").last().unwrap();
     launcher.until("a checkpoint after it", || project.checkpoints("run").last().is_some_and(|&step| step > last));
     launcher.signal(Signal::TERM);

@@ -213,6 +213,12 @@ impl Project {
         lines
     }
 
+    /// Exchanges two paths at once: nobody sees either missing, and makes it anew.
+    pub fn exchange(&self, one: &str, other: &str) {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        renameat_with(CWD, self.path(one), CWD, self.path(other), RenameFlags::EXCHANGE).unwrap();
+    }
+
     /// Names and hashes of everything in a folder, to see that nothing changed. Who locked it last may change.
     pub fn content(&self, folder: impl AsRef<Path>) -> Vec<(PathBuf, String)> {
         let mut found = Vec::new();
