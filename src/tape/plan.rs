@@ -12,13 +12,16 @@ use std::sync::Arc;
 pub struct Buckets {
     /// Size of the first bucket, small so that communication starts early.
     pub first: usize,
-    /// Size of the others.
+    /// Size of the others …
     pub other: usize,
+    /// … but for those into which as many bytes at the end are cut: what is complete before the end of the backward pass does not wait for
+    /// what is not (the timestep projections, which gather over all blocks).
+    pub tail: usize,
 }
 
 impl Default for Buckets {
     fn default() -> Self {
-        Buckets { first: 1 << 20, other: 25 << 20 }
+        Buckets { first: 1 << 20, other: 25 << 20, tail: 6 << 20 }
     }
 }
 
@@ -168,7 +171,9 @@ fn cut_buckets(tape: &Tape, layout: &ParamLayout, completed: &[Option<usize>], s
     for (i, &(_, at)) in params.iter().enumerate() {
         let end = params.get(i + 1).map_or(layout.len(), |next| next.0);
         complete_at = complete_at.max(at);
-        let limit = if buckets.is_empty() { sizes.first } else { sizes.other };
+        let left = (layout.len() - start) * DType::F32.size();
+        let middle = sizes.other.min(left.saturating_sub(sizes.other));
+        let limit = if buckets.is_empty() { sizes.first } else { middle.max(sizes.tail) };
         if (end - start) * DType::F32.size() >= limit || end == layout.len() {
             // A bucket starts after the one before it, so that every rank reduces in the same order.
             let after = buckets.last().map_or(0, |b| b.complete_at);

@@ -76,8 +76,8 @@ fn parameters_stand_in_the_order_in_which_their_gradients_are_completed() {
 
 #[test]
 fn buckets_cover_the_gradients_and_start_when_they_are_complete() {
-    for (first, other) in [(1, 1), (4 << 10, 16 << 10), (1 << 20, 25 << 20)] {
-        let (_, program) = unet_program(Buckets { first, other });
+    for (first, other, tail) in [(1, 1, 1), (4 << 10, 16 << 10, 8 << 10), (1 << 20, 25 << 20, 8 << 20)] {
+        let (_, program) = unet_program(Buckets { first, other, tail });
         let mut end = 0;
         let mut started = 0;
         let mut waited = 0;
@@ -91,7 +91,9 @@ fn buckets_cover_the_gradients_and_start_when_they_are_complete() {
                     );
                     assert!(range.start * 4 % ALIGNMENT == 0 && range.end > range.start);
                     assert!(completed(&program, range).unwrap() < number, "bucket {bucket} is reduced too early");
-                    let limit = if started == 0 { first } else { other };
+                    let left = (program.layout.len() - range.start) * 4;
+                    let before_the_tail = left.saturating_sub(other);
+                    let limit = if started == 0 { first } else { other.min(before_the_tail).max(tail) };
                     let whole = range.len() * 4 >= limit || range.end == program.layout.len();
                     assert!(whole, "bucket {bucket} of {} bytes is smaller than asked for", range.len() * 4);
                     end = range.end;
@@ -118,7 +120,7 @@ fn a_program_can_take_the_layout_of_another() {
     let (tape, program) = unet_program(Buckets::default());
     let reversed: Vec<Param> = tape.params().iter().rev().cloned().collect();
     let layout = ParamLayout::new(reversed.iter());
-    let moved = plan(&tape, Some(&layout), Some(Buckets { first: 1 << 10, other: 4 << 10 }.into()));
+    let moved = plan(&tape, Some(&layout), Some(Buckets { first: 1 << 10, other: 4 << 10, tail: 2 << 10 }.into()));
     assert_eq!(moved.layout, layout);
     assert_ne!(moved.layout, program.layout);
     let ranges: Vec<_> = moved
@@ -152,7 +154,7 @@ fn an_unknown_name_is_a_fault_of_the_caller() {
     unet_program(Buckets::default()).1.io("nothing");
 }
 
-const SMALL: Buckets = Buckets { first: 4 << 10, other: 16 << 10 };
+const SMALL: Buckets = Buckets { first: 4 << 10, other: 16 << 10, tail: 16 << 10 };
 
 /// One of two ranks with equal gradients.
 fn pair() -> Fake {
