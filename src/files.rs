@@ -109,7 +109,8 @@ fn sync_dir(path: &Path) -> io::Result<()> {
     }
 }
 
-fn parent(path: &Path) -> &Path {
+/// The folder of a file; `.` for a bare name.
+pub fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -118,6 +119,11 @@ fn parent(path: &Path) -> &Path {
 pub fn unique_id() -> String {
     let word = || std::collections::hash_map::RandomState::new().build_hasher().finish();
     format!("{:016x}{:016x}", word(), word().rotate_left(17) ^ u64::from(std::process::id()))
+}
+
+/// Whether [`unique_id`] could have given this.
+pub fn is_unique_id(text: &str) -> bool {
+    text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// Opens a regular file, or a link to one, for reading. Anything else is refused before it is opened: a pipe would wait for ever.
@@ -215,7 +221,8 @@ mod tests {
     #[test]
     fn names_are_never_the_same() {
         let mut ids: Vec<String> = (0..1000).map(|_| unique_id()).collect();
-        assert!(ids.iter().all(|id| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit())));
+        assert!(ids.iter().all(|id| is_unique_id(id)));
+        assert!(!is_unique_id(&ids[0][1..]) && !is_unique_id(&"g".repeat(32)));
         ids.sort_unstable();
         ids.dedup();
         assert_eq!(ids.len(), 1000);

@@ -4,6 +4,7 @@
 
 pub mod simd;
 pub mod files;
+pub mod machine;
 pub mod config;
 pub mod rng;
 pub mod diffusion;

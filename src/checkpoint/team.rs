@@ -16,7 +16,8 @@
 use super::error::CheckpointError;
 use super::layout::Layout;
 use super::manifest::ShardFile;
-use crate::rendezvous::host_name;
+use crate::files::is_unique_id;
+use crate::machine::host_name;
 use crate::rendezvous::store::{Client, StoreError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -163,14 +164,14 @@ impl Meeting<'_> {
     /// What a key holds that no rank of this program would set.
     fn garbled(&self, name: &str, reason: &str) -> CheckpointError {
         let reason = format!("{}/{name} in the store is garbled: {reason}; are all ranks of one version?", self.prefix);
-        CheckpointError::Team(TeamFailure::Rank { rank: self.team.rank, host: host_name(), reason })
+        CheckpointError::Team(TeamFailure::Rank { rank: self.team.rank, host: Some(host_name()), reason })
     }
 
     /// An error of this rank, as the others will see it.
     fn failure(&self, error: CheckpointError) -> TeamFailure {
         match error {
             CheckpointError::Team(failure) => failure,
-            error => TeamFailure::Rank { rank: self.team.rank, host: host_name(), reason: error.to_string() },
+            error => TeamFailure::Rank { rank: self.team.rank, host: Some(host_name()), reason: error.to_string() },
         }
     }
 
@@ -234,7 +235,7 @@ impl Meeting<'_> {
         let plan = self.get::<Result<String, TeamFailure>>("plan", self.begun + after);
         match plan {
             // It becomes part of a path.
-            Ok(Some(Ok(uuid))) if uuid.len() == 32 && uuid.bytes().all(|b| b.is_ascii_hexdigit()) => Ok(uuid),
+            Ok(Some(Ok(uuid))) if is_unique_id(&uuid) => Ok(uuid),
             Ok(Some(Ok(uuid))) => Err(self.garbled("plan", &format!("{uuid:?} is no uuid"))),
             Ok(Some(Err(failure))) => Err(failure.into()),
             other => {
@@ -249,7 +250,7 @@ impl Meeting<'_> {
 
     fn failure_of_waiting(&self, error: &CheckpointError) -> TeamFailure {
         let reason = format!("it gave up before rank 0 began: {error}");
-        TeamFailure::Rank { rank: self.team.rank, host: host_name(), reason }
+        TeamFailure::Rank { rank: self.team.rank, host: Some(host_name()), reason }
     }
 
     /// The others: this rank's shard, or why there is none.

@@ -14,6 +14,7 @@ use super::layout::{Layout, Piece, TensorSpec};
 use super::manifest::{MANIFEST, Manifest, Meta, ShardFile};
 use super::snapshot::{GROUPS, Group};
 use super::stream::{Writer, header};
+use crate::files::{is_unique_id, parent};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -36,9 +37,7 @@ pub fn parse_dir_name(name: &str) -> Option<u64> {
 
 /// Whether this is the name of a checkpoint that was never committed or is being removed.
 pub(super) fn is_temporary(name: &str) -> bool {
-    name.split_once(".tmp-").is_some_and(|(step, id)| {
-        parse_dir_name(step).is_some() && id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit())
-    })
+    name.split_once(".tmp-").is_some_and(|(step, id)| parse_dir_name(step).is_some() && is_unique_id(id))
 }
 
 /// The name a tensor is stored under: `ema.conv_in.weight`.
@@ -256,11 +255,6 @@ impl Staging {
         }
         remove_checkpoint_files(&*self.io, &self.dir)
     }
-}
-
-/// The directory that `path` is in.
-pub(super) fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 pub(super) fn file_name(path: &Path) -> &str {

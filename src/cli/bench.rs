@@ -1,6 +1,6 @@
 //! `ddpm-dist bench`
 
-use super::exit::{Code, Failure, OrFail};
+use super::exit::{Code, Failure, OrFail, code_of_run};
 use super::ranks::Ranks;
 use super::stdout::{json, print, table};
 use super::{Common, ConfigArguments, Stop};
@@ -86,7 +86,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let stop = Stop::on_signals()?;
     let mut ranks = Ranks::join(common, &stop, None)?;
     let console = ranks.console(common);
-    let mut device = common.device(ranks.here());
+    let mut device = ranks.device(common);
     let Device::Cpu(cpu) = &device;
     let threads = cpu.pool().threads();
     let (warmup, steps) = (u64::from(arguments.warmup), u64::from(arguments.steps));
@@ -94,13 +94,10 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let bar = console.bar("measuring steps", warmup + steps);
     let options = BenchOptions { warmup, steps, per_op: arguments.per_op, stop: stop.flag() };
     let timings = time_steps(&mut device, ranks.collective(), &config, size, options, |done| bar.set(done));
-    let timings = timings.map_err(|error| {
-        let code = match &error {
-            BenchError::OutOfRange(_) => Code::Usage,
-            BenchError::Device(_) => Code::Device,
-            BenchError::Run(_) => Code::PeerLost,
-        };
-        Failure::new(code, error)
+    let timings = timings.map_err(|error| match &error {
+        BenchError::OutOfRange(_) => Failure::new(Code::Usage, error),
+        BenchError::Device(_) => Failure::new(Code::Device, error),
+        BenchError::Run(cause) => ranks.explained(code_of_run(cause), &error, cause.collective()),
     })?;
     drop(bar);
     if timings.steps.is_empty() {

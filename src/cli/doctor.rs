@@ -78,7 +78,7 @@ fn cores() -> Finding {
 }
 
 fn threads(common: &Common) -> Finding {
-    let (threads, available) = (common.threads(1), super::available_threads());
+    let (threads, available) = (common.threads(1.0), super::available_threads());
     let found = format!("{threads} will compute");
     if threads > available {
         let advice = format!("more threads than the {available} available cores are slower: leave --threads out");

@@ -1,6 +1,8 @@
 //! Exit codes, the same for every subcommand.
 
 use crate::cluster::launcher::{Meaning, error_file};
+use crate::collective::CollectiveError;
+use crate::tape::RunError;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -110,16 +112,26 @@ pub fn tell_launcher(code: u8, message: &str) {
 pub struct Failure {
     code: Code,
     message: String,
+    is_said_elsewhere: bool,
 }
 
 impl Failure {
     /// A failure with its message.
     pub fn new(code: Code, message: impl Display) -> Failure {
-        Failure { code, message: message.to_string() }
+        Failure { code, message: message.to_string(), is_said_elsewhere: false }
     }
 
-    /// Prints the message and gives the exit code.
+    /// The same, if another rank prints it.
+    pub fn said_elsewhere(self) -> Failure {
+        Failure { is_said_elsewhere: true, ..self }
+    }
+
+    /// Prints the message, unless another rank does, tells the launcher if there is one, and gives the exit code.
     pub fn report(self) -> ExitCode {
+        if self.is_said_elsewhere {
+            tell_launcher(self.code as u8, &self.message);
+            return ExitCode::from(self.code as u8);
+        }
         report(self.code as u8, &self.message)
     }
 }
@@ -127,6 +139,14 @@ impl Failure {
 impl Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.message)
+    }
+}
+
+/// The exit code of a program that stopped: the others were lost, unless it is this rank's own system that refused.
+pub fn code_of_run(error: &RunError) -> Code {
+    match error.collective() {
+        Some(CollectiveError::Io { .. } | CollectiveError::TooLong { .. }) => Code::Failed,
+        _ => Code::PeerLost,
     }
 }
 

@@ -58,7 +58,7 @@ enum Command {
 /// Options of every subcommand.
 #[derive(Debug, Args)]
 struct Common {
-    /// CPU threads [default: as many as the process may use]
+    /// CPU threads [default: as many as the process may use, divided among the ranks that share its cores]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Say nothing but alarms and the last message
@@ -76,14 +76,15 @@ impl Common {
         Console::new(Verbosity::from_flags(self.quiet, self.verbose))
     }
 
-    /// Threads to compute with, for each of so many ranks on this machine: what was asked for, or this rank's part of what affinity and
-    /// cgroup allow.
-    fn threads(&self, local_ranks: usize) -> usize {
-        self.threads.map_or_else(|| (available_threads() / local_ranks).max(1), usize::from)
+    /// Threads to compute with: what was asked for, or such a part of what affinity and cgroup allow.
+    fn threads(&self, part: f64) -> usize {
+        // Thirds add up to a whole but for rounding.
+        let own = || (available_threads() as f64 * part + 1e-9) as usize;
+        self.threads.map_or_else(|| own().max(1), usize::from)
     }
 
-    fn device(&self, local_ranks: usize) -> Device {
-        Device::Cpu(Cpu::new(self.threads(local_ranks)))
+    fn device(&self, part: f64) -> Device {
+        Device::Cpu(Cpu::new(self.threads(part)))
     }
 }
 

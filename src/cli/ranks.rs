@@ -3,14 +3,15 @@
 use super::exit::{Code, Failure, OrFail};
 use super::guard::Guard;
 use super::{Common, Stop};
-use crate::cluster::Preemption;
 use crate::cluster::watchdog::Watchdog;
+use crate::cluster::{Cores, Preemption};
 use crate::collective::host::{Host, Meeting, MeetingError};
 use crate::collective::{Activity, Collective, CollectiveError, Solo};
+use crate::device::Device;
 use crate::rendezvous::store::{Client, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, detect};
 use crate::report::{Console, Verbosity};
-use crate::train::TrainError;
+use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +30,8 @@ pub(super) struct Ranks {
     /// The address of this machine that the others are to use, if one was chosen.
     interface: Option<IpAddr>,
     patience: Duration,
+    /// This rank's part of the cores that it may use.
+    part: f64,
     together: Option<Together>,
 }
 
@@ -61,7 +64,14 @@ impl Ranks {
             Detected::Alone | Detected::Node(_) => None,
         };
         let Some(world) = world.as_ref().filter(|world| world.size > 1) else {
-            return Ok(Ranks { collective: Box::new(Solo), world, interface: None, patience, together: None });
+            return Ok(Ranks {
+                collective: Box::new(Solo),
+                world,
+                interface: None,
+                patience,
+                part: 1.0,
+                together: None,
+            });
         };
         let interface = common.launch.interface()?;
         let _guard = Guard::new(stop, stopped).or_fail(Code::Failed)?;
@@ -73,7 +83,7 @@ impl Ranks {
         let connect = || connect(world, interface, patience).or_fail(Code::Rendezvous);
         let preemption = Preemption::watch(connect()?, stop.request.clone()).or_fail(Code::Failed)?;
         let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store: connect()?, patience };
-        let host = Host::join(meeting, patience).map_err(|error| match &error {
+        let mut host = Host::join(meeting, patience).map_err(|error| match &error {
             // Whoever went is the cause, and not this rank.
             MeetingError::Parted(_) => Failure::new(Code::PeerLost, error),
             _ => Failure::new(Code::Rendezvous, error),
@@ -84,12 +94,14 @@ impl Ranks {
         let activity = host.activity();
         let watchdog = Watchdog::start(connect()?, world.rank, world.size, Arc::clone(&activity), PUBLISHED);
         let watchdog = watchdog.or_fail(Code::Failed)?;
+        let part = part_of_cores(&mut host)?;
         let together = Together { activity, watchdog, _preemption: preemption, _store: server.map(Serving) };
         Ok(Ranks {
             collective: Box::new(host),
             world: Some(world.clone()),
             interface,
             patience,
+            part,
             together: Some(together),
         })
     }
@@ -99,14 +111,24 @@ impl Ranks {
         self.together.as_ref().map(|together| Arc::clone(&together.activity))
     }
 
-    /// A failure to be reported; where ranks did not answer in time, with what they were doing.
-    pub fn explained(&self, code: Code, error: &TrainError) -> Failure {
-        match (&self.together, error.collective()) {
+    /// A failure to be reported; where it was caused by ranks that did not answer in time, with what they were doing.
+    pub fn explained(&self, code: Code, error: &impl Display, cause: Option<&CollectiveError>) -> Failure {
+        match (&self.together, cause) {
             (Some(together), Some(cause @ CollectiveError::TimedOut { .. })) => {
                 Failure::new(code, together.watchdog.explain(cause, EXPLAINED))
             }
             _ => Failure::new(code, error),
         }
+    }
+
+    /// A failure that all ranks have: rank 0 speaks for them.
+    pub fn said_once(&self, failure: Failure) -> Failure {
+        if self.is_rank_zero() { failure } else { failure.said_elsewhere() }
+    }
+
+    /// What this rank computes on.
+    pub fn device(&self, common: &Common) -> Device {
+        common.device(self.part)
     }
 
     pub fn collective(&mut self) -> &mut dyn Collective {
@@ -149,11 +171,6 @@ impl Ranks {
         self.collective.rank() == 0
     }
 
-    /// Number of ranks on this machine.
-    pub fn here(&self) -> usize {
-        self.world.as_ref().map_or(1, |world| world.local_size)
-    }
-
     /// Whether this is the first rank of its machine.
     pub fn is_first_here(&self) -> bool {
         self.world.as_ref().is_none_or(|world| world.local_rank == 0)
@@ -168,6 +185,20 @@ impl Ranks {
     pub fn console(&self, common: &Common) -> Console {
         if self.is_rank_zero() { common.console() } else { Console::new(Verbosity::Quiet) }
     }
+}
+
+/// Finds out with whom this rank shares its cores.
+fn part_of_cores(host: &mut Host) -> Result<f64, Failure> {
+    let mine = Cores::of_this_process().or_fail(Code::Failed)?;
+    let all = host.all_gather(serde_json::to_vec(&mine).or_fail(Code::Failed)?).or_fail(Code::PeerLost)?;
+    let cores = all.iter().enumerate().map(|(rank, text)| {
+        serde_json::from_slice(text).map_err(|error| {
+            let message =
+                format!("rank {rank} does not say what cores it has ({error}): are all ranks of one version?");
+            Failure::new(Code::Usage, message)
+        })
+    });
+    Ok(mine.part(&cores.collect::<Result<Vec<Cores>, _>>()?))
 }
 
 /// Keys are those of this start of the run: a store may outlive it.

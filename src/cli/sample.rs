@@ -1,6 +1,6 @@
 //! `ddpm-dist sample`
 
-use super::exit::{Code, Failure, OrFail};
+use super::exit::{Code, Failure, OrFail, code_of_run};
 use super::ranks::Ranks;
 use super::source::Source;
 use super::{Common, Stop};
@@ -84,7 +84,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         None => None,
     };
 
-    let mut device = common.device(ranks.here());
+    let mut device = ranks.device(common);
     let sampler = Sampler::new(&mut device, &source.model, size, batch, None)?;
     let layout = layout_for_checkpoints(sampler.layout()).or_fail(Code::State)?;
     let weights = device.allocate(layout.elements() * size_of::<f32>()).map_err(SampleError::from)?;
@@ -108,9 +108,13 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
             bar.set(at.done as u64);
             !stop.is_set()
         },
-        |batch| output.as_mut().map_or(Ok(()), |output| output.append(&batch)),
-    )?;
+        |batch| output.as_mut().map_or(Ok(()), |output| output.append(&batch)).map_err(Unfinished::Writing),
+    );
     drop(bar);
+    let finished = finished.map_err(|unfinished| match unfinished {
+        Unfinished::Sampling(error) => ranks.explained(code_of(&error), &error, error.collective()),
+        Unfinished::Writing(failure) => failure,
+    })?;
     if let Some(output) = output {
         output.finish(&arguments.out, finished, sampler.size())?;
     } else if finished == count {
@@ -149,11 +153,23 @@ fn table(
     SamplerTable::new(&schedule, &choice).or_fail(Code::Usage)
 }
 
+/// Why there are not all images.
+enum Unfinished {
+    Sampling(SampleError),
+    Writing(Failure),
+}
+
+impl From<SampleError> for Unfinished {
+    fn from(error: SampleError) -> Unfinished {
+        Unfinished::Sampling(error)
+    }
+}
+
 /// The exit code of a failure of sampling.
 pub(super) fn code_of(error: &SampleError) -> Code {
     match error {
         SampleError::OutOfMemory { .. } => Code::Device,
-        SampleError::Run(_) => Code::PeerLost,
+        SampleError::Run(error) => code_of_run(error),
         SampleError::NotFinite { .. } => Code::Diverged,
         SampleError::InitialNoise { .. } => Code::Usage,
     }

@@ -1,18 +1,20 @@
 //! `ddpm-dist train`
 
-use super::exit::{Code, Failure, OrFail};
+use super::exit::{Code, Failure, OrFail, code_of_run};
 use super::ranks::Ranks;
 use super::source::Source;
 use super::{Common, ConfigArguments, Stop, absolute, program};
 use crate::checkpoint::{Layout, Start, Want};
 use crate::cluster::requeue;
+use crate::data::DataError;
+use crate::machine::since_1970;
 use crate::rendezvous::{Environment, OWN_STARTED};
 use crate::report::Console;
 use crate::train::{Config, Ended, Initial, Options, TrainError, differences, train};
 use crate::unet::UnetConfig;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -101,7 +103,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         console: &console,
         joint: &joint,
     };
-    let mut device = common.device(ranks.here());
+    let mut device = ranks.device(common);
     let ended = train(&mut config, &mut device, ranks.collective(), &options);
     let has_left = match &ended {
         Ok(ended) => *ended == Ended::Stopped,
@@ -121,17 +123,19 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         Err(TrainError::OutOfRange(refused)) => Err(arguments.config.refused(refused)),
         // The launcher is to blame the ranks that are wrong.
         Err(error @ TrainError::Corrupt { .. }) if !is_among(&error, ranks.rank()) => {
-            Err(Failure::new(Code::PeerLost, error))
+            Err(ranks.said_once(Failure::new(Code::PeerLost, error)))
         }
-        Err(error) => Err(ranks.explained(code_of(&error), &error)),
+        Err(error) => {
+            let failure = ranks.explained(code_of(&error), &error, error.collective());
+            Err(if error.is_joint() { ranks.said_once(failure) } else { failure })
+        }
     }
 }
 
 /// What is gone already of the time that this run was given: its launcher has started other ranks before.
 fn spent_before() -> Duration {
     let started = std::env::var(OWN_STARTED).ok().and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    started.map_or(Duration::ZERO, |started| now.saturating_sub(started))
+    started.map_or(Duration::ZERO, |started| since_1970().saturating_sub(started))
 }
 
 fn is_among(error: &TrainError, rank: usize) -> bool {
@@ -176,9 +180,11 @@ fn open_initial(path: &Path, config: &Config, console: &Console) -> Result<Sourc
 fn code_of(error: &TrainError) -> Code {
     match error {
         TrainError::Config(_) | TrainError::OutOfRange(_) => Code::Usage,
-        TrainError::Data(crate::data::DataError::Config(_)) => Code::Usage,
-        TrainError::Data(crate::data::DataError::Stopped) => Code::Preempted,
-        TrainError::Data(_) => Code::Data,
+        TrainError::Data(DataError::Config(_)) => Code::Usage,
+        TrainError::Data(DataError::Stopped) => Code::Preempted,
+        // What could be read when the run began may be read again when it begins anew.
+        TrainError::Loading { source: DataError::Io { .. }, .. } | TrainError::Thread(_) => Code::Failed,
+        TrainError::Data(_) | TrainError::Loading { .. } => Code::Data,
         TrainError::RunDir(_)
         | TrainError::Checkpoint(_)
         | TrainError::Layout(_)
@@ -191,7 +197,8 @@ fn code_of(error: &TrainError) -> Code {
         TrainError::Diverged { .. } => Code::Diverged,
         TrainError::Sample(error) => super::sample::code_of(error),
         TrainError::Device(_) => Code::Device,
-        TrainError::Run(_) | TrainError::OtherRank { .. } => Code::PeerLost,
+        TrainError::Run(error) => code_of_run(error),
+        TrainError::OtherRank { .. } => Code::PeerLost,
         TrainError::Store(_) => Code::Rendezvous,
         TrainError::Unequal { .. } => Code::Usage,
         TrainError::Corrupt { .. } => Code::Corrupt,

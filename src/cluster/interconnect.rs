@@ -6,7 +6,7 @@
 //! | `nvlink+ib8x400` | 440, 340, 300 GB/s at 8, 64, 512 ranks | assumed: 8 GPUs a node; the 8 links of 400 Gbit/s carry 400 GB/s |
 //! | `8x100gbe` | 440 in a node; 0.9 of 100 GB/s a node | assumed: a port of 12.5 GB/s for each of 8 GPUs |
 //! | `100gbe` | 440 in a node; 0.9 of 12.5 GB/s a node | assumed: one port for 8 GPUs |
-//! | `shm` | 1.8 GB/s | measured on two CPU ranks of one machine (docs/benchmarks.md) |
+//! | `shm` | 2.3 GB/s | measured on two CPU ranks of one machine (docs/benchmarks.md) |
 //! | `loopback` | 0.68 GB/s | the same through sockets |
 //!
 //! busbw is NCCL's: bytes/t·2(n−1)/n of an all-reduce that takes t, which is what a link carries in one direction. Latencies, those of
@@ -124,7 +124,7 @@ impl FromStr for Interconnect {
             "nvlink+ib8x400" => Some(Link::Infiniband),
             "8x100gbe" => Some(Link::Ethernet { ports: 8.0 }),
             "100gbe" => Some(Link::Ethernet { ports: 1.0 }),
-            "shm" => Some(host(1.8e9, 100e-6)),
+            "shm" => Some(host(2.3e9, 100e-6)),
             "loopback" => Some(host(0.68e9, 200e-6)),
             _ => of_numbers(text),
         };

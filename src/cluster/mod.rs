@@ -2,6 +2,7 @@
 //! fast so many would be.
 
 mod config;
+mod cores;
 mod interconnect;
 pub mod launcher;
 mod preemption;
@@ -11,6 +12,7 @@ mod verdict;
 pub mod watchdog;
 
 pub use config::ClusterConfig;
+pub use cores::Cores;
 pub use interconnect::{Interconnect, UnknownInterconnect};
 pub use preemption::{Preemption, Request};
 pub use verdict::{Slow, Stragglers, minority};

@@ -61,23 +61,23 @@ fn jitter_is_none_for_one_rank_and_grows_slowly() {
     assert!((jitter(1.0, 8) - 0.0245).abs() < 1e-4 && (jitter(1.0, 512) - 0.0424).abs() < 1e-4);
 }
 
-/// 128 images at 30 GFLOP and 300 TFLOP/s: 12.8 ms; 100 instructions at 3.5 µs: 0.35 ms; 4 GB at 4.3 TB/s: 0.93 ms.
+/// 128 images at 30 GFLOP and 300 TFLOP/s: 12.8 ms; 100 instructions at 3.8 µs: 0.38 ms; 4 GB at 4.3 TB/s: 0.93 ms.
 #[test]
 fn a_step_by_hand() {
     let pace = Pace::at_rate(&work(), &Hardware::H200, 300e12);
-    close(pace.compute(128, 1), 12.8e-3 + 0.35e-3);
-    close(pace.compute(128, 4), 12.8e-3 + 4.0 * 0.35e-3);
+    close(pace.compute(128, 1), 12.8e-3 + 0.38e-3);
+    close(pace.compute(128, 4), 12.8e-3 + 4.0 * 0.38e-3);
     close(pace.optimiser, 4.0 / 4300.0);
 
     let step = |text, ranks, images| predict(&work(), &pace, &network(text), Portion { ranks, images, shards: 1 });
     let alone = step("100GB/s,0us", 1, 128);
     assert_eq!((alone.communication, alone.exposed, alone.jitter), (0.0, 0.0, 0.0));
-    close(alone.step(), 13.15e-3 + 4.0 / 4300.0);
+    close(alone.step(), 13.18e-3 + 4.0 / 4300.0);
     close(alone.efficiency(&alone), 1.0);
 
     // 0.25 GB over 8 ranks at 100 GB/s: 4.375 ms, longer than a quarter of the backward pass of 8.77 ms: the first begins after 2.19 ms.
     let eight = step("100GB/s,0us", 8, 128);
-    let backward = 13.15e-3 * 2.0 / 3.0;
+    let backward = 13.18e-3 * 2.0 / 3.0;
     close(eight.communication, 17.5e-3);
     close(eight.exposed, backward / 4.0 + 17.5e-3 - backward);
     close(eight.efficiency(&alone), alone.step() / eight.step());
@@ -86,7 +86,7 @@ fn a_step_by_hand() {
     // On CPU cores nothing is covered.
     let host = step("shm", 2, 128);
     close(host.exposed, host.communication);
-    close(host.communication, 4.0 * 100e-6 + 1e9 / 1.8e9);
+    close(host.communication, 4.0 * 100e-6 + 1e9 / 2.3e9);
 
     // Strong: 16 images of each of 8 ranks against 128 of one.
     let strong = step("1000GB/s,0us", 8, 16);

@@ -6,7 +6,6 @@
 //! The ranks meet at a [`store`]: keys and values behind a socket, in the protocol of PyTorch's `TCPStore`, which torchrun's agent speaks.
 
 mod environment;
-mod host;
 mod interface;
 mod slurm;
 pub mod store;
@@ -16,7 +15,6 @@ mod world;
 mod tests;
 
 pub use environment::Environment;
-pub use host::host_name;
 pub use interface::{InterfaceError, address_of_interface};
 pub use world::{
     Detected, Launcher, Node, OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED, StoreAddress, StoreHost, World, WorldError, detect,

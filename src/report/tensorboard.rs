@@ -6,13 +6,14 @@
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use tensorboard_rs::record_writer::RecordWriter;
 
 use super::append::Append;
 use super::event::{What, encode};
 use super::{Picture, ReportError};
+use crate::machine;
 
 /// Events reach the file at the latest this long after they were written (when more come) …
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
@@ -42,8 +43,12 @@ impl TensorBoard {
             .map_err(ReportError::io("read folder", folder))?
             .flatten()
             .any(|entry| entry.file_name().to_string_lossy().contains("tfevents"));
-        let stem =
-            format!("events.out.tfevents.{:010}.{}.{}", seconds_since_1970() as u64, host_name(), std::process::id());
+        let stem = format!(
+            "events.out.tfevents.{:010}.{}.{}",
+            machine::since_1970().as_secs_f64() as u64,
+            host_name(),
+            std::process::id()
+        );
         let mut n = 0;
         let file = loop {
             let path = folder.join(format!("{stem}.{n}"));
@@ -110,7 +115,7 @@ impl TensorBoard {
     }
 
     fn push(&mut self, step: u64, what: What) -> Result<(), ReportError> {
-        let event = encode(seconds_since_1970(), step, what)
+        let event = encode(machine::since_1970().as_secs_f64(), step, what)
             .map_err(|error| ReportError::Encode { path: self.file.path().to_owned(), message: error.to_string() })?;
         let mut record = Vec::with_capacity(event.len() + 16);
         let framed = RecordWriter::new(&mut record).write(&event);
@@ -126,21 +131,12 @@ impl Drop for TensorBoard {
     }
 }
 
-fn seconds_since_1970() -> f64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
-}
-
 /// The name of this machine, fit for a file name.
 fn host_name() -> String {
-    let name = fs::read_to_string("/proc/sys/kernel/hostname")
-        .or_else(|_| fs::read_to_string("/etc/hostname"))
-        .unwrap_or_default();
-    let name: String = name
-        .trim()
+    machine::host_name()
         .chars()
         .map(|letter| if letter.is_ascii_alphanumeric() || "-._".contains(letter) { letter } else { '-' })
-        .collect();
-    if name.is_empty() { "localhost".to_owned() } else { name }
+        .collect()
 }
 
 #[cfg(test)]

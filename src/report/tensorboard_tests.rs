@@ -116,7 +116,7 @@ fn crc32c_known_answers() {
 #[test]
 fn a_file_starts_with_its_version() {
     let folder = tempfile::tempdir().unwrap();
-    let before = seconds_since_1970();
+    let before = machine::since_1970().as_secs_f64();
     let board = TensorBoard::create(&folder.path().join("deep/tb"), 0).unwrap();
     let name = board.path().file_name().unwrap().to_str().unwrap().to_owned();
     let parts: Vec<&str> = name.split('.').collect();
@@ -128,7 +128,7 @@ fn a_file_starts_with_its_version() {
     assert_eq!(events.len(), 1);
     assert_eq!(bytes(&events[0], 3), b"brain.Event:2");
     let Field::Fixed64(wall) = one(&events[0], 1) else { panic!("wall time") };
-    assert!((before..=seconds_since_1970()).contains(&f64::from_bits(wall)));
+    assert!((before..=machine::since_1970().as_secs_f64()).contains(&f64::from_bits(wall)));
 }
 
 #[test]

@@ -67,6 +67,16 @@ pub enum SampleError {
     },
 }
 
+impl SampleError {
+    /// What went wrong between ranks, if that is what it is.
+    pub fn collective(&self) -> Option<&CollectiveError> {
+        match self {
+            SampleError::Run(error) => error.collective(),
+            _ => None,
+        }
+    }
+}
+
 impl From<DeviceError> for SampleError {
     /// The device's error with the advice that helps here: it is not the training batch that is too large.
     fn from(error: DeviceError) -> SampleError {

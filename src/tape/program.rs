@@ -101,6 +101,14 @@ pub enum RunError {
     Collective(#[from] CollectiveError),
 }
 
+impl RunError {
+    /// What went wrong between ranks, if that is what it is.
+    pub fn collective(&self) -> Option<&CollectiveError> {
+        let RunError::Collective(error) = self;
+        Some(error)
+    }
+}
+
 impl Program {
     /// Place of a named input or output, to be looked up before the loop.
     ///

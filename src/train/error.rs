@@ -123,6 +123,17 @@ pub enum TrainError {
         /// The others, in words.
         rest: &'static str,
     },
+    /// The system starts no thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
+    /// An image of a step.
+    #[error("step {step}: {source}")]
+    Loading {
+        /// The step, from 1.
+        step: u64,
+        /// Why it cannot be read.
+        source: DataError,
+    },
     /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -135,10 +146,16 @@ impl TrainError {
     /// What went wrong between ranks, if that is what it is.
     pub fn collective(&self) -> Option<&CollectiveError> {
         match self {
-            TrainError::Run(RunError::Collective(error))
-            | TrainError::Sample(SampleError::Run(RunError::Collective(error))) => Some(error),
+            TrainError::Run(error) => error.collective(),
+            TrainError::Sample(error) => error.collective(),
             _ => None,
         }
+    }
+
+    /// Whether all ranks end with this error, or with one that tells of it.
+    pub fn is_joint(&self) -> bool {
+        use TrainError::{Corrupt, Diverged, OtherRank, Unequal};
+        matches!(self, Diverged { .. } | Corrupt { .. } | OtherRank { .. } | Unequal { .. })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Algorithm 1: from a config and a data set to weights, with everything a run leaves behind.
 
 mod bench;
-mod cards;
+mod accounts;
 mod checksum;
 mod config;
 mod error;

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 pub(super) struct DecodingBar<'a> {
     pub console: &'a Console,
     pub bar: Mutex<Option<(Phase, Bar)>>,
-    /// Set by a signal.
-    pub stop: &'a AtomicBool,
+    /// One is set by a signal, one where a rank is lost.
+    pub stop: [&'a AtomicBool; 2],
 }
 
 impl Progress for DecodingBar<'_> {
@@ -34,7 +34,7 @@ impl Progress for DecodingBar<'_> {
     }
 
     fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.stop.iter().any(|stop| stop.load(Ordering::Relaxed))
     }
 }
 

@@ -7,6 +7,7 @@ use crate::checkpoint::io::{Disk, Io, unique_id};
 use crate::checkpoint::stream::{Writer, header};
 use crate::checkpoint::{CheckpointError, Layout};
 use crate::diffusion::{DiffusionConfig, SamplerConfig};
+use crate::files::parent;
 use crate::unet::UnetConfig;
 use serde_json::{Value, json};
 use std::fs;
@@ -41,7 +42,7 @@ pub fn export(
     if fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some()) {
         return Err(DiffusersError::Exists { path: dir.to_path_buf() });
     }
-    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = parent(dir);
     fs::create_dir_all(parent).map_err(CheckpointError::io("create", parent))?;
     let temporary = parent.join(format!("{name}.tmp-{}", unique_id()));
     let written = write_all(&temporary, config, sample_size, &scheduler, layout, values).and_then(|()| {

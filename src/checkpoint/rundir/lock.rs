@@ -1,14 +1,13 @@
 //! The lock on a run directory: one process owns it, and the system gives it up when that process dies.
 
 use super::{RunDirError, io_error};
-use crate::rendezvous::host_name;
+use crate::machine::{host_name, since_1970, utc};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The lock's file name. The file stays when the lock is released: removing it would let two processes lock two files.
 pub(super) const FILE: &str = "run.lock";
@@ -26,8 +25,8 @@ pub struct Owner {
 
 impl Owner {
     fn this_process() -> Owner {
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        Owner { host: host_name(), pid: Some(std::process::id()), since: Some(utc(seconds)) }
+        let since = utc(since_1970().as_secs());
+        Owner { host: Some(host_name()), pid: Some(std::process::id()), since: Some(since) }
     }
 }
 
@@ -86,32 +85,9 @@ impl RunLock {
     }
 }
 
-/// `2026-01-31T12:34:56Z` from seconds since 1970 (Hinnant, "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`).
-fn utc(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153; // March is 0
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn dates_are_right() {
-        // date -u -d @N +%FT%TZ
-        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
-        assert_eq!(utc(951_782_399), "2000-02-28T23:59:59Z");
-        assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
-        assert_eq!(utc(4_107_542_399), "2100-02-28T23:59:59Z");
-        assert_eq!(utc(1_798_761_599), "2026-12-31T23:59:59Z");
-    }
 
     #[test]
     fn an_unnamed_owner_is_still_an_error() {

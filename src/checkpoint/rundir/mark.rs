@@ -1,8 +1,8 @@
 //! Whether all ranks see one run directory: rank 0 leaves a file in it that the others look for.
 
 use super::{RunDir, RunDirError, io_error};
-use crate::files::unique_id;
-use crate::rendezvous::host_name;
+use crate::files::{is_unique_id, unique_id};
+use crate::machine::host_name;
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -49,7 +49,7 @@ impl Drop for Mark {
 
 /// Whether this is the name of such a file.
 pub(super) fn is_mark(name: &str) -> bool {
-    name.strip_prefix(PREFIX).is_some_and(|id| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit()))
+    name.strip_prefix(PREFIX).is_some_and(is_unique_id)
 }
 
 /// Whether `rank`, this one, finds the mark with this nonce in its own `root`.
@@ -70,8 +70,7 @@ pub fn sees_mark(root: &Path, nonce: &str, rank: usize) -> Result<(), RunDirErro
         Err(e) => e.to_string(),
     };
     let path = std::path::absolute(root).unwrap_or_else(|_| root.to_path_buf());
-    let host = host_name().unwrap_or_else(|| "its machine".to_string());
-    Err(RunDirError::NotShared { rank, host, path, reason })
+    Err(RunDirError::NotShared { rank, host: host_name(), path, reason })
 }
 
 #[cfg(test)]

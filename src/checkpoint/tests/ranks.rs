@@ -192,7 +192,7 @@ fn a_rank_whose_disk_fails_anywhere_fails_the_save_for_all() {
                 let mut ranks = Ranks::with(tmp.path(), size, LONG, io);
                 let reports = ranks.save(&snapshot(&layout(), 2));
                 let (path, reason) = (tmp.path().to_string_lossy(), std::io::Error::from(kind).to_string());
-                let host = crate::rendezvous::host_name().unwrap();
+                let host = crate::machine::host_name();
                 let who = format!("rank {rank} on {host}: ");
                 all_failed(tmp.path(), reports, &[&who, &path, &reason]);
                 // The same step again, with the same savers: no answer to the first attempt is taken for one to the second.

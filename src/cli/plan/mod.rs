@@ -97,7 +97,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     // Grids are made while training, beside everything else, by all ranks.
     let grid = config.sample.batch.min(config.sample.count.div_ceil(ranks));
     let sampler = (grid > 0).then(|| reverse_step_program(&config.model, size, grid, Some(&program.layout)));
-    let threads = common.threads(if arguments.scaling.is_host() { ranks } else { 1 });
+    let threads = common.threads(if arguments.scaling.is_host() { 1.0 / ranks as f64 } else { 1.0 });
     let memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), threads, ranks);
     let row = |group: &OpGroup| OpRow {
         phase: group.phase.name(),

@@ -1,5 +1,7 @@
 //! Which of many ends was the cause of the others, and how to say it.
 
+use crate::machine::utc;
+
 use super::ends::{Asked, Class, How, LostNode, Meaning, RankEnd};
 
 /// What ended an attempt.
@@ -49,7 +51,7 @@ impl Cause<'_> {
             },
         };
         let said = end.message.as_ref().map(|message| format!(": {}", message.trim_end())).unwrap_or_default();
-        format!("rank {} (node {}, {}) {how} at {}{said}", end.rank, end.place.node, end.host, utc(end.at))
+        format!("rank {} (node {}, {}) {how} at {}{said}", end.rank, end.place.node, end.host, utc(end.at as u64))
     }
 }
 
@@ -67,21 +69,6 @@ fn hint(signal: i32) -> &'static str {
 
 fn name(signal: i32) -> &'static str {
     signal_hook::low_level::signal_name(signal).unwrap_or("a signal without a name")
-}
-
-/// `2026-01-31 23:59:59 UTC`, by H. Hinnant's `civil_from_days`.
-fn utc(seconds: f64) -> String {
-    let seconds = seconds.clamp(0.0, 4e11) as i64;
-    let (days, second) = (seconds.div_euclid(86_400) + 719_468, seconds.rem_euclid(86_400));
-    let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
 }
 
 #[cfg(test)]
@@ -125,17 +112,17 @@ mod tests {
         assert_eq!(
             killed,
             "rank 3 (node 0, here) was ended by signal 9 (SIGKILL), perhaps by the kernel for want of memory (`dmesg` tells) or by the \
-             batch system at 2026-01-31 23:59:59 UTC"
+             batch system at 2026-01-31T23:59:59Z"
         );
         let told = RankEnd { message: Some("no such file\n".into()), ..end(1, How::Exit(3), 0.0) };
         assert_eq!(
             said(&told),
-            "rank 1 (node 0, here) ended with exit code 3 (bad data) at 1970-01-01 00:00:00 UTC: no such file"
+            "rank 1 (node 0, here) ended with exit code 3 (bad data) at 1970-01-01T00:00:00Z: no such file"
         );
         let put_down = RankEnd { asked: Asked::ByFailure, ..end(1, How::Signal(9), 951_782_400.0) };
         assert_eq!(
             said(&put_down),
-            "rank 1 (node 0, here) was ended by signal 9 (SIGKILL) by this launcher at 2000-02-29 00:00:00 UTC"
+            "rank 1 (node 0, here) was ended by signal 9 (SIGKILL) by this launcher at 2000-02-29T00:00:00Z"
         );
         assert_eq!(Cause::Node(&lost(2)).describe(meaning), "node 2 (n2) is gone: silent");
     }

@@ -6,6 +6,7 @@ use super::voice::{Target, Voice};
 use super::winding::Act;
 use super::{Command, parent};
 use crate::files::unique_id;
+use crate::machine::since_1970;
 use crate::rendezvous::{OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use serde::{Deserialize, Serialize};
@@ -16,7 +17,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::mpsc::Receiver;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// The variable that tells a rank which of the node's places it has. It differs from `LOCAL_RANK` once places were given up.
 pub const SLOT: &str = "DDPM_DIST_SLOT";
@@ -251,5 +252,5 @@ impl Drop for Rank {
 
 /// Seconds since 1970.
 pub(super) fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+    since_1970().as_secs_f64()
 }

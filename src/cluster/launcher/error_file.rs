@@ -4,10 +4,10 @@
 //! there, too.
 
 use crate::files::{AtomicFile, Durability, open_regular};
+use crate::machine::since_1970;
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The variable that names the file.
 pub const ERROR_FILE: &str = "TORCHELASTIC_ERROR_FILE";
@@ -51,10 +51,9 @@ pub fn path_from_environment() -> Option<PathBuf> {
 /// # Errors
 /// The file cannot be written.
 pub fn write(path: &Path, message: &str, exit_code: u8) -> io::Result<()> {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let extra = Extra {
         py_callstack: message.to_string(),
-        timestamp: seconds.to_string(),
+        timestamp: since_1970().as_secs().to_string(),
         rank: std::env::var("RANK").ok(),
         exit_code,
     };

@@ -13,10 +13,11 @@
 use super::child::Attempt;
 use super::ends::RankEnd;
 use super::inbox::Inbox;
-use super::place::{connect, host_for_all, host_name, resolve, serve};
+use super::place::{connect, host_for_all, resolve, serve};
 use super::voice::Voice;
 use super::watch::Watch;
 use super::{Job, LaunchError};
+use crate::machine::host_name;
 use crate::rendezvous::store::{Client, Server, StoreError};
 use crate::rendezvous::{StoreAddress, StoreHost};
 use serde::de::DeserializeOwned;

@@ -70,11 +70,6 @@ pub(super) fn host_for_all(host: &str, seen: &[Option<IpAddr>]) -> String {
     }
 }
 
-/// This node's name.
-pub(super) fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

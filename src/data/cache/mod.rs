@@ -24,7 +24,7 @@ use super::folder::Bad;
 use super::pixels::{BlockHasher, Bytes, Hash};
 use super::progress::go_on;
 use super::{DataError, Progress};
-use crate::files::{AtomicFile, Durability, hex};
+use crate::files::{AtomicFile, Durability, hex, is_unique_id};
 use file::{Header, Miss, PAYLOAD, encode, open};
 
 /// A temporary file older than this was left by a process that is gone.
@@ -263,11 +263,7 @@ fn lock(path: &Path, dir: &Path, request: &Request) -> Result<Option<File>, Data
 fn remove_abandoned(dir: &Path) {
     let is_ours = |name: &str| {
         let parts = name.rsplit_once(".tmp-");
-        parts.is_some_and(|(name, id)| {
-            (name.ends_with(".pixels") || name.ends_with(".index"))
-                && id.len() == 32
-                && id.bytes().all(|byte| byte.is_ascii_hexdigit())
-        })
+        parts.is_some_and(|(name, id)| (name.ends_with(".pixels") || name.ends_with(".index")) && is_unique_id(id))
     };
     for name in names(dir, is_ours) {
         let path = dir.join(name);

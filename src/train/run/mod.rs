@@ -4,10 +4,10 @@ mod leave;
 mod open;
 
 use self::open::open_data;
-use super::cards::Card;
+use super::accounts::Account;
 use super::checksum::checksum;
 use super::grids::Grids;
-use super::ranks::{at_rank_zero, gather, lost, same_program};
+use super::ranks::{LOOK, at_rank_zero, gather, lost, same_program};
 use super::reports::Reports;
 use super::state::{Identity, snapshot};
 use super::{Config, Metrics, Share, TrainConfig, TrainError, Trainer};
@@ -23,10 +23,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long ranks wait for each other before the first step: one of them may decode a data set meanwhile.
-const OPENING: Duration = Duration::from_secs(3600);
-/// How often ranks look whether all have saved.
-const LOOK: Duration = Duration::from_millis(20);
 /// What a deadline leaves for writing a checkpoint, in bytes per second, as a slow shared disk does …
 const SAVED_PER_SECOND: u64 = 50_000_000;
 /// … and for the rest of leaving.
@@ -84,7 +80,7 @@ pub fn train(
     collective: &mut dyn Collective,
     options: &Options<'_>,
 ) -> Result<Ended, TrainError> {
-    collective.set_patience(OPENING);
+    collective.set_patience(config.cluster.patience());
     // Refused now rather than after an hour of decoding.
     at_rank_zero(collective, || Ok(RunDir::check(options.run_dir, options.start)?))?;
     same_program(collective, config)?;
@@ -128,7 +124,7 @@ struct Run<'a> {
     /// What rank 0 does for all.
     lead: Option<Lead>,
     stragglers: Stragglers,
-    card: Card,
+    account: Account,
     /// The longest step.
     longest: Duration,
     /// Steps done.
@@ -160,9 +156,9 @@ impl<'a> Run<'a> {
         let places = self.trainer.share().places();
         let slice = LoaderConfig { batch, offset: places.start, count: places.len(), start: self.step, depth: 3 };
         let mut loader = Loader::new(Arc::clone(dataset), Order { seed, len: dataset.len() }, slice)?;
-        self.card.checksum = self.checksum();
-        let (cards, mut known) = self.exchange()?;
-        let strange = minority(&cards.iter().filter_map(|card| card.checksum).collect::<Vec<_>>());
+        self.account.checksum = self.checksum();
+        let (accounts, mut known) = self.exchange()?;
+        let strange = minority(&accounts.iter().filter_map(|account| account.checksum).collect::<Vec<_>>());
         if let Some(rank) = strange.iter().find(|rank| **rank > 0) {
             let what = format!("rank {rank} begins with other weights than rank 0");
             return Err(TrainError::Unequal { what, remedy: "give all of them the same --init" });
@@ -183,25 +179,27 @@ impl<'a> Run<'a> {
     fn step(&mut self, loader: &mut Loader) -> Result<Known, TrainError> {
         let since = Instant::now();
         self.note(self.step + 1, "waiting for images");
-        let pixels = loader.next()?.pixels;
-        self.card.loading = since.elapsed();
+        let loaded = loader.next();
+        let pixels = loaded.map_err(|source| TrainError::Loading { step: self.step + 1, source })?.pixels;
+        self.account.loading = since.elapsed();
         self.note(self.step + 1, "forward and backward");
         let mut timed = Timed::new(self.collective);
         let losses = self.trainer.step(self.device, &mut timed, self.config, self.step, pixels)?;
         let norm = losses.norm;
-        self.card.fill(&losses);
-        self.card.busy = since.elapsed().saturating_sub(timed.spent);
+        self.account.fill(&losses);
+        self.account.busy = since.elapsed().saturating_sub(timed.spent);
         self.step += 1;
         // Also what is about to be saved.
         let to_save = self.save_waits || self.config.checkpoint.is_due(self.step);
         if to_save || self.config.cluster.compares_after(self.step) {
-            self.card.checksum = self.checksum();
+            self.account.checksum = self.checksum();
         }
         self.note(self.step, "telling the others how it stands");
-        let (cards, known) = self.exchange()?;
+        let (accounts, known) = self.exchange()?;
         self.longest = self.longest.max(since.elapsed());
-        self.compare(&cards)?;
-        let images = cards.iter().flat_map(|card| card.losses.iter().copied().zip(card.timesteps.iter().copied()));
+        self.compare(&accounts)?;
+        let images =
+            accounts.iter().flat_map(|account| account.losses.iter().copied().zip(account.timesteps.iter().copied()));
         let metrics = Metrics::new(images, self.config.diffusion.timesteps, norm);
         if metrics.finite {
             if let Some(lead) = &mut self.lead {
@@ -231,15 +229,18 @@ impl<'a> Run<'a> {
     }
 
     /// Tells the other ranks how this one stands, and hears how they stand.
-    fn exchange(&mut self) -> Result<(Vec<Card>, Known), TrainError> {
+    fn exchange(&mut self) -> Result<(Vec<Account>, Known), TrainError> {
         let report = self.saver.poll();
         self.note_save(report);
-        self.card.idle = !self.saver.is_busy();
-        self.card.stop = self.stop.load(Ordering::Relaxed) || self.time_is_up();
-        let cards = self.card.exchange(self.collective).map_err(lost)?;
-        self.card.checksum = None;
-        let known = Known { stop: cards.iter().any(|card| card.stop), idle: cards.iter().all(|card| card.idle) };
-        Ok((cards, known))
+        self.account.idle = !self.saver.is_busy();
+        self.account.stop = self.stop.load(Ordering::Relaxed) || self.time_is_up();
+        let accounts = self.account.exchange(self.collective).map_err(lost)?;
+        self.account.checksum = None;
+        let known = Known {
+            stop: accounts.iter().any(|account| account.stop),
+            idle: accounts.iter().all(|account| account.idle),
+        };
+        Ok((accounts, known))
     }
 
     /// Whether there would be no time left to save after one more step.
@@ -255,13 +256,13 @@ impl<'a> Run<'a> {
     }
 
     /// Compares what the ranks say of themselves.
-    fn compare(&mut self, cards: &[Card]) -> Result<(), TrainError> {
-        let checksums: Vec<u64> = cards.iter().filter_map(|card| card.checksum).collect();
+    fn compare(&mut self, accounts: &[Account]) -> Result<(), TrainError> {
+        let checksums: Vec<u64> = accounts.iter().filter_map(|account| account.checksum).collect();
         self.agree(&checksums)?;
-        for Slow { rank, ratio, is_slow } in self.stragglers.note(cards.iter().map(|card| card.busy)) {
+        for Slow { rank, ratio, is_slow } in self.stragglers.note(accounts.iter().map(|account| account.busy)) {
             match is_slow {
                 true => {
-                    let Card { busy, loading, .. } = &cards[rank];
+                    let Account { busy, loading, .. } = &accounts[rank];
                     let loading = 100.0 * loading.as_secs_f64() / busy.as_secs_f64().max(1e-9);
                     self.joint.alarm(format!(
                         "step {}: rank {rank} is slow: its own work takes {ratio:.1} times as long as the typical rank's, {loading:.0} % of \

@@ -11,14 +11,15 @@ use crate::data::{DataConfig, DataError, Dataset};
 use crate::device::Device;
 use crate::diffusion::Schedule;
 use crate::report::Console;
-use crate::train::cards::Card;
+use crate::train::accounts::Account;
 use crate::train::grids::Grids;
-use crate::train::ranks::{at_rank_zero, gather, same_images, together};
+use crate::train::ranks::{at_rank_zero, beside, gather, same_images, together};
 use crate::train::reports::{DecodingBar, Reports};
 use crate::train::resume::{check_newest_config, check_same_run};
 use crate::train::state::{Identity, layout_for_checkpoints, restore};
 use crate::train::{Config, Shards, Share, TrainConfig, TrainError, Trainer};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -99,7 +100,6 @@ impl<'a> Run<'a> {
         })?;
         let saver = saver(config, collective, options);
         let saver = together(collective, saver)?;
-        collective.set_patience(config.cluster.patience());
         Ok(Run {
             config,
             program,
@@ -118,7 +118,7 @@ impl<'a> Run<'a> {
             saver,
             lead: lead.flatten(),
             stragglers: Stragglers::new(share.world_size),
-            card: Card::default(),
+            account: Account::default(),
             longest: Duration::ZERO,
             step,
             saved,
@@ -162,21 +162,25 @@ fn newest(
     console: &Console,
 ) -> Result<Option<(PathBuf, Snapshot)>, TrainError> {
     let checkpoints = checkpoints_of(root);
-    let found = at_rank_zero(collective, || Ok(load_newest(&checkpoints, Some(layout), Want::All)?))?.flatten();
+    let is_rank_zero = collective.rank() == 0;
+    let found = beside(collective, |_| match is_rank_zero {
+        true => Ok(load_newest(&checkpoints, Some(layout), Want::All)?),
+        false => Ok(None),
+    })?;
     let step = found.as_ref().map_or_else(Vec::new, |newest| newest.snapshot.meta.step.to_le_bytes().to_vec());
     let all = gather(collective, step)?;
     let Some(step) = all[0].as_slice().try_into().ok().map(u64::from_le_bytes) else { return Ok(None) };
-    let here = match found {
+    let newest = beside(collective, |_| match found {
         Some(Newest { path, snapshot, skipped }) => {
             skipped.iter().for_each(|s| console.alarm(format!("skipping {}: {}", s.path.display(), s.reason)));
             Ok((path, snapshot))
         }
         None => {
             let path = checkpoints.join(dir_name(step));
-            load(&path, Some(layout), Want::All).map(|snapshot| (path, snapshot)).map_err(TrainError::from)
+            Ok((path.clone(), load(&path, Some(layout), Want::All)?))
         }
-    };
-    together(collective, here).map(Some)
+    });
+    newest.map(Some)
 }
 
 /// The data set; one rank of each machine is the first to open it, and may have to decode it.
@@ -185,22 +189,27 @@ pub(super) fn open_data(
     collective: &mut dyn Collective,
     options: &Options<'_>,
 ) -> Result<Dataset, TrainError> {
-    let first = options.first_here.then(|| open_data_here(config, options)).transpose();
-    let dataset = match together(collective, first)? {
-        Some(dataset) => Ok(dataset),
-        None => open_data_here(config, options),
+    let Options { console, joint, stop, config_file, first_here, .. } = *options;
+    let open = |called_off: &AtomicBool| {
+        let progress = DecodingBar { console, bar: Mutex::new(None), stop: [stop, called_off] };
+        open_data_here(config, config_file, &progress, joint)
     };
-    let dataset = together(collective, dataset)?;
+    let first = beside(collective, |called_off| first_here.then(|| open(called_off)).transpose())?;
+    let dataset = beside(collective, |called_off| first.map_or_else(|| open(called_off), Ok))?;
     same_images(collective, &dataset.fingerprint())?;
     Ok(dataset)
 }
 
-fn open_data_here(config: &Config, options: &Options<'_>) -> Result<Dataset, TrainError> {
-    let progress = DecodingBar { console: options.console, bar: Mutex::new(None), stop: options.stop };
+fn open_data_here(
+    config: &Config,
+    config_file: Option<&Path>,
+    progress: &DecodingBar<'_>,
+    joint: &Console,
+) -> Result<Dataset, TrainError> {
     // Pictures of a folder become grey or coloured as the model wants them, unless `data.channels` says otherwise.
     let channels = config.data.channels.unwrap_or(config.model.image_channels);
     let data = DataConfig { channels: Some(channels), ..config.data.clone() };
-    let dataset = Dataset::open(&data, options.config_file, &progress).map_err(|error| match error {
+    let dataset = Dataset::open(&data, config_file, progress).map_err(|error| match error {
         DataError::Mismatch { key: "data.channels", found, .. } if config.data.channels.is_none() => {
             let why = "the images of the data set have this many";
             TrainError::OutOfRange(OutOfRange::new("model.image_channels", channels, found, why))
@@ -216,7 +225,7 @@ fn open_data_here(config: &Config, options: &Options<'_>) -> Result<Dataset, Tra
     )?;
     if dataset.skipped() > 0 {
         let names = dataset.skipped_names().join(", ");
-        options.joint.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
+        joint.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
     }
     Ok(dataset)
 }

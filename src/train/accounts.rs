@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// One rank's account of a step.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Card {
+pub(super) struct Account {
     /// It was asked to stop.
     pub stop: bool,
     /// Nothing is being written of an earlier checkpoint.
@@ -29,7 +29,7 @@ const CHECKSUM: u32 = 4;
 /// Words before losses and timesteps.
 const HEAD: usize = 5;
 
-impl Card {
+impl Account {
     /// Takes over what a step gave.
     pub fn fill(&mut self, losses: &Losses<'_>) {
         self.losses.clear();
@@ -49,8 +49,8 @@ impl Card {
         words.flat_map(u32::to_le_bytes).collect()
     }
 
-    /// Nothing if these are not the bytes of a card.
-    fn decode(bytes: &[u8]) -> Option<Card> {
+    /// Nothing if these are not the bytes of an account.
+    fn decode(bytes: &[u8]) -> Option<Account> {
         let (words, []) = bytes.as_chunks::<4>() else { return None };
         let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
         let (head, rest) = words.split_first_chunk::<HEAD>()?;
@@ -58,7 +58,7 @@ impl Card {
             return None;
         }
         let (losses, timesteps) = rest.split_at(rest.len() / 2);
-        Some(Card {
+        Some(Account {
             stop: head[0] & STOP != 0,
             idle: head[0] & IDLE != 0,
             busy: Duration::from_micros(head[1].into()),
@@ -69,11 +69,11 @@ impl Card {
         })
     }
 
-    /// The cards of all ranks, in their order, at every rank.
-    pub fn exchange(&self, collective: &mut dyn Collective) -> Result<Vec<Card>, CollectiveError> {
+    /// Those of all ranks, in their order, at every rank.
+    pub fn exchange(&self, collective: &mut dyn Collective) -> Result<Vec<Account>, CollectiveError> {
         let all = collective.all_gather(self.encode())?;
         let decoded = |(rank, bytes): (usize, &Vec<u8>)| {
-            Card::decode(bytes).ok_or_else(|| CollectiveError::OutOfStep {
+            Account::decode(bytes).ok_or_else(|| CollectiveError::OutOfStep {
                 rank,
                 ours: "the account of a step".into(),
                 theirs: format!("{} bytes that are none", bytes.len()),
@@ -88,8 +88,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_card_is_read_as_it_was_written() {
-        let card = Card {
+    fn an_account_is_read_as_it_was_written() {
+        let account = Account {
             stop: true,
             idle: false,
             busy: Duration::from_micros(123_456),
@@ -98,13 +98,13 @@ mod tests {
             losses: vec![0.5, f32::NAN, -0.0],
             timesteps: vec![0, 999, 17],
         };
-        let back = Card::decode(&card.encode()).unwrap();
-        assert!(back.losses.iter().zip(&card.losses).all(|(a, b)| a.to_bits() == b.to_bits()));
-        assert_eq!(Card { losses: vec![], ..back }, Card { losses: vec![], ..card });
-        let idle = Card { idle: true, ..Card::default() };
-        assert_eq!(Card::decode(&idle.encode()).unwrap(), idle);
+        let back = Account::decode(&account.encode()).unwrap();
+        assert!(back.losses.iter().zip(&account.losses).all(|(a, b)| a.to_bits() == b.to_bits()));
+        assert_eq!(Account { losses: vec![], ..back }, Account { losses: vec![], ..account });
+        let idle = Account { idle: true, ..Account::default() };
+        assert_eq!(Account::decode(&idle.encode()).unwrap(), idle);
         for bytes in [0, 3, 16, 21, 24] {
-            assert!(Card::decode(&vec![0; bytes]).is_none(), "{bytes} bytes");
+            assert!(Account::decode(&vec![0; bytes]).is_none(), "{bytes} bytes");
         }
     }
 }
