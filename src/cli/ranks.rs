@@ -153,7 +153,7 @@ impl Ranks {
         let Some(rank) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(()) };
         let [zero, other] = [&all[0], &all[rank]].map(|said| String::from_utf8_lossy(said).into_owned());
         let message = format!("the ranks do not belong together: rank 0 has {zero}, rank {rank} {other}");
-        Err(Failure::new(Code::Usage, message))
+        Err(self.said_once(Failure::new(Code::Usage, message)))
     }
 
     /// This rank.
