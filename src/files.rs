@@ -1,5 +1,6 @@
 //! What every room does with files: write one whole or not at all, open one that is a file, name bytes in hexadecimal.
 
+use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::hash::{BuildHasher, Hasher};
@@ -124,6 +125,11 @@ pub fn unique_id() -> String {
 /// Whether [`unique_id`] could have given this.
 pub fn is_unique_id(text: &str) -> bool {
     text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// The first 8 hexadecimal digits of the SHA-256 of some bytes: enough to tell what differs by mistake.
+pub fn digest(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes)[..4])
 }
 
 /// Opens a regular file, or a link to one, for reading. Anything else is refused before it is opened: a pipe would wait for ever.

@@ -1,6 +1,24 @@
-//! This machine and its clock, for messages and for the names of files.
+//! This program, this machine and its clock, for messages and for the names of files.
 
+use crate::files::digest;
+use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The program and the commit it was built from.
+pub fn build() -> String {
+    format!("ddpm-dist {} ({})", env!("CARGO_PKG_VERSION"), env!("DDPM_DIST_COMMIT"))
+}
+
+/// What this process runs: the program, the first digits of the SHA-256 of its file, as two compilers may make different bits of one commit,
+/// and the instructions it uses.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn this_program() -> io::Result<String> {
+    // What runs, whatever lies at its path by now.
+    let file = digest(&std::fs::read("/proc/self/exe")?);
+    Ok(format!("{}, file {file}, with {} instructions", build(), crate::simd::level().name()))
+}
 
 /// The name of this machine.
 pub fn host_name() -> String {

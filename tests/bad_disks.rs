@@ -131,7 +131,7 @@ fn a_full_disk() {
     assert_eq!(lines[..2], ["left with 4", "refused with 4"], "{ended:?}");
     let messages: Vec<&str> = ended.stderr.split("ddpm-dist: ").skip(1).collect();
     assert!(messages[0].contains("could not be saved") && messages[0].contains("checkpoint.keep"), "{messages:?}");
-    assert!(messages[1].contains("room") && messages[1].contains("checkpoints"), "{messages:?}");
+    assert!(messages[1].contains("room") && messages[1].contains("disk/run"), "{messages:?}");
     let last = lines[2].parse().unwrap();
     project.trained("straight", &["--set", &format!("train.steps={last}"), "--set", "checkpoint.every=1"]);
     assert_eq!(project.hashes("copied", last), project.hashes("straight", last));

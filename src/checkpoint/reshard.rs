@@ -1,15 +1,18 @@
 //! A checkpoint written anew in another number of shards, with the same bits.
 
 use super::error::CheckpointError;
+use super::io::Disk;
 use super::layout::Piece;
 use super::manifest::{Manifest, ShardFile};
 use super::read::digests;
 use super::save::check_room_for;
 use super::snapshot::Group;
 use super::stream::{Reader, Writer};
-use super::write::{Staging, stored_name};
-use crate::files::parent;
+use super::write::{Staging, file_name, remove_checkpoint_files, stored_name};
+use crate::files::{is_unique_id, parent};
+use rustix::fs::{FlockOperation, flock};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -37,8 +40,10 @@ pub fn reshard(
         return Err(CheckpointError::Exists { path: target.to_path_buf() });
     }
     let (manifest, expected) = digests(source, called_off)?;
-    check_room_for(parent(target), &manifest.layout, count)?;
+    remove_abandoned(target)?;
+    check_room_for(parent(target), &manifest.layout, count, 0)?;
     let staging = Staging::toward(target)?.until(called_off);
+    let _held = hold(staging.dir()).map_err(CheckpointError::io("lock", staging.dir()))?;
     let written = copy(source, &manifest, &staging, count).and_then(|()| {
         let (copied, found) = digests(staging.dir(), called_off)?;
         if found != expected || copied.layout != manifest.layout || copied.meta != manifest.meta {
@@ -52,6 +57,26 @@ pub fn reshard(
         let _ = staging.abandon();
     }
     written
+}
+
+/// Holds a directory as long as this process lives and keeps the file; refused while another process does.
+fn hold(dir: &Path) -> std::io::Result<File> {
+    let file = File::open(dir)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(file)
+}
+
+/// Removes what a killed process has left of the same copy.
+fn remove_abandoned(target: &Path) -> Result<(), CheckpointError> {
+    let prefix = format!("{}.tmp-", file_name(target));
+    let list = || CheckpointError::io("list", parent(target));
+    for entry in std::fs::read_dir(parent(target)).map_err(list())? {
+        let path = entry.map_err(list())?.path();
+        if file_name(&path).strip_prefix(&prefix).is_some_and(is_unique_id) && hold(&path).is_ok() {
+            remove_checkpoint_files(&Disk, &path)?;
+        }
+    }
+    Ok(())
 }
 
 fn copy(source: &Path, manifest: &Manifest, staging: &Staging, count: usize) -> Result<(), CheckpointError> {

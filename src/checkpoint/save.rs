@@ -51,7 +51,7 @@ impl Job<'_> {
         if free < needed {
             return Err(CheckpointError::NoSpace { path: self.checkpoints.to_path_buf(), needed, free });
         }
-        let (staging, uuid) = Staging::create_with(self.io.clone(), self.checkpoints, snapshot.meta.step)?;
+        let (staging, uuid) = Staging::create(self.io.clone(), self.checkpoints, snapshot.meta.step)?;
         let staging = staging.until(self.called_off);
         let written = self.all_shards(snapshot, &staging, &uuid, &mut meeting).and_then(|shards| {
             let bytes = shards.iter().map(|shard| shard.bytes).sum();
@@ -129,20 +129,20 @@ fn room(io: &dyn Io, checkpoints: &Path, layout: &Layout, shards: usize) -> Resu
     Ok(Room { needed, free })
 }
 
-/// Refuses a directory, which must be there, without room for one more checkpoint. A run that is about to train asks this first: at the
-/// first save it would be late.
+/// Refuses a directory, which must be there, without room for one more checkpoint once so many bytes of it are freed. A run that is about
+/// to train asks this first: at the first save it would be late.
 ///
 /// # Errors
 /// [`CheckpointError::NoRoom`], or a disk that does not say how much is free.
-pub fn check_room(checkpoints: &Path, layout: &Layout) -> Result<(), CheckpointError> {
-    check_room_for(checkpoints, layout, 1)
+pub fn check_room(dir: &Path, layout: &Layout, freed: u64) -> Result<(), CheckpointError> {
+    check_room_for(dir, layout, 1, freed)
 }
 
 /// As [`check_room`], for a checkpoint of so many shards.
-pub(super) fn check_room_for(checkpoints: &Path, layout: &Layout, shards: usize) -> Result<(), CheckpointError> {
-    match room(&Disk, checkpoints, layout, shards)? {
-        Room { needed, free } if free < needed => {
-            Err(CheckpointError::NoRoom { path: checkpoints.to_path_buf(), needed, free })
+pub(super) fn check_room_for(dir: &Path, layout: &Layout, shards: usize, freed: u64) -> Result<(), CheckpointError> {
+    match room(&Disk, dir, layout, shards)? {
+        Room { needed, free } if free.saturating_add(freed) < needed => {
+            Err(CheckpointError::NoRoom { path: dir.to_path_buf(), needed, free: free.saturating_add(freed) })
         }
         _ => Ok(()),
     }

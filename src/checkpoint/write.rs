@@ -1,6 +1,6 @@
 //! Writing a checkpoint so that it either verifies or does not exist.
 //!
-//! 1. [`Staging::create`]: `step-00012000.tmp-<uuid>/` is made.
+//! 1. [`Staging::create`], at rank 0 ([`Staging::at`] at the others): `step-00012000.tmp-<uuid>/` is made.
 //! 2. [`Staging::write_shard`]: each rank writes and fsyncs its shard there.
 //! 3. [`Staging::commit`], when all shards are written: the manifest is written and fsynced, then the directory is fsynced,
 //!    renamed to `step-00012000/`, and the parent is fsynced.
@@ -52,7 +52,7 @@ fn shard_tensors(layout: &Layout, range: &Range<usize>) -> Vec<(String, Vec<usiz
 }
 
 /// A checkpoint being written.
-pub struct Staging {
+pub(super) struct Staging {
     io: Arc<dyn Io>,
     dir: PathBuf,
     target: PathBuf,
@@ -62,15 +62,7 @@ pub struct Staging {
 
 impl Staging {
     /// Makes the temporary directory in `checkpoints` under a fresh uuid, which is returned for the other ranks.
-    pub fn create(checkpoints: &Path, step: u64) -> Result<(Staging, String), CheckpointError> {
-        Staging::create_with(Arc::new(Disk), checkpoints, step)
-    }
-
-    pub(super) fn create_with(
-        io: Arc<dyn Io>,
-        checkpoints: &Path,
-        step: u64,
-    ) -> Result<(Staging, String), CheckpointError> {
+    pub(super) fn create(io: Arc<dyn Io>, checkpoints: &Path, step: u64) -> Result<(Staging, String), CheckpointError> {
         let id = unique_id();
         let staging = Staging::at(io, checkpoints, step, &id);
         staging.io.create_dir(&staging.dir).map_err(CheckpointError::io("create", &staging.dir))?;
@@ -78,10 +70,6 @@ impl Staging {
     }
 
     /// The directory that another rank made.
-    pub fn open(checkpoints: &Path, step: u64, uuid: &str) -> Staging {
-        Staging::at(Arc::new(Disk), checkpoints, step, uuid)
-    }
-
     pub(super) fn at(io: Arc<dyn Io>, checkpoints: &Path, step: u64, uuid: &str) -> Staging {
         let name = dir_name(step);
         let (dir, target) = (checkpoints.join(format!("{name}.tmp-{uuid}")), checkpoints.join(name));

@@ -4,8 +4,10 @@ use super::exit::{Code, Failure, OrFail, code_of_run};
 use super::ranks::Ranks;
 use super::stdout::{json, print, table};
 use super::{Common, ConfigArguments, Stop};
+use crate::config::to_toml;
 use crate::device::Device;
-use crate::files::Durability;
+use crate::files::{Durability, digest};
+use crate::machine::this_program;
 use crate::report::{ReportError, write_atomically};
 use crate::simd;
 use crate::tape::human_bytes;
@@ -86,6 +88,10 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let stop = Stop::on_signals()?;
     let mut ranks = Ranks::join(common, &stop, None)?;
     let console = ranks.console(common);
+    if ranks.number() > 1 {
+        let config = digest(to_toml(&config).or_fail(Code::Usage)?.as_bytes());
+        ranks.same_everywhere(&format!("config {config}, {}", this_program().or_fail(Code::Failed)?))?;
+    }
     let mut device = ranks.device(common);
     let Device::Cpu(cpu) = &device;
     let threads = cpu.pool().threads();

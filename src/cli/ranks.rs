@@ -58,6 +58,16 @@ impl Ranks {
     /// Meets the other ranks, if a launcher has started several. A request to stop meanwhile ends the process, with `stopped` or, if there
     /// is none, as the signal would have.
     pub fn join(common: &Common, stop: &Stop, stopped: Option<Code>) -> Result<Ranks, Failure> {
+        Ranks::join_or(common, stop, stopped, |_| {})
+    }
+
+    /// As [`Ranks::join`]; where the process is asked to stop, rank 0 (of so many) does something `first`.
+    pub fn join_or(
+        common: &Common,
+        stop: &Stop,
+        stopped: Option<Code>,
+        first: impl FnOnce(usize) + Send + 'static,
+    ) -> Result<Ranks, Failure> {
         let patience = common.launch.patience();
         let world = match detect(&Environment::of_this_process()).or_fail(Code::Usage)? {
             Detected::Rank(world) => Some(world),
@@ -74,7 +84,13 @@ impl Ranks {
             });
         };
         let interface = common.launch.interface()?;
-        let _guard = Guard::new(stop, stopped).or_fail(Code::Failed)?;
+        let (rank, size) = (world.rank, world.size);
+        let lead = move || {
+            if rank == 0 {
+                first(size)
+            }
+        };
+        let _guard = Guard::new(stop, stopped, lead).or_fail(Code::Failed)?;
         let one_machine = world.local_size == world.size;
         let server = match world.store.served_by == StoreHost::RankZero && world.rank == 0 {
             true => Some(serve(&world.store, one_machine, interface, &common.console())?),

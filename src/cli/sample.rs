@@ -6,11 +6,13 @@ use super::source::Source;
 use super::{Common, Stop};
 use crate::checkpoint::Want;
 use crate::diffusion::{DiffusionConfig, SamplerConfig, SamplerKind, SamplerTable, Schedule};
+use crate::files::digest;
+use crate::machine::this_program;
 use crate::report::{
     GridOptions, ImageStream, Images, OutputFormat, ReportError, check_output, read_npy, write_images,
 };
 use crate::sample::{Finished, Request, ReverseProcess, SampleError, Sampler, room_for};
-use crate::train::layout_for_checkpoints;
+use crate::train::{checksum, layout_for_checkpoints};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -63,14 +65,6 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let mut ranks = Ranks::join(common, &stop, None)?;
     let console = ranks.console(common);
     let source = Source::open(&arguments.source, Want::Ema, &console)?;
-    // A run that trains meanwhile may show them different checkpoints.
-    let step = source.step().map_or_else(String::new, |step| format!(" of step {step}"));
-    let simd = crate::simd::level().name();
-    let version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("DDPM_DIST_COMMIT"), ")");
-    ranks.same_everywhere(&format!(
-        "weights{step}, {count} images of seed {}, ddpm-dist {version}, {simd}",
-        arguments.seed
-    ))?;
     let size = source.size()?;
     source.model.validate(size[0], size[1]).or_fail(Code::State)?;
     let batch = arguments.batch.map_or(source.batch, usize::from);
@@ -89,6 +83,18 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let layout = layout_for_checkpoints(sampler.layout()).or_fail(Code::State)?;
     let weights = device.allocate(layout.elements() * size_of::<f32>()).map_err(SampleError::from)?;
     device.upload(weights, 0, &source.flat(&layout)?);
+    if ranks.number() > 1 {
+        // A run that trains meanwhile may show them different checkpoints, and each node its own file system.
+        let step = source.step().map_or_else(String::new, |step| format!(" of step {step}"));
+        let checksum = checksum(&device, &[weights], layout.elements());
+        let process = digest(format!("{table:?} {noise:?}").as_bytes());
+        ranks.same_everywhere(&format!(
+            "weights{step} (checksum {checksum:016x}), {count} images of seed {} in {} steps (sampler and noise {process}), {}",
+            arguments.seed,
+            table.steps.len(),
+            this_program().or_fail(Code::Failed)?,
+        ))?;
+    }
     drop(source);
 
     let stages = if format == OutputFormat::Gif { FRAMES.min(table.steps.len()) - 1 } else { 0 };

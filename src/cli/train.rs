@@ -8,7 +8,7 @@ use crate::checkpoint::{Layout, Start, Want};
 use crate::cluster::requeue;
 use crate::data::DataError;
 use crate::machine::since_1970;
-use crate::rendezvous::{Environment, OWN_STARTED};
+use crate::rendezvous::{Environment, Launch, OWN_STARTED};
 use crate::report::Console;
 use crate::train::{Config, Ended, Initial, Options, TrainError, differences, train};
 use crate::unet::UnetConfig;
@@ -69,7 +69,12 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let started = Instant::now();
     let mut config = arguments.config.load()?;
     let stop = Stop::on_signals()?;
-    let mut ranks = Ranks::join(common, &stop, Some(Code::Preempted))?;
+    let (asked, speaker, requeue) = (stop.clone(), common.console(), arguments.requeue);
+    let mut ranks = Ranks::join_or(common, &stop, Some(Code::Preempted), move |size| {
+        if requeue {
+            come_back(&asked, size, &speaker);
+        }
+    })?;
     let (console, joint) = (ranks.console(common), ranks.joint(common));
     let file = &arguments.config.config;
     let run_dir = arguments
@@ -98,6 +103,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         stop: stop.flag(),
         deadline: arguments.max_time.map(|time| started + time.saturating_sub(spent_before())),
         first_here: ranks.is_first_here(),
+        launch: Launch::detect(&Environment::of_this_process()),
         activity: activity.as_deref(),
         connect: connect.as_ref().map(|f| f as &dyn Fn() -> _),
         console: &console,
@@ -181,9 +187,11 @@ fn code_of(error: &TrainError) -> Code {
     match error {
         TrainError::Config(_) | TrainError::OutOfRange(_) => Code::Usage,
         TrainError::Data(DataError::Config(_)) => Code::Usage,
-        TrainError::Data(DataError::Stopped) => Code::Preempted,
+        TrainError::Stopped => Code::Preempted,
         // What could be read when the run began may be read again when it begins anew.
-        TrainError::Loading { source: DataError::Io { .. }, .. } | TrainError::Thread(_) => Code::Failed,
+        TrainError::Loading { source: DataError::Io { .. }, .. } | TrainError::Thread(_) | TrainError::Program(_) => {
+            Code::Failed
+        }
         TrainError::Data(_) | TrainError::Loading { .. } => Code::Data,
         TrainError::RunDir(_)
         | TrainError::Checkpoint(_)

@@ -7,6 +7,7 @@
 
 mod environment;
 mod interface;
+mod launch;
 mod slurm;
 pub mod store;
 mod world;
@@ -16,6 +17,7 @@ mod tests;
 
 pub use environment::Environment;
 pub use interface::{InterfaceError, address_of_interface};
+pub use launch::Launch;
 pub use world::{
     Detected, Launcher, Node, OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED, StoreAddress, StoreHost, World, WorldError, detect,
 };

@@ -9,7 +9,7 @@ const LANES: usize = 32;
 
 /// Of the bits of the first `len` floats of each buffer. Two states that differ in one float have different checksums: each step of the hash
 /// is a bijection of what came before.
-pub(super) fn checksum(device: &Device, buffers: &[BufferId], len: usize) -> u64 {
+pub fn checksum(device: &Device, buffers: &[BufferId], len: usize) -> u64 {
     let mut lanes = [0x811c_9dc5u32; LANES];
     let mut block = vec![0u32; BLOCK];
     for &buffer in buffers {

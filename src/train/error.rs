@@ -123,6 +123,12 @@ pub enum TrainError {
         /// The others, in words.
         rest: &'static str,
     },
+    /// Asked to stop before it began.
+    #[error("stopped before the first step; the same command begins again")]
+    Stopped,
+    /// The file of this program.
+    #[error("cannot read this program's own file: {0}")]
+    Program(#[from] std::io::Error),
     /// The system starts no thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),

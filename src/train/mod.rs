@@ -20,6 +20,7 @@ mod shards_tests;
 mod tests;
 
 pub use bench::{BenchError, BenchOptions, Timings, forward_products, percentile, step_groups, time_steps};
+pub use checksum::checksum;
 pub use config::{Config, Decay, EmaConfig, LogConfig, OptimConfig, Optimizer, TrainConfig};
 pub use error::TrainError;
 pub use resume::{Difference, differences, trajectory_hash};

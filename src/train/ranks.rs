@@ -4,7 +4,7 @@ use super::resume::differences_of_ranks;
 use super::{Config, TrainError};
 use crate::collective::{Collective, CollectiveError};
 use crate::config::{parse, to_toml};
-use crate::data::DataError;
+use crate::machine::this_program;
 use crate::tape::RunError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -19,25 +19,25 @@ const STOPPED: &str = "\0stopped";
 pub(super) fn together<T>(collective: &mut dyn Collective, result: Result<T, TrainError>) -> Result<T, TrainError> {
     let mine = match &result {
         Ok(_) => String::new(),
-        Err(TrainError::Data(DataError::Stopped)) => STOPPED.to_string(),
+        Err(TrainError::Stopped) => STOPPED.to_string(),
         Err(error) => error.to_string(),
     };
     let all = gather(collective, mine.into_bytes())?;
     let value = result?;
     match all.iter().position(|said| !said.is_empty()) {
         None => Ok(value),
-        Some(rank) if all[rank] == STOPPED.as_bytes() => Err(TrainError::Data(DataError::Stopped)),
+        Some(rank) if all[rank] == STOPPED.as_bytes() => Err(TrainError::Stopped),
         Some(rank) => Err(TrainError::OtherRank { rank, message: String::from_utf8_lossy(&all[rank]).into_owned() }),
     }
 }
 
-/// Does `work` at rank 0 alone, and goes on at all ranks if it is well there.
-pub(super) fn at_rank_zero<T>(
+/// Does `work` at rank 0 alone, [`beside`] the others, and goes on at all ranks if it is well there.
+pub(super) fn at_rank_zero<T: Send>(
     collective: &mut dyn Collective,
-    work: impl FnOnce() -> Result<T, TrainError>,
+    work: impl FnOnce() -> Result<T, TrainError> + Send,
 ) -> Result<Option<T>, TrainError> {
-    let result = if collective.rank() == 0 { work().map(Some) } else { Ok(None) };
-    together(collective, result)
+    let is_rank_zero = collective.rank() == 0;
+    beside(collective, |_| is_rank_zero.then(work).transpose())
 }
 
 /// Does `work` on a thread beside this one, in which the ranks stay in touch meanwhile: one that is lost is noticed at once, and one that
@@ -78,15 +78,17 @@ pub(super) fn lost(error: CollectiveError) -> TrainError {
 
 /// Refuses ranks that would not train the same model: of another build of this program, or with another config.
 pub(super) fn same_program(collective: &mut dyn Collective, config: &Config) -> Result<(), TrainError> {
-    let build = format!("{} with {} instructions", build(), crate::simd::level().name());
-    let all = gather(collective, format!("{build}\n{}", to_toml(config)?).into_bytes())?;
+    if collective.world_size() == 1 {
+        return Ok(());
+    }
+    let all = gather(collective, format!("{}\n{}", this_program()?, to_toml(config)?).into_bytes())?;
     let texts: Vec<String> = all.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
-    let split = |text: &str| text.split_once('\n').map(|(build, toml)| (build.to_string(), toml.to_string()));
-    let Some((first_build, first_toml)) = split(&texts[0]) else { return Ok(()) };
+    let split = |text: &str| text.split_once('\n').map(|(program, toml)| (program.to_string(), toml.to_string()));
+    let Some((first_program, first_toml)) = split(&texts[0]) else { return Ok(()) };
     for (rank, text) in texts.iter().enumerate().skip(1) {
-        let Some((build, toml)) = split(text) else { continue };
-        if build != first_build {
-            let what = format!("rank 0 runs {first_build}, rank {rank} {build}");
+        let Some((program, toml)) = split(text) else { continue };
+        if program != first_program {
+            let what = format!("rank 0 runs {first_program}, rank {rank} {program}");
             return Err(TrainError::Unequal {
                 what,
                 remedy: "start one and the same program, on machines of one kind, or set DDPM_DIST_SIMD to what all of them have",
@@ -115,9 +117,4 @@ pub(super) fn same_images(collective: &mut dyn Collective, fingerprint: &str) ->
             remedy: "put one copy of the data set where all nodes read it, or equal copies on each",
         }),
     }
-}
-
-/// The program and the commit it was built from.
-pub(super) fn build() -> String {
-    format!("ddpm-dist {} ({})", env!("CARGO_PKG_VERSION"), env!("DDPM_DIST_COMMIT"))
 }

@@ -41,7 +41,7 @@ impl Identity {
             config_hash: self.config_hash.clone(),
             config_toml: Some(self.config_toml.clone()),
             data_fingerprint: self.data_fingerprint.clone(),
-            build: super::ranks::build(),
+            build: crate::machine::build(),
             device_kind: self.device_kind.clone(),
             // On the CPU all that bits depend on is compiled in: the compiler, and the instruction set it chose from.
             libraries: BTreeMap::from([

@@ -1,4 +1,4 @@
-//! The directory a run lives in: `config.toml`, `log.jsonl`, `tb/`, `samples/`, `checkpoints/` and `run.lock`.
+//! The directory a run lives in: `config.toml`, `log.jsonl`, `tb/`, `samples/`, `checkpoints/`, `run.lock` and `launch`.
 
 mod lock;
 mod mark;
@@ -105,6 +105,8 @@ const LOG: &str = "log.jsonl";
 const TENSORBOARD: &str = "tb";
 const SAMPLES: &str = "samples";
 const CHECKPOINTS: &str = "checkpoints";
+/// Names the launch that has begun the run anew.
+const LAUNCH: &str = "launch";
 
 impl RunDir {
     /// Refuses a directory that [`RunDir::open`] would refuse for what it holds; touches nothing.
@@ -134,13 +136,23 @@ impl RunDir {
         Ok(RunDir { root: root.to_path_buf(), start, _lock: lock })
     }
 
+    /// Whether `launch` has begun this run anew, and removed what was here before: started again, it goes on.
+    pub fn is_begun_by(root: &Path, launch: &str) -> bool {
+        fs::read(root.join(LAUNCH)).is_ok_and(|name| name == launch.as_bytes())
+    }
+
     /// Removes the earlier run if it is to be overwritten, and makes the directories of this one: to be called when nothing else can
-    /// keep the run from starting. Gives what was left in place because no run makes such files.
-    pub fn settle(&self) -> Result<Vec<PathBuf>, RunDirError> {
+    /// keep the run from starting. A fresh start is noted as that of `launch`. Gives what was left in place because no run makes such
+    /// files.
+    pub fn settle(&self, launch: Option<&str>) -> Result<Vec<PathBuf>, RunDirError> {
         let left = match self.start {
             Start::Fresh { overwrite: true } => remove_run(&self.root)?,
             Start::Fresh { overwrite: false } | Start::Resume => Vec::new(),
         };
+        if let (Start::Fresh { .. }, Some(launch)) = (self.start, launch) {
+            let path = self.root.join(LAUNCH);
+            write_synced(&path, launch.as_bytes()).map_err(io_error("write", &path))?;
+        }
         for dir in [TENSORBOARD, SAMPLES, CHECKPOINTS] {
             let path = self.root.join(dir);
             fs::create_dir_all(&path).map_err(io_error("create", &path))?;
@@ -176,6 +188,19 @@ impl RunDir {
     /// The sample file of a step, for example `samples/step-00012000.png`.
     pub fn sample(&self, step: u64, extension: &str) -> PathBuf {
         self.samples().join(format!("{}.{extension}", super::write::dir_name(step)))
+    }
+
+    /// Bytes of the checkpoints that [`RunDir::settle`] will remove.
+    pub fn to_be_freed(&self) -> u64 {
+        let files = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
+        let bytes = |entry: fs::DirEntry| entry.metadata().map_or(0, |metadata| metadata.len());
+        match self.start {
+            Start::Fresh { overwrite: true } => {
+                let checkpoints = list(&self.checkpoints()).unwrap_or_default();
+                checkpoints.into_iter().flat_map(|(_, dir)| files(dir)).map(bytes).sum()
+            }
+            Start::Fresh { overwrite: false } | Start::Resume => 0,
+        }
     }
 
     /// Checkpoints.
@@ -241,7 +266,8 @@ fn remove_run(root: &Path) -> Result<Vec<PathBuf>, RunDirError> {
         }
     }
     remove_matching(root, |name| {
-        name == CONFIG || name == LOG || name.starts_with("config.toml.tmp-") || name.starts_with("log.jsonl.tmp-")
+        let own = name.split_once(".tmp-").map_or(name, |(own, _)| own);
+        [CONFIG, LOG, LAUNCH].contains(&own)
     })?;
     let mut left = Vec::new();
     for name in names(root)?.into_iter().filter(|n| n != lock::FILE) {

@@ -26,7 +26,7 @@ fn a_new_directory_is_made_and_can_be_resumed() {
     RunDir::check(&root, Start::Resume).unwrap();
     assert!(!root.exists(), "a check makes nothing");
     let run = RunDir::open(&root, Start::Resume).unwrap();
-    run.settle().unwrap();
+    run.settle(None).unwrap();
     run.write_config("a = 1\n").unwrap();
     run.write_config("a = 2\n").unwrap();
     assert_eq!(fs::read_to_string(run.config()).unwrap(), "a = 2\n");
@@ -51,7 +51,7 @@ fn fresh_refuses_a_run_and_overwrite_removes_only_what_a_run_made() {
     assert!(RUN.iter().all(|f| root.join(f).exists()));
     let run = RunDir::open(root, Start::Fresh { overwrite: true }).unwrap();
     assert!(RUN.iter().all(|f| root.join(f).exists()), "nothing is removed before the new run can start");
-    let left = run.settle().unwrap();
+    let left = run.settle(None).unwrap();
     assert!(RUN.iter().all(|f| !root.join(f).exists()));
     assert!(mine.iter().all(|f| root.join(f).exists()));
     assert!(left.contains(&root.join("notes.txt")));
@@ -72,7 +72,7 @@ fn overwrite_removes_links_and_not_what_they_lead_to() {
         let path = root.join(dir);
         fs::remove_dir_all(&path).unwrap();
         symlink(&elsewhere, &path).unwrap();
-        let left = RunDir::open(&root, Start::Fresh { overwrite: true }).unwrap().settle().unwrap();
+        let left = RunDir::open(&root, Start::Fresh { overwrite: true }).unwrap().settle(None).unwrap();
         assert!(kept.iter().all(|f| elsewhere.join(f).exists()), "{dir}");
         assert!(RUN.iter().all(|f| !root.join(f).exists()), "{dir}");
         assert!(!fs::symlink_metadata(&path).is_ok_and(|m| m.is_symlink()), "{dir}");
@@ -80,10 +80,10 @@ fn overwrite_removes_links_and_not_what_they_lead_to() {
     }
     // Also one that leads nowhere.
     let root = tmp.path().join("broken");
-    RunDir::open(&root, Start::Resume).unwrap().settle().unwrap();
+    RunDir::open(&root, Start::Resume).unwrap().settle(None).unwrap();
     fs::remove_dir(root.join(SAMPLES)).unwrap();
     symlink("nowhere", root.join(SAMPLES)).unwrap();
-    RunDir::open(&root, Start::Fresh { overwrite: true }).unwrap().settle().unwrap();
+    RunDir::open(&root, Start::Fresh { overwrite: true }).unwrap().settle(None).unwrap();
     assert!(root.join(SAMPLES).is_dir());
 }
 

@@ -90,3 +90,20 @@ fn a_copy_beside_a_checkpoint_is_in_no_runs_way() {
     assert_eq!(file_names(tmp.path()), ["step-00000003-reshard-2", "step-00000004"]);
     verify(&copy).unwrap();
 }
+
+#[test]
+fn what_a_killed_process_has_left_of_a_copy_is_removed_by_the_next() {
+    let tmp = tempfile::tempdir().unwrap();
+    let source = save_sharded(tmp.path(), &snapshot(&layout(), 3), 2);
+    let target = tmp.path().join("step-00000003-reshard-4");
+    let left = |digit: &str| tmp.path().join(format!("step-00000003-reshard-4.tmp-{}", digit.repeat(32)));
+    for digit in ["1", "2"] {
+        fs::create_dir(left(digit)).unwrap();
+        fs::write(left(digit).join("shard-00000-of-00004.safetensors"), b"half").unwrap();
+    }
+    // Another process still writes this one.
+    let held = fs::File::open(left("2")).unwrap();
+    rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    reshard(&source, &target, 4, &go_on()).unwrap();
+    assert!(!left("1").exists() && left("2").exists());
+}

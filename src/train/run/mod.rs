@@ -16,6 +16,7 @@ use crate::cluster::{Slow, Stragglers, minority};
 use crate::collective::{Activity, Collective, Timed};
 use crate::data::{Dataset, ImageSize, Loader, LoaderConfig, Order};
 use crate::device::{Device, Region};
+use crate::rendezvous::Launch;
 use crate::rendezvous::store::{Client, StoreError};
 use crate::report::Console;
 use std::path::{Path, PathBuf};
@@ -49,6 +50,8 @@ pub struct Options<'a> {
     pub deadline: Option<Instant>,
     /// Whether this is the first rank of its machine: it decodes the data set, and the others use what it has cached.
     pub first_here: bool,
+    /// Who has started this command, and whether for the first time.
+    pub launch: Option<Launch>,
     /// Where this rank notes what it is doing, for a watchdog.
     pub activity: Option<&'a Activity>,
     /// Opens a connection of its own to the store of the ranks, where there are several.
@@ -81,8 +84,7 @@ pub fn train(
     options: &Options<'_>,
 ) -> Result<Ended, TrainError> {
     collective.set_patience(config.cluster.patience());
-    // Refused now rather than after an hour of decoding.
-    at_rank_zero(collective, || Ok(RunDir::check(options.run_dir, options.start)?))?;
+    let start = start(collective, options)?;
     same_program(collective, config)?;
     let share = Share::new(&config.train, collective.rank(), collective.world_size())?;
     let dataset = Arc::new(open_data(config, collective, options)?);
@@ -93,7 +95,7 @@ pub fn train(
     config.data.size = Some(ImageSize { height, width });
     config.data.channels = Some(channels);
 
-    let mut run = Run::open(config, device, collective, options, &dataset, share)?;
+    let mut run = Run::open(config, device, collective, options, start, &dataset, share)?;
     let ended = run.all_steps(&dataset).and_then(|ended| run.save_now().map(|()| ended));
     if dataset.replaced() > 0 {
         options.console.alarm(format!("{} images were bad and others stood in for them", dataset.replaced()));
@@ -102,6 +104,20 @@ pub fn train(
         Ok(ended) => run.close(ended),
         Err(error) => Err(run.give_up(error)),
     }
+}
+
+/// How the run meets what is in its directory: begun anew only once, by whoever starts this command how often.
+fn start(collective: &mut dyn Collective, options: &Options<'_>) -> Result<Start, TrainError> {
+    let Options { run_dir, start, launch, .. } = options;
+    let is_begun = launch.as_ref().is_some_and(|l| l.is_again && RunDir::is_begun_by(run_dir, &l.name));
+    // As rank 0 sees the directory.
+    let start = match gather(collective, vec![u8::from(is_begun)])?[0][..] {
+        [0] => *start,
+        _ => Start::Resume,
+    };
+    // Refused now rather than after an hour of decoding.
+    at_rank_zero(collective, || Ok(RunDir::check(run_dir, start)?))?;
+    Ok(start)
 }
 
 /// A run between two steps, as one rank sees it.
@@ -159,7 +175,9 @@ impl<'a> Run<'a> {
         self.account.checksum = self.checksum();
         let (accounts, mut known) = self.exchange()?;
         let strange = minority(&accounts.iter().filter_map(|account| account.checksum).collect::<Vec<_>>());
-        if let Some(rank) = strange.iter().find(|rank| **rank > 0) {
+        if !strange.is_empty() {
+            let differs = |account: &Account| account.checksum != accounts[0].checksum;
+            let rank = accounts.iter().position(differs).unwrap_or(0);
             let what = format!("rank {rank} begins with other weights than rank 0");
             return Err(TrainError::Unequal { what, remedy: "give all of them the same --init" });
         }
@@ -209,7 +227,8 @@ impl<'a> Run<'a> {
         }
         let what = if metrics.loss.is_finite() { "the gradient" } else { "the loss" };
         // The state is lost in any case; what is being written may still become whole.
-        self.wait_for_saves()?;
+        let report = self.wait_for_saves()?;
+        self.note_save(report);
         let kept = match self.saved {
             Some(step) => format!("The checkpoint of step {step} is intact"),
             None => "No checkpoint was saved before".to_string(),

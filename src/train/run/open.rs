@@ -3,26 +3,31 @@
 use super::{Lead, Options, Run};
 use crate::checkpoint::rundir::{checkpoints_of, sees_mark};
 use crate::checkpoint::write::dir_name;
-use crate::checkpoint::{Layout, Newest, RunDir, Saver, Snapshot, Start, Team, Want, check_room, load, load_newest};
+use crate::checkpoint::{
+    Layout, Newest, RunDir, RunDirError, Saver, Snapshot, Start, Team, Want, check_room, load, load_newest,
+};
 use crate::cluster::Stragglers;
 use crate::collective::Collective;
 use crate::config::OutOfRange;
 use crate::data::{DataConfig, DataError, Dataset};
 use crate::device::Device;
 use crate::diffusion::Schedule;
+use crate::machine::host_name;
 use crate::report::Console;
 use crate::train::accounts::Account;
 use crate::train::grids::Grids;
-use crate::train::ranks::{at_rank_zero, beside, gather, same_images, together};
+use crate::train::ranks::{LOOK, at_rank_zero, beside, gather, same_images, together};
 use crate::train::reports::{DecodingBar, Reports};
 use crate::train::resume::{check_newest_config, check_same_run};
 use crate::train::state::{Identity, layout_for_checkpoints, restore};
 use crate::train::{Config, Shards, Share, TrainConfig, TrainError, Trainer};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+/// How long a file system may keep the lock of a machine that is gone: NFS takes 90 s.
+const LEASE: Duration = Duration::from_secs(120);
 /// How long ranks wait for each other's part of a checkpoint at least.
 const WRITING: Duration = Duration::from_secs(300);
 
@@ -33,6 +38,7 @@ impl<'a> Run<'a> {
         device: &'a mut Device,
         collective: &'a mut dyn Collective,
         options: &Options<'a>,
+        start: Start,
         dataset: &Dataset,
         share: Share,
     ) -> Result<Run<'a>, TrainError> {
@@ -40,20 +46,21 @@ impl<'a> Run<'a> {
         let [height, width, channels] = dataset.shape();
         let schedule = Schedule::new(&config.diffusion)?;
         let identity = Identity::new(config, dataset.fingerprint(), device, share.world_size)?;
+        let root = options.run_dir;
         let run_dir = at_rank_zero(collective, || {
-            let run_dir = RunDir::open(options.run_dir, options.start)?;
-            if options.start == Start::Resume {
+            let run_dir = open_when_free(root, start, console, stop)?;
+            if start == Start::Resume {
                 // Keys say more than the shapes of tensors would, so the config is compared before those are read.
                 check_newest_config(config, &run_dir, &identity)?;
             }
             Ok(run_dir)
         })?;
-        same_directory(collective, options.run_dir, run_dir.as_ref())?;
+        same_directory(collective, root, run_dir.as_ref())?;
         let trainer = Trainer::new(device, config, &schedule, [height, width], share).map_err(TrainError::from);
         let trainer = together(collective, trainer)?;
         let layout = layout_for_checkpoints(&trainer.program().layout)?;
-        let newest = match options.start {
-            Start::Resume => newest(options.run_dir, collective, &layout, console)?,
+        let newest = match start {
+            Start::Resume => newest(root, collective, &layout, console)?,
             Start::Fresh { .. } => None,
         };
         let saved = newest.as_ref().map(|(_, snapshot)| snapshot.meta.step);
@@ -78,14 +85,15 @@ impl<'a> Run<'a> {
         }
         let step = saved.unwrap_or(0);
         let grids = together(collective, Grids::new(config, device, &schedule, &trainer, [height, width]))?;
+        let launch = options.launch.as_ref().map(|launch| launch.name.as_str());
         let lead = at_rank_zero(collective, || {
             let Some(run_dir) = run_dir else { return Ok(None) };
-            // Nothing that is in memory can fail from here on: now an earlier run may go.
-            for path in run_dir.settle()? {
-                console.detail(format!("left in place, as no run makes it: {}", path.display()));
-            }
             if step < config.train.steps {
-                check_room(&run_dir.checkpoints(), &layout)?;
+                check_room(run_dir.root(), &layout, run_dir.to_be_freed())?;
+            }
+            // Nothing that is in memory can fail from here on: now an earlier run may go.
+            for path in run_dir.settle(launch)? {
+                console.detail(format!("left in place, as no run makes it: {}", path.display()));
             }
             run_dir.write_config(&identity.config_toml)?;
             let (parameters, images) = (layout.parameters(), dataset.len());
@@ -124,6 +132,30 @@ impl<'a> Run<'a> {
             saved,
             save_waits: false,
         })
+    }
+}
+
+/// Opens the run directory. A machine that went down may be taken for the owner of its lock until a lease of the file system ends.
+fn open_when_free(root: &Path, start: Start, console: &Console, stop: &AtomicBool) -> Result<RunDir, TrainError> {
+    let since = Instant::now();
+    let mut said = false;
+    loop {
+        match RunDir::open(root, start) {
+            Err(RunDirError::Locked { owner, .. })
+                if owner.host.as_ref().is_some_and(|host| *host != host_name()) && since.elapsed() < LEASE =>
+            {
+                if !said {
+                    let (root, seconds) = (root.display(), LEASE.as_secs());
+                    console.say(format!("{root} is in use by {owner}, on another machine: waiting {seconds} s for it"));
+                    said = true;
+                }
+                if stop.load(Ordering::Relaxed) {
+                    return Err(TrainError::Stopped);
+                }
+                std::thread::sleep(LOOK);
+            }
+            opened => return Ok(opened?),
+        }
     }
 }
 
@@ -214,6 +246,7 @@ fn open_data_here(
             let why = "the images of the data set have this many";
             TrainError::OutOfRange(OutOfRange::new("model.image_channels", channels, found, why))
         }
+        DataError::Stopped => TrainError::Stopped,
         error => TrainError::Data(error),
     })?;
     OutOfRange::check(
