@@ -29,11 +29,11 @@ pub enum Code {
     Rendezvous = 8,
     /// Ranks hold different weights: memory or a device is at fault.
     Corrupt = 9,
-    /// Stopped by a signal after the state was saved: start again to go on (`EX_TEMPFAIL`).
+    /// Stopped by a signal or a time limit after the state was saved: start again to go on (`EX_TEMPFAIL`).
     Preempted = 75,
     /// Stopped by SIGINT, with no state to go on from; as shells say it.
     Interrupted = 130,
-    /// Stopped by SIGTERM likewise.
+    /// Stopped by SIGTERM, SIGUSR1 or SIGUSR2 likewise.
     Terminated = 143,
 }
 
@@ -44,8 +44,8 @@ pub const PANICKED: u8 = 101;
 pub const HELP: &str = "\
 Exit codes: 0 done, 1 failed, 2 command line or config, 3 data set or image file, 4 checkpoint or run directory, 5 training diverged, \
 6 a rank or node was lost, 7 device or memory, 8 ranks cannot meet (port taken, node missing), \
-9 ranks hold different weights, 75 training stopped by a signal with its state saved, 130 and 143 stopped by SIGINT and SIGTERM \
-otherwise (by a second SIGINT, or in a command that has no state)";
+9 ranks hold different weights, 75 training stopped by a signal or --max-time with its state saved, 101 a mistake of this program, \
+130 and 143 stopped by SIGINT and by another signal otherwise (by a second SIGINT, or in a command that has no state)";
 
 impl Code {
     /// All of them.

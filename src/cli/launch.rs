@@ -29,7 +29,7 @@ pub(super) struct LaunchArguments {
     /// Start N CPU ranks on this machine that work together; `plan` starts none and shows what they would need
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     ranks: Option<u16>,
-    /// Start N ranks, one per GPU of this machine
+    /// Start N ranks, one per GPU of this machine (not in this build)
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     gpus: Option<u16>,
     /// Number of machines, each with its own launcher [default: 1]
@@ -50,7 +50,8 @@ pub(super) struct LaunchArguments {
     /// How often all ranks are started again after one failed; not after errors that would come again [default: 0]
     #[arg(long, global = true, value_name = "R")]
     max_restarts: Option<u32>,
-    /// Go on with fewer ranks, but no fewer than M, where one keeps failing at the same place or a machine is gone
+    /// With --max-restarts: go on with fewer ranks, but no fewer than M, where one keeps failing at the same place or a machine is gone;
+    /// also begin with fewer where all cannot share the work
     #[arg(long, global = true, value_name = "M", value_parser = clap::value_parser!(u16).range(1..))]
     min_ranks: Option<u16>,
     /// Keep what ranks print: DIR/attempt-0/rank-00003/{stdout,stderr}.log and error.json
@@ -101,7 +102,7 @@ enum Role {
     Launcher { ranks: usize, node: usize, nodes: usize, meet: Option<(String, u16)> },
 }
 
-/// Whether the ranks of this launcher run in this process.
+/// Whether this process is a rank that our launcher started.
 pub(super) fn is_rank_of_ours() -> bool {
     std::env::var_os(OWN_RUN_ID).is_some_and(|id| !id.is_empty())
 }

@@ -14,7 +14,7 @@ mod source;
 mod stdout;
 mod train;
 
-use crate::cluster::Request;
+use crate::cluster::StopRequest;
 use crate::config::OutOfRange;
 use crate::device::{Device, cpu::Cpu};
 use crate::report::{Console, Verbosity};
@@ -146,7 +146,7 @@ impl ConfigArguments {
 /// may come twice, as batch systems send them.
 #[derive(Clone, Debug, Default)]
 struct Stop {
-    request: Request,
+    request: StopRequest,
 }
 
 impl Stop {
@@ -160,7 +160,7 @@ impl Stop {
             .or_fail(Code::Failed)?;
         signal_hook::flag::register(SIGINT, interrupted).or_fail(Code::Failed)?;
         for signal in [SIGINT, SIGTERM, SIGUSR1, SIGUSR2] {
-            let Request { flag, signal: number, user_signal } = &stop.request;
+            let StopRequest { flag, signal: number, user_signal } = &stop.request;
             let number = if matches!(signal, SIGUSR1 | SIGUSR2) { user_signal } else { number };
             signal_hook::flag::register_usize(signal, Arc::clone(number), signal as usize).or_fail(Code::Failed)?;
             signal_hook::flag::register(signal, Arc::clone(flag)).or_fail(Code::Failed)?;

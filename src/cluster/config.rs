@@ -10,7 +10,7 @@ use std::time::Duration;
 pub struct ClusterConfig {
     /// Seconds that a rank waits for the others in one operation before it gives them up.
     pub timeout: u64,
-    /// Steps between two comparisons of the weights that the ranks hold; 0: never.
+    /// Steps between two comparisons of the weights that the ranks hold, which are compared before each checkpoint too; 0: only then.
     pub compare_every: u64,
 }
 

@@ -14,5 +14,5 @@ pub mod watchdog;
 pub use config::ClusterConfig;
 pub use cores::Cores;
 pub use interconnect::{Interconnect, UnknownInterconnect};
-pub use preemption::{Preemption, Request};
-pub use verdict::{Slow, Stragglers, minority};
+pub use preemption::{Preemption, StopRequest};
+pub use verdict::{SpeedChange, Stragglers, minority};

@@ -16,7 +16,7 @@ const EVERY: Duration = Duration::from_millis(200);
 
 /// A request to stop, as a rank knows it.
 #[derive(Clone, Debug, Default)]
-pub struct Request {
+pub struct StopRequest {
     /// Whether there is one.
     pub flag: Arc<AtomicBool>,
     /// The signal that it came by, SIGTERM or SIGINT, set before the flag; 0: none.
@@ -25,7 +25,7 @@ pub struct Request {
     pub user_signal: Arc<AtomicUsize>,
 }
 
-impl Request {
+impl StopRequest {
     /// The signal that it came by; 0: none.
     pub fn signal(&self) -> i32 {
         let signals = [&self.user_signal, &self.signal].map(|signal| signal.load(Ordering::SeqCst) as i32);
@@ -45,7 +45,7 @@ impl Preemption {
     ///
     /// # Errors
     /// A system that starts no thread.
-    pub fn watch(mut store: Client, request: Request) -> std::io::Result<Preemption> {
+    pub fn watch(mut store: Client, request: StopRequest) -> std::io::Result<Preemption> {
         let ends = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&ends);
         let work = move || {
@@ -74,7 +74,7 @@ impl Drop for Preemption {
 }
 
 /// Tells the others of this rank's request, or this rank of theirs; gives whether there is one.
-fn pass_on(store: &mut Client, request: &Request) -> Result<bool, crate::rendezvous::store::StoreError> {
+fn pass_on(store: &mut Client, request: &StopRequest) -> Result<bool, crate::rendezvous::store::StoreError> {
     if request.flag.load(Ordering::SeqCst) {
         store.set(KEY, request.signal().to_string().as_bytes())?;
         // What was set is answered by nobody; this waits until the store has taken it.
@@ -105,9 +105,9 @@ mod tests {
         let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
         let port = server.address().port();
         let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-        let ranks: Vec<(Request, Preemption)> = (0..3)
+        let ranks: Vec<(StopRequest, Preemption)> = (0..3)
             .map(|_| {
-                let request = Request::default();
+                let request = StopRequest::default();
                 let store = Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
                 (request.clone(), Preemption::watch(store, request).unwrap())
             })
@@ -133,7 +133,7 @@ mod tests {
         let port = server.address().port();
         let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
         let connect = || Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
-        let request = Request::default();
+        let request = StopRequest::default();
         let watch = Preemption::watch(connect(), request.clone()).unwrap();
         // The first look is over, and the next one far.
         std::thread::sleep(EVERY / 4);
@@ -148,7 +148,7 @@ mod tests {
         let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
         let port = server.address().port();
         let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-        let request = Request::default();
+        let request = StopRequest::default();
         let store = Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
         let watch = Preemption::watch(store, request.clone()).unwrap();
         drop(server);

@@ -87,16 +87,16 @@ pub fn requeue(job: &str, signal: i32) -> Result<bool, RequeueError> {
     let returns = match fate(signal) {
         Fate::Ends => false,
         Fate::Returns => true,
-        Fate::ReturnsIfPreempted => is_being_preempted(&scontrol(&["show", "job", job], ANSWER)?),
+        Fate::ReturnsIfPreempted => is_being_preempted(&scontrol(&["show", "job", job])?),
     };
     if returns {
-        scontrol(&["requeue", job], ANSWER)?;
+        scontrol(&["requeue", job])?;
     }
     Ok(returns)
 }
 
 /// What `scontrol` prints.
-fn scontrol(arguments: &[&str], patience: Duration) -> Result<String, RequeueError> {
+fn scontrol(arguments: &[&str]) -> Result<String, RequeueError> {
     let command = || format!("scontrol {}", arguments.join(" "));
     let failed = |source| RequeueError::Start { command: command(), source };
     let mut child = Command::new("scontrol")
@@ -111,9 +111,9 @@ fn scontrol(arguments: &[&str], patience: Duration) -> Result<String, RequeueErr
     let status = loop {
         match child.try_wait().map_err(failed)? {
             Some(status) => break status,
-            None if since.elapsed() >= patience => {
+            None if since.elapsed() >= ANSWER => {
                 let _ = child.kill().and_then(|()| child.wait());
-                return Err(RequeueError::Silent { command: command(), after: patience });
+                return Err(RequeueError::Silent { command: command(), after: ANSWER });
             }
             None => std::thread::sleep(LOOK),
         }

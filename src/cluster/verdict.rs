@@ -22,7 +22,7 @@ const RECOVERED: f64 = 1.2;
 
 /// A change of what is known of a rank's speed.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Slow {
+pub struct SpeedChange {
     /// The rank.
     pub rank: usize,
     /// Its own time per step, waiting for others left out, over that of the typical rank.
@@ -47,7 +47,7 @@ impl Stragglers {
     }
 
     /// Takes note of one step, given as the time of each rank; says for whom the verdict changes.
-    pub fn note(&mut self, busy: impl Iterator<Item = Duration>) -> Vec<Slow> {
+    pub fn note(&mut self, busy: impl Iterator<Item = Duration>) -> Vec<SpeedChange> {
         for (last, time) in self.last.iter_mut().zip(busy) {
             if last.len() == WINDOW {
                 last.pop_front();
@@ -65,7 +65,7 @@ impl Stragglers {
             let is_slow = ratio > if *slow { RECOVERED } else { SLOW };
             if is_slow != *slow {
                 *slow = is_slow;
-                changes.push(Slow { rank, ratio, is_slow });
+                changes.push(SpeedChange { rank, ratio, is_slow });
             }
         }
         changes

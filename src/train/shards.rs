@@ -86,7 +86,7 @@ impl Share {
     /// # Errors
     /// A batch, or shards, that so many ranks cannot divide among them.
     pub fn new(config: &TrainConfig, rank: usize, world_size: usize) -> Result<Share, OutOfRange> {
-        let ranks = if world_size == 1 { "1 rank".to_string() } else { format!("{world_size} ranks") };
+        let ranks = ranks(world_size);
         let shards = match config.shards {
             Shards::Auto => world_size,
             Shards::Fixed(shards) => {
@@ -129,6 +129,11 @@ impl Share {
     pub fn partial_sums(&self) -> usize {
         self.shards.ilog2() as usize
     }
+}
+
+/// So many ranks, in words.
+pub(super) fn ranks(number: usize) -> String {
+    if number == 1 { "1 rank".to_string() } else { format!("{number} ranks") }
 }
 
 #[cfg(test)]

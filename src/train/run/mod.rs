@@ -12,7 +12,7 @@ use super::reports::Reports;
 use super::state::{Identity, snapshot};
 use super::{Config, Metrics, Share, TrainConfig, TrainError, Trainer};
 use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Start};
-use crate::cluster::{Slow, Stragglers, minority};
+use crate::cluster::{SpeedChange, Stragglers, minority};
 use crate::collective::{Activity, Collective, Timed};
 use crate::data::{Dataset, ImageSize, Loader, LoaderConfig, Order};
 use crate::device::{Device, Region};
@@ -278,7 +278,7 @@ impl<'a> Run<'a> {
     fn compare(&mut self, accounts: &[Account]) -> Result<(), TrainError> {
         let checksums: Vec<u64> = accounts.iter().filter_map(|account| account.checksum).collect();
         self.agree(&checksums)?;
-        for Slow { rank, ratio, is_slow } in self.stragglers.note(accounts.iter().map(|account| account.busy)) {
+        for SpeedChange { rank, ratio, is_slow } in self.stragglers.note(accounts.iter().map(|account| account.busy)) {
             match is_slow {
                 true => {
                     let Account { busy, loading, .. } = &accounts[rank];

@@ -19,6 +19,7 @@ use crate::train::grids::Grids;
 use crate::train::ranks::{LOOK, at_rank_zero, beside, gather, same_images, together};
 use crate::train::reports::{DecodingBar, Reports};
 use crate::train::resume::{check_newest_config, check_same_run};
+use crate::train::shards::ranks;
 use crate::train::state::{Identity, layout_for_checkpoints, restore};
 use crate::train::{Config, Shards, Share, TrainConfig, TrainError, Trainer};
 use std::path::{Path, PathBuf};
@@ -261,8 +262,4 @@ fn open_data_here(
         joint.alarm(format!("{} images were skipped: {names}", dataset.skipped()));
     }
     Ok(dataset)
-}
-
-fn ranks(number: usize) -> String {
-    if number == 1 { "1 rank".to_string() } else { format!("{number} ranks") }
 }
