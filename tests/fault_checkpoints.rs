@@ -4,7 +4,7 @@
 mod common;
 
 use common::Project;
-use common::ranks::{FOR_LONG, SHARDS, alone, is_saved, launch, uninterrupted};
+use common::ranks::{FOR_LONG, SHARDS, alone, is_saved, launch, launcher, uninterrupted};
 use ddpm_dist::checkpoint::{Want, load};
 use rustix::process::{Pid, Signal};
 use std::fs::File;
@@ -98,9 +98,7 @@ fn two_runs_do_not_share_a_directory() {
     let mut first = launch(&project, 2, "run", &FOR_LONG);
     project.until_steps(&mut first, "run", 5);
     let owner = first.ranks()[0].as_raw_nonzero().to_string();
-    let mut command = project.program();
-    command.args(["--ranks", "2", "train", "config.toml", "--run-dir", "run", "--threads", "1"]).args(SHARDS);
-    let (code, stderr) = project.start("second", command).wait();
+    let (code, stderr) = project.start("second", launcher(&project, 2, "run", &[])).wait();
     assert_eq!(code, Some(4), "{stderr}");
     assert!(stderr.contains("is in use by") && stderr.contains(&owner), "{stderr}");
     first.signal(Signal::TERM);

@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// More pictures than one thread decodes while a test runs: it does some hundred a second.
+const PICTURES: usize = 1500;
+
 #[test]
 fn a_rank_that_is_killed_is_named_and_the_world_goes_on_to_the_same_bits() {
     let (_alone, project) = (alone(), Project::new());
@@ -154,20 +157,18 @@ fn a_rank_that_is_told_while_images_are_sampled() {
     assert_eq!(project.log_lines("run") as u64, last);
 }
 
-/// Before the first step: rank 0 has begun to decode thousands of pictures, which takes minutes, and rank 1 waits for it.
+/// Before the first step: rank 0 has begun to decode thousands of pictures, by one thread, and rank 1 waits for it.
 fn launch_decoding(project: &Project, more: &[&str]) -> (Running, [Pid; 2]) {
     project.picture("pictures/large.png", [1500, 1500], 3);
     for i in 0..PICTURES {
         std::fs::hard_link(project.path("pictures/large.png"), project.path(format!("pictures/link-{i}.png"))).unwrap();
     }
-    let mut launcher = launch(project, 2, "run", &[&FOR_LONG[..], more].concat());
+    let slowly = ["--set", "data.decode_threads=1"];
+    let mut launcher = launch(project, 2, "run", &[&FOR_LONG[..], &slowly, more].concat());
     launcher.until("a cache that is being written", || !cached(project, ".pixels.tmp-").is_empty());
     let ranks = launcher.ranks().try_into().unwrap();
     (launcher, ranks)
 }
-
-/// More pictures than are decoded while a test runs.
-const PICTURES: usize = 4000;
 
 /// Files of the cache whose names hold this.
 fn cached(project: &Project, part: &str) -> Vec<String> {

@@ -8,7 +8,7 @@
 mod common;
 
 use common::processes::{is_stopped, is_traced, lives, send, threads, until_gone};
-use common::ranks::{FOR_LONG, SHARDS, alone, is_saved, train, uninterrupted};
+use common::ranks::{FOR_LONG, SHARDS, alone, is_saved, launch, train, uninterrupted};
 use common::{Project, Running};
 use ddpm_dist::checkpoint::{list, verify};
 use rustix::process::{Pid, Signal};
@@ -152,10 +152,10 @@ fn killed_at(project: &Project, victim: Victim, kind: &str, n: usize) -> Outcome
 
 /// Starts a run: without a launcher where it has one rank.
 fn start(project: &Project, ranks: usize, run_dir: &str, more: &[&str]) -> Running {
-    let mut command = project.program();
     if ranks > 1 {
-        command.args(["--ranks", &ranks.to_string()]);
+        return launch(project, ranks, run_dir, more);
     }
+    let mut command = project.program();
     command.args(train(run_dir, &SHARDS)).args(more);
     project.start(run_dir, command)
 }

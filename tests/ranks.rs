@@ -4,6 +4,7 @@ mod common;
 
 use common::ranks::{rank_of, rank_of_launcher, start, start_some, store, train};
 use common::{Project, Running};
+use rustix::thread::{CpuSet, sched_getaffinity};
 use std::process::Command;
 
 /// Trains on `size` ranks and expects all of them to end well; gives what each said.
@@ -97,6 +98,38 @@ fn ranks_measure_together() {
     }
     let result: serde_json::Value = serde_json::from_slice(&project.read("result.json")).unwrap();
     assert_eq!((result["ranks"].as_u64(), result["batch"].as_u64()), (Some(2), Some(4)));
+}
+
+/// A launcher that gives each rank cores of its own has divided them already: they are not divided again.
+#[test]
+fn ranks_compute_with_as_many_threads_as_they_have_cores() {
+    let mask = sched_getaffinity(None).unwrap();
+    let cores: Vec<String> = (0..CpuSet::MAX_CPU).filter(|&core| mask.is_set(core)).map(|n| n.to_string()).collect();
+    let (all, [first, second]) = (cores.join(","), [&cores[..cores.len() / 2], &cores[cores.len() / 2..]]);
+    let half = (cores.len() / 2).max(1) as u64;
+    assert_eq!(threads_of_rank_0([&all, &all]), half, "all share the cores {all}");
+    if cores.len() < 4 {
+        common::not_tested("ranks that are bound to some cores each: they would have one thread in any case");
+    }
+    if cores.len() > 1 {
+        assert_eq!(threads_of_rank_0([&first.join(","), &second.join(",")]), half, "each has its own of {all}");
+    }
+}
+
+/// Measures with two ranks that `taskset` binds to these cores; gives with how many threads rank 0 computed.
+fn threads_of_rank_0(cores: [&str; 2]) -> u64 {
+    let (project, store) = (Project::new(), store());
+    let bench = ["bench", "config.toml", "--steps", "1", "--warmup", "0", "--json", "result.json"];
+    let ranks = start(&project, &store, 2, |rank, command| {
+        *command = project.program_by("taskset");
+        command.args(["-c", cores[rank], env!("CARGO_BIN_EXE_ddpm-dist")]).args(bench)
+    });
+    for running in ranks {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(0), "{stderr}");
+    }
+    let result: serde_json::Value = serde_json::from_slice(&project.read("result.json")).unwrap();
+    result["threads"].as_u64().unwrap()
 }
 
 /// Starts two ranks that cannot train together; gives how each ended.

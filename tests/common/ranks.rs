@@ -18,12 +18,16 @@ pub const SHARDS: [&str; 2] = ["--set", "train.shards=4"];
 /// More steps than anyone waits for.
 pub const FOR_LONG: [&str; 2] = ["--set", "train.steps=10000000"];
 
-/// Starts the launcher with `ranks` ranks that train in `run_dir`.
-pub fn launch(project: &Project, ranks: usize, run_dir: &str, more: &[&str]) -> Running {
+/// The launcher with `ranks` ranks that train in `run_dir`.
+pub fn launcher(project: &Project, ranks: usize, run_dir: &str, more: &[&str]) -> Command {
     let mut command = project.program();
-    command.args(["--ranks", &ranks.to_string(), "train", "config.toml", "--run-dir", run_dir, "--threads", "1"]);
-    command.args(SHARDS).args(more);
-    project.start(run_dir, command)
+    command.args(["--ranks", &ranks.to_string()]).args(train(run_dir, &SHARDS)).args(more);
+    command
+}
+
+/// Starts it.
+pub fn launch(project: &Project, ranks: usize, run_dir: &str, more: &[&str]) -> Running {
+    project.start(run_dir, launcher(project, ranks, run_dir, more))
 }
 
 /// The same training by one process that nothing happens to; gives its run directory.
