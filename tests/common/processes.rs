@@ -81,7 +81,8 @@ pub fn is_stopped(pid: Pid) -> bool {
 
 /// Whether all threads of a process are traced by another.
 pub fn is_traced(pid: Pid) -> bool {
-    status(pid, "TracerPid").iter().all(|tracer| tracer != "0")
+    let tracers = status(pid, "TracerPid");
+    !tracers.is_empty() && tracers.iter().all(|tracer| tracer != "0")
 }
 
 /// Sends a signal to a process that is there.
