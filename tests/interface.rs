@@ -2,10 +2,14 @@
 
 mod common;
 
+use common::processes::children;
+use common::ranks::{FOR_LONG, rank_of, train};
 use common::{Project, Running};
+use rustix::process::{Pid, Signal};
 use std::collections::BTreeSet;
 use std::fs::{read_dir, read_link, read_to_string};
 use std::net::TcpListener;
+use std::process::Command;
 
 const HERE: &str = "127.0.0.2";
 
@@ -14,20 +18,11 @@ fn free_port() -> u16 {
     TcpListener::bind((HERE, 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// A process and those that it started.
-fn family(pid: u32) -> Vec<u32> {
-    let tasks = read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let children = tasks.filter_map(|task| read_to_string(task.path().join("children")).ok());
-    let children: Vec<u32> =
-        children.flat_map(|c| c.split(' ').filter_map(|p| p.parse().ok()).collect::<Vec<_>>()).collect();
-    [pid].into_iter().chain(children.into_iter().flat_map(family)).collect()
-}
-
 /// Addresses, as the system writes them, at which processes listen for TCP.
-fn listening(processes: &[u32]) -> BTreeSet<String> {
+fn listening(processes: &[Pid]) -> BTreeSet<String> {
     let sockets: BTreeSet<String> = processes
         .iter()
-        .flat_map(|pid| read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten())
+        .flat_map(|pid| read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).into_iter().flatten().flatten())
         .filter_map(|file| Some(read_link(file.path()).ok()?.to_string_lossy().strip_prefix("socket:[")?.to_string()))
         .map(|rest| rest.trim_end_matches(']').to_string())
         .collect();
@@ -49,16 +44,17 @@ fn of_two_nodes(more: &[&str]) -> BTreeSet<String> {
     let rdzv = format!("{HERE}:{}", free_port());
     let start = |node: &str| {
         let mut command = project.program();
-        command.args(["train", "config.toml", "--run-dir", "run", "--threads", "1", "--set", "train.steps=10000000"]);
+        command.args(train("run", &FOR_LONG));
         command.args(["--ranks", "1", "--nnodes", "2", "--node-rank", node, "--rdzv", &rdzv]).args(more);
         project.start(&format!("node-{node}"), command)
     };
     let mut nodes = [start("0"), start("1")];
-    nodes[0].until("a step", || project.path("run/log.jsonl").exists() && project.log_lines("run") >= 1);
-    let processes: Vec<u32> = nodes.iter().flat_map(|node| family(node.child.id())).collect();
+    project.until_steps(&mut nodes[0], "run", 1);
+    let launchers = nodes.each_ref().map(Running::pid);
+    let processes: Vec<Pid> = launchers.into_iter().chain(launchers.into_iter().flat_map(children)).collect();
     assert_eq!(processes.len(), 4, "two launchers, two ranks");
     let found = listening(&processes);
-    nodes[0].signal(rustix::process::Signal::TERM);
+    nodes[0].signal(Signal::TERM);
     for (code, stderr) in nodes.map(Running::wait) {
         assert_eq!(code, Some(75), "{stderr}");
     }
@@ -73,23 +69,28 @@ fn launchers_and_ranks_listen_on_the_network_that_was_chosen() {
     assert!(unasked.iter().any(|address| address.bytes().all(|digit| digit == b'0')), "all networks: {unasked:?}");
 }
 
+/// Makes a rank the only one of its machine.
+fn on_its_own_machine(command: &mut Command) {
+    command.env("LOCAL_RANK", "0").env("LOCAL_WORLD_SIZE", "1");
+}
+
 /// As under `srun` or `mpirun`: rank 0 serves the store.
 #[test]
 fn ranks_without_a_launcher_of_ours_listen_there_too() {
-    let (project, port) = (Project::new(), free_port().to_string());
-    let start = |rank: &str| {
+    let (project, port) = (Project::new(), free_port());
+    let start = |rank: usize| {
         let mut command = project.program();
-        command.args(["train", "config.toml", "--run-dir", "run", "--threads", "1", "--set", "train.steps=10000000"]);
-        command.args(["--interface", HERE]).env("RANK", rank).env("WORLD_SIZE", "2");
-        command.env("LOCAL_RANK", "0").env("LOCAL_WORLD_SIZE", "1").env("MASTER_ADDR", HERE).env("MASTER_PORT", &port);
+        command.args(train("run", &FOR_LONG));
+        command.args(["--interface", HERE]);
+        on_its_own_machine(rank_of(&mut command, [rank, 2], HERE, port));
         project.start(&format!("rank-{rank}"), command)
     };
-    let mut ranks = [start("0"), start("1")];
-    ranks[0].until("a step", || project.path("run/log.jsonl").exists() && project.log_lines("run") >= 1);
-    let found = listening(&[ranks[0].child.id(), ranks[1].child.id()]);
+    let mut ranks = [start(0), start(1)];
+    project.until_steps(&mut ranks[0], "run", 1);
+    let found = listening(&ranks.each_ref().map(Running::pid));
     assert_eq!(found, [format!("{:08X}", u32::from_le_bytes([127, 0, 0, 2]))].into());
     assert!(ranks[0].stderr().contains(&format!("open on {HERE}")), "{}", ranks[0].stderr());
-    ranks[1].signal(rustix::process::Signal::TERM);
+    ranks[1].signal(Signal::TERM);
     for (code, stderr) in ranks.map(Running::wait) {
         assert_eq!(code, Some(75), "{stderr}");
     }
@@ -110,15 +111,8 @@ fn a_meeting_place_on_another_network_is_refused() {
     let nodes = ["--ranks", "1", "--nnodes", "2", "--node-rank", "0", "--rdzv", "192.0.2.1:29999", "--interface", "lo"];
     project.train_refused(&nodes, 2, &["192.0.2.1", "127.0.0.1", "--rdzv"]);
     let mut command = project.program();
-    command
-        .args(["train", "config.toml", "--run-dir", "run", "--interface", "lo"])
-        .env("RANK", "0")
-        .env("WORLD_SIZE", "2");
-    command
-        .env("LOCAL_RANK", "0")
-        .env("LOCAL_WORLD_SIZE", "1")
-        .env("MASTER_ADDR", "192.0.2.1")
-        .env("MASTER_PORT", "29999");
+    command.args(train("run", &["--interface", "lo"]));
+    on_its_own_machine(rank_of(&mut command, [0, 2], "192.0.2.1", 29999));
     let (code, stderr) = project.start("rank", command).wait();
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains("192.0.2.1") && stderr.contains("set MASTER_ADDR to 127.0.0.1"), "{stderr}");

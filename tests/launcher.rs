@@ -2,87 +2,39 @@
 
 mod common;
 
+use common::processes::{catches, children, lives, until_gone};
+use common::ranks::{FOR_LONG, train};
 use common::{Project, Running};
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
-use std::time::{Duration, Instant};
+use ddpm_dist::rendezvous::store::Client;
+use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
+use rustix::process::{Pid, Signal};
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A command that works for longer than anyone waits, on any number of ranks.
 const WORKS: [&str; 4] = ["bench", "config.toml", "--steps", "100000000"];
 
-fn until(what: &str, patience: Duration, condition: impl Fn() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < patience, "{what}: waited in vain");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// Processes that a process has started.
-fn children(pid: u32) -> Vec<Pid> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
-    lists
-        .flat_map(|list| list.split_whitespace().map(String::from).collect::<Vec<_>>())
-        .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
-        .collect()
-}
-
-/// Whether a rank has come so far that it works: it has threads.
-fn is_at_work(pid: Pid) -> bool {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero()));
-    tasks.is_ok_and(|tasks| tasks.count() > 1)
-}
-
-/// A launcher with `ranks` ranks at work.
-fn launcher(project: &Project, name: &str, ranks: usize, more: &[&str]) -> (Running, Vec<Pid>) {
-    let mut command = project.program();
-    // A launcher that is killed leaves its private folder behind.
-    command.env("TMPDIR", project.path(""));
-    command.args(["--ranks", &ranks.to_string(), "--threads", "2"]).args(more).args(WORKS);
-    let mut running = project.start(name, command);
-    let pid = running.child.id();
-    running.until("ranks at work", || {
-        let ranks_at_work = children(pid).into_iter().filter(|child| is_at_work(*child)).count();
-        ranks_at_work == ranks
-    });
-    (running, children(pid))
-}
-
-fn is_gone(pid: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
-    test_kill_process(pid).is_err() || stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 #[test]
-fn a_launcher_that_is_killed_leaves_no_rank_behind() {
-    let project = Project::new();
-    let (mut running, ranks) = launcher(&project, "run", 2, &[]);
-    running.child.kill().unwrap();
-    running.child.wait().unwrap();
-    until("the end of all ranks", Duration::from_secs(2), || ranks.iter().all(|rank| is_gone(*rank)));
-}
-
-#[test]
-fn a_rank_that_is_killed_is_the_first_cause_and_takes_all_along() {
-    let project = Project::new();
-    let (running, ranks) = launcher(&project, "run", 2, &[]);
-    kill_process(ranks[1], Signal::KILL).unwrap();
-    let (code, stderr) = running.wait();
-    assert_eq!(code, Some(137), "{stderr}");
-    assert!(stderr.contains("rank 1 (node 0, ") && stderr.contains("SIGKILL"), "{stderr}");
-    assert!(ranks.iter().all(|rank| is_gone(*rank)));
-}
-
-#[test]
-fn a_signal_reaches_all_ranks_and_is_no_failure() {
+fn a_signal_to_a_command_without_state_reaches_all_ranks_and_is_no_failure() {
     for (signal, expected) in [(Signal::TERM, 143), (Signal::INT, 130)] {
         let project = Project::new();
-        let (running, ranks) = launcher(&project, "run", 2, &["--max-restarts", "3"]);
-        running.signal(signal);
-        let (code, stderr) = running.wait();
+        let mut command = project.program();
+        command.args(["--ranks", "2", "--threads", "1", "--max-restarts", "3"]).args(WORKS);
+        let mut launcher = project.start("run", command);
+        let pid = launcher.pid();
+        let ready = || children(pid).into_iter().filter(|rank| catches(*rank, signal)).count() == 2;
+        launcher.until("two ranks that catch signals", ready);
+        let ranks = launcher.ranks();
+        launcher.signal(signal);
+        let (code, stderr) = launcher.wait();
         assert_eq!(code, Some(expected), "{stderr}");
         assert!(!stderr.contains("starting again"), "{stderr}");
-        assert!(ranks.iter().all(|rank| is_gone(*rank)));
+        assert!(!ranks.into_iter().any(lives));
     }
 }
 
@@ -92,7 +44,7 @@ fn one_rank_trains_and_a_signal_saves_its_state() {
     let mut command = project.program();
     command.args(["train", "config.toml", "--run-dir", "run", "--set", "train.steps=10000000", "--ranks", "1"]);
     let mut running = project.start("run", command);
-    running.until("ten steps", || project.path("run/log.jsonl").exists() && project.log_lines("run") >= 10);
+    project.until_steps(&mut running, "run", 10);
     running.signal(Signal::TERM);
     let (code, stderr) = running.wait();
     assert_eq!(code, Some(75), "{stderr}");
@@ -135,30 +87,74 @@ fn only_rank_0_has_results() {
     assert!(!ended.stdout.contains("[rank"), "{}", ended.stdout);
 }
 
+/// Starts the launcher of one of `nodes` machines, which trains with one rank.
+fn start_node(project: &Project, nodes: usize, node: usize, port: u16) -> Running {
+    let mut command = project.program();
+    let [count, number] = [nodes, node].map(|n| n.to_string());
+    command.args(["--ranks", "1", "--nnodes", &count, "--node-rank", &number, "--rdzv", &format!("127.0.0.1:{port}")]);
+    command.args(train("run", &FOR_LONG)).args(["--set", "train.batch=12"]);
+    // A launcher that is killed leaves its private folder behind.
+    command.env("TMPDIR", project.path(""));
+    project.start(&format!("node-{node}"), command)
+}
+
+/// Waits until a node has come to the meeting place of node 0.
+fn until_joined(lead: &mut Running, port: u16, node: usize) {
+    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
+    let mut store = Client::connect(&address, "launcher/", PATIENCE).unwrap();
+    lead.until(&format!("node {node}"), || store.has(&format!("node/{node}")).unwrap());
+}
+
 #[test]
 fn two_machines_and_one_that_dies() {
-    let project = Project::new();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let meet = format!("127.0.0.1:{port}");
-    let node = |node: &str| {
-        let mut command = project.program();
-        command
-            .env("TMPDIR", project.path(""))
-            .args(["--ranks", "1", "--nnodes", "2", "--node-rank", node, "--rdzv", &meet, "--threads", "2"])
-            .args(WORKS);
-        project.start(&format!("node{node}"), command)
-    };
-    let (mut lead, mut other) = (node("0"), node("1"));
-    let pids = [lead.child.id(), other.child.id()];
-    let at_work = || pids.iter().all(|pid| children(*pid).iter().any(|child| is_at_work(*child)));
-    lead.until("ranks at work on both", at_work);
-    let rank = children(pids[1])[0];
-    other.child.kill().unwrap();
-    other.child.wait().unwrap();
-    until("the end of its rank", Duration::from_secs(2), || is_gone(rank));
+    let (project, port) = (Project::new(), free_port());
+    let [mut lead, other] = [0, 1].map(|node| start_node(&project, 2, node, port));
+    project.until_steps(&mut lead, "run", 3);
+    let [rank]: [Pid; 1] = children(other.pid()).try_into().unwrap();
+    other.signal(Signal::KILL);
+    let needed = until_gone(&[rank]);
+    assert!(needed < Duration::from_secs(2), "its rank outlives it by {needed:?}");
     let (code, stderr) = lead.wait();
     assert_eq!(code, Some(6), "{stderr}");
     assert!(stderr.contains("node 1 (") && stderr.contains("is gone"), "{stderr}");
+}
+
+#[test]
+fn machines_that_wait_for_another_leave_when_node_0_is_told() {
+    let (project, port) = (Project::new(), free_port());
+    let [mut lead, other] = [0, 1].map(|node| start_node(&project, 3, node, port));
+    until_joined(&mut lead, port, 1);
+    lead.signal(Signal::TERM);
+    for node in [lead, other] {
+        let (code, stderr) = node.wait();
+        assert_eq!(code, Some(143), "{stderr}");
+        assert!(stderr.contains("stopped by signal 15"), "{stderr}");
+    }
+    assert!(!project.path("run").exists());
+}
+
+/// Machine 1 has come and stands still, so that its rank is waited for.
+#[test]
+fn ranks_of_several_machines_leave_when_one_launcher_is_told_before_all_have_come() {
+    let (project, port) = (Project::new(), free_port());
+    let [mut lead, still] = [0, 1].map(|node| start_node(&project, 3, node, port));
+    until_joined(&mut lead, port, 1);
+    still.signal(Signal::STOP);
+    let other = start_node(&project, 3, 2, port);
+    let pids = [lead.pid(), other.pid()];
+    let ready = || pids.map(children).iter().all(|ranks| ranks.len() == 1 && catches(ranks[0], Signal::TERM));
+    lead.until("two ranks that catch signals", ready);
+    let ranks: Vec<Pid> = pids.into_iter().flat_map(children).collect();
+    lead.signal(Signal::TERM);
+    let needed = until_gone(&ranks);
+    assert!(needed < Duration::from_secs(5), "they leave after {needed:?}");
+    still.signal(Signal::KILL);
+    for node in [lead, other] {
+        let (code, stderr) = node.wait();
+        assert_eq!(code, Some(75), "{stderr}");
+        assert!(stderr.contains("stopped before all ranks had come"), "{stderr}");
+    }
+    assert!(!project.path("run").exists());
 }
 
 #[test]

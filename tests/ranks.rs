@@ -2,49 +2,15 @@
 
 mod common;
 
+use common::ranks::{rank_of, rank_of_launcher, start, start_some, store, train};
 use common::{Project, Running};
-use ddpm_dist::checkpoint::{GROUPS, Snapshot, Want, load};
-use ddpm_dist::rendezvous::store::Server;
+use rustix::thread::{CpuSet, sched_getaffinity};
 use std::process::Command;
-
-/// The environment in which a launcher starts a rank; this test serves the store, as a launcher does.
-fn rank_of<'a>(command: &'a mut Command, store: &Server, rank: usize, size: usize) -> &'a mut Command {
-    let number = |n: usize| n.to_string();
-    command
-        .env("DDPM_DIST_RUN_ID", "test")
-        .env("RANK", number(rank))
-        .env("WORLD_SIZE", number(size))
-        .env("LOCAL_RANK", number(rank))
-        .env("LOCAL_WORLD_SIZE", number(size))
-        .env("MASTER_ADDR", "127.0.0.1")
-        .env("MASTER_PORT", store.address().port().to_string())
-}
-
-fn store() -> Server {
-    Server::listen(([127, 0, 0, 1], 0).into()).unwrap()
-}
-
-/// Starts `size` ranks, rank r with `arguments(r)`.
-fn start(project: &Project, store: &Server, size: usize, arguments: impl Fn(usize) -> Vec<String>) -> Vec<Running> {
-    let start = |rank| {
-        let mut command = project.program();
-        command.args(arguments(rank));
-        rank_of(&mut command, store, rank, size);
-        project.start(&format!("rank-{rank}"), command)
-    };
-    (0..size).map(start).collect()
-}
-
-/// Arguments of a training run.
-fn train(run_dir: &str, more: &[&str]) -> Vec<String> {
-    let first = ["train", "config.toml", "--run-dir", run_dir, "--threads", "1"];
-    first.iter().chain(more).map(|s| s.to_string()).collect()
-}
 
 /// Trains on `size` ranks and expects all of them to end well; gives what each said.
 fn trained(project: &Project, size: usize, run_dir: &str, more: &[&str]) -> Vec<String> {
     let store = store();
-    let ranks = start(project, &store, size, |_| train(run_dir, more));
+    let ranks = start(project, &store, size, |_, command| command.args(train(run_dir, more)));
     ranks
         .into_iter()
         .enumerate()
@@ -54,12 +20,6 @@ fn trained(project: &Project, size: usize, run_dir: &str, more: &[&str]) -> Vec<
             stderr
         })
         .collect()
-}
-
-/// Weights, moments and averages of a checkpoint, as bits.
-fn state(project: &Project, run_dir: &str, step: u64) -> Vec<Vec<u32>> {
-    let snapshot: Snapshot = load(&project.checkpoint(run_dir, step), None, Want::All).unwrap();
-    GROUPS.map(|group| snapshot.group(group).iter().map(|x| x.to_bits()).collect()).to_vec()
 }
 
 const SHARDS: [&str; 10] = [
@@ -80,7 +40,7 @@ const SHARDS: [&str; 10] = [
 fn one_trajectory_at_any_number_of_ranks() {
     let project = Project::new();
     trained(&project, 1, "one", &SHARDS);
-    let (expected, measured) = (state(&project, "one", 52), project.measured("one"));
+    let (expected, measured) = (project.state("one", 52), project.measured("one"));
     assert_eq!(measured.len(), 52);
     assert!(measured.iter().any(|line| line["grad_norm"].as_f64().unwrap() > 0.2), "no gradient was clipped");
     for size in [2, 4, 8] {
@@ -88,13 +48,13 @@ fn one_trajectory_at_any_number_of_ranks() {
         let said = trained(&project, size, &run_dir, &SHARDS);
         assert!(said[0].contains(&format!("on {size} ranks")), "{}", said[0]);
         assert!(said[1..].iter().all(String::is_empty), "rank 0 speaks for all: {said:?}");
-        assert!(state(&project, &run_dir, 52) == expected, "{size} ranks");
+        assert!(project.state(&run_dir, 52) == expected, "{size} ranks");
         assert_eq!(project.measured(&run_dir), measured, "{size} ranks");
     }
     trained(&project, 4, "changed", &[&SHARDS[..], &["--set", "train.steps=26"]].concat());
     let said = trained(&project, 2, "changed", &SHARDS);
     assert!(said[0].contains("resuming") && !said[0].contains("last bits differ"), "{}", said[0]);
-    assert!(state(&project, "changed", 52) == expected);
+    assert!(project.state("changed", 52) == expected);
     assert_eq!(project.measured("changed"), measured);
 }
 
@@ -113,15 +73,13 @@ fn images_are_the_same_at_any_number_of_ranks() {
     let project = Project::new();
     trained(&project, 2, "run", &["--set", "train.steps=5", "--set", "sample.count=7"]);
     assert!(project.path("run/samples/step-00000005.png").is_file());
-    let sample = |out: &str| {
-        ["sample", "run", "--count", "7", "--seed", "3", "--threads", "1", "--out", out].map(str::to_string).to_vec()
-    };
+    let sample = ["sample", "run", "--count", "7", "--seed", "3", "--threads", "1", "--out"];
     for out in ["npy", "gif"] {
         let alone = format!("alone.{out}");
-        project.done(&sample(&alone).iter().map(String::as_str).collect::<Vec<_>>());
+        project.done(&[&sample[..], &[&alone]].concat());
         for size in [2, 3] {
             let (store, together) = (store(), format!("on-{size}.{out}"));
-            for running in start(&project, &store, size, |_| sample(&together)) {
+            for running in start(&project, &store, size, |_, command| command.args(sample).arg(&together)) {
                 let (code, stderr) = running.wait();
                 assert_eq!(code, Some(0), "{stderr}");
             }
@@ -134,7 +92,7 @@ fn images_are_the_same_at_any_number_of_ranks() {
 fn ranks_measure_together() {
     let (project, store) = (Project::new(), store());
     let bench = ["bench", "config.toml", "--steps", "2", "--warmup", "1", "--json", "result.json", "--threads", "1"];
-    for running in start(&project, &store, 2, |_| bench.map(str::to_string).to_vec()) {
+    for running in start(&project, &store, 2, |_, command| command.args(bench)) {
         let (code, stderr) = running.wait();
         assert_eq!(code, Some(0), "{stderr}");
     }
@@ -142,10 +100,42 @@ fn ranks_measure_together() {
     assert_eq!((result["ranks"].as_u64(), result["batch"].as_u64()), (Some(2), Some(4)));
 }
 
+/// A launcher that gives each rank cores of its own has divided them already: they are not divided again.
+#[test]
+fn ranks_compute_with_as_many_threads_as_they_have_cores() {
+    let mask = sched_getaffinity(None).unwrap();
+    let cores: Vec<String> = (0..CpuSet::MAX_CPU).filter(|&core| mask.is_set(core)).map(|n| n.to_string()).collect();
+    let (all, [first, second]) = (cores.join(","), [&cores[..cores.len() / 2], &cores[cores.len() / 2..]]);
+    let half = (cores.len() / 2).max(1) as u64;
+    assert_eq!(threads_of_rank_0([&all, &all]), half, "all share the cores {all}");
+    if cores.len() < 4 {
+        common::not_tested("ranks that are bound to some cores each: they would have one thread in any case");
+    }
+    if cores.len() > 1 {
+        assert_eq!(threads_of_rank_0([&first.join(","), &second.join(",")]), half, "each has its own of {all}");
+    }
+}
+
+/// Measures with two ranks that `taskset` binds to these cores; gives with how many threads rank 0 computed.
+fn threads_of_rank_0(cores: [&str; 2]) -> u64 {
+    let (project, store) = (Project::new(), store());
+    let bench = ["bench", "config.toml", "--steps", "1", "--warmup", "0", "--json", "result.json"];
+    let ranks = start(&project, &store, 2, |rank, command| {
+        *command = project.program_by("taskset");
+        command.args(["-c", cores[rank], env!("CARGO_BIN_EXE_ddpm-dist")]).args(bench)
+    });
+    for running in ranks {
+        let (code, stderr) = running.wait();
+        assert_eq!(code, Some(0), "{stderr}");
+    }
+    let result: serde_json::Value = serde_json::from_slice(&project.read("result.json")).unwrap();
+    result["threads"].as_u64().unwrap()
+}
+
 /// Starts two ranks that cannot train together; gives how each ended.
 fn refused(more: [&[&str]; 2]) -> [(Option<i32>, String); 2] {
     let (project, store) = (Project::new(), store());
-    let ranks = start(&project, &store, 2, |rank| train("run", more[rank]));
+    let ranks = start(&project, &store, 2, |rank, command| command.args(train("run", more[rank])));
     let ended: Vec<_> = ranks.into_iter().map(Running::wait).collect();
     assert!(!project.path("run/log.jsonl").exists(), "nothing was trained");
     ended.try_into().unwrap()
@@ -180,65 +170,54 @@ fn a_world_that_does_not_divide_the_batch_is_refused() {
 #[test]
 fn two_processes_with_one_number_are_refused() {
     let (project, store) = (Project::new(), store());
-    let start = |name: &str| {
-        let mut command = project.program();
-        command.args(train("run", &["--rdzv-timeout", "5"]));
-        rank_of(&mut command, &store, 1, 2);
-        project.start(name, command)
-    };
-    let (first, second) = (start("first"), start("second"));
-    let ended = [first.wait(), second.wait()];
+    let arguments = train("run", &["--rdzv-timeout", "5"]);
+    let both = start_some(&project, &store, &[1, 1], 2, |_, command| command.args(&arguments));
+    let ended: Vec<_> = both.into_iter().map(Running::wait).collect();
     assert!(ended.iter().all(|(code, _)| *code == Some(8)), "{ended:?}");
     assert!(ended.iter().any(|(_, stderr)| stderr.contains("two processes say they are rank 1")), "{ended:?}");
 }
 
-#[test]
-fn a_rank_that_does_not_come_is_named() {
-    let (project, store) = (Project::new(), store());
+/// One rank of two, and nobody else, is refused with these words.
+fn refused_alone(rank: usize, prepare: impl FnOnce(&mut Command) -> &mut Command, code: i32, words: &[&str]) {
+    let project = Project::new();
     let mut command = project.program();
     command.args(train("run", &["--rdzv-timeout", "1"]));
-    rank_of(&mut command, &store, 0, 2);
-    let (code, stderr) = project.start("alone", command).wait();
-    assert_eq!(code, Some(8), "{stderr}");
-    assert!(stderr.contains("ranks [1] of 2 have not come within 1 s"), "{stderr}");
+    prepare(rank_of(&mut command, [rank, 2], "127.0.0.1", 1));
+    let (ended, stderr) = project.start("alone", command).wait();
+    assert_eq!(ended, Some(code), "{stderr}");
+    assert!(words.iter().all(|word| stderr.contains(word)), "{words:?}: {stderr}");
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named() {
+    let store = store();
+    refused_alone(
+        0,
+        |command| rank_of_launcher(command, [0, 2], &store),
+        8,
+        &["ranks [1] of 2 have not come within 1 s"],
+    );
 }
 
 #[test]
 fn a_store_that_nobody_serves_is_named() {
-    let project = Project::new();
     let store = store();
     let port = store.address().port();
-    let mut command = project.program();
-    command.args(train("run", &["--rdzv-timeout", "1"]));
-    rank_of(&mut command, &store, 0, 2);
-    drop(store);
-    let (code, stderr) = project.start("alone", command).wait();
-    assert_eq!(code, Some(8), "{stderr}");
-    assert!(stderr.contains(&format!("127.0.0.1:{port} cannot be reached within 1 s")), "{stderr}");
+    let words = format!("127.0.0.1:{port} cannot be reached within 1 s");
+    refused_alone(0, move |command| rank_of_launcher(command, [0, 2], &store), 8, &[&words]);
 }
 
 /// Rank 0 serves the store where no launcher does.
 #[test]
 fn a_port_in_use_is_named() {
-    let (project, store) = (Project::new(), store());
-    let mut command = project.program();
-    command.args(train("run", &[]));
-    rank_of(&mut command, &store, 0, 2).env_remove("DDPM_DIST_RUN_ID");
-    let (code, stderr) = project.start("alone", command).wait();
-    assert_eq!(code, Some(8), "{stderr}");
-    let port = store.address().port();
-    assert!(stderr.contains(&format!("port {port}")) && stderr.contains("MASTER_PORT"), "{stderr}");
+    let store = store();
+    let port = store.address().port().to_string();
+    refused_alone(0, |command| command.env("MASTER_PORT", &port), 8, &[&format!("port {port}"), "MASTER_PORT"]);
 }
 
 #[test]
 fn a_rank_beyond_the_world_is_refused() {
-    let (project, store) = (Project::new(), store());
-    let mut command = project.program();
-    command.args(train("run", &[]));
-    rank_of(&mut command, &store, 2, 2);
-    let (code, stderr) = project.start("alone", command).wait();
-    assert_eq!(code, Some(2), "{stderr}");
-    assert!(stderr.contains("the rank is 2, expected less than 2"), "{stderr}");
+    refused_alone(2, |command| command, 2, &["the rank is 2, expected less than 2"]);
 }
 
 /// Another build of the program: its commit is another.
@@ -257,14 +236,10 @@ fn ranks_of_different_builds_are_refused() {
     let other = project.write("other", program);
     std::fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let programs = [env!("CARGO_BIN_EXE_ddpm-dist"), other.to_str().unwrap()];
-    let ranks: Vec<Running> = (0..2)
-        .map(|rank| {
-            let mut command = project.program_by(programs[rank]);
-            command.args(train("run", &[]));
-            rank_of(&mut command, &store, rank, 2);
-            project.start(&format!("rank-{rank}"), command)
-        })
-        .collect();
+    let ranks = start(&project, &store, 2, |rank, command| {
+        *command = project.program_by(programs[rank]);
+        command.args(train("run", &[]))
+    });
     said_once(ranks.into_iter().map(Running::wait), &["rank 0 runs ddpm-dist", "start one and the same program"]);
 }
 
@@ -272,21 +247,16 @@ fn ranks_of_different_builds_are_refused() {
 #[test]
 fn ranks_with_different_instructions_are_refused() {
     let (project, store) = (Project::new(), store());
-    let ranks: Vec<Running> = (0..2)
-        .map(|rank| {
-            let mut command = project.program();
-            command.args(train("run", &[]));
-            rank_of(&mut command, &store, rank, 2).env("DDPM_DIST_SIMD", ["portable", "avx2"][rank]);
-            project.start(&format!("rank-{rank}"), command)
-        })
-        .collect();
+    let ranks = start(&project, &store, 2, |rank, command| {
+        command.args(train("run", &[])).env("DDPM_DIST_SIMD", ["portable", "avx2"][rank])
+    });
     said_once(ranks.into_iter().map(Running::wait), &["portable", "avx2", "DDPM_DIST_SIMD"]);
 }
 
 #[test]
 fn ranks_that_see_other_directories_are_refused() {
     let (project, store) = (Project::new(), store());
-    let ranks = start(&project, &store, 2, |rank| train(["run", "elsewhere"][rank], &[]));
+    let ranks = start(&project, &store, 2, |rank, command| command.args(train(["run", "elsewhere"][rank], &[])));
     for (rank, running) in ranks.into_iter().enumerate() {
         let (code, stderr) = running.wait();
         assert_eq!(code, Some([6, 4][rank]), "{stderr}");
@@ -303,7 +273,7 @@ fn ranks_that_see_other_images_are_refused() {
     }
     let store = store();
     let data = ["data.path=\"pictures\"", "data.path=\"others\""];
-    let ranks = start(&project, &store, 2, |rank| train("run", &["--set", data[rank]]));
+    let ranks = start(&project, &store, 2, |rank, command| command.args(train("run", &["--set", data[rank]])));
     said_once(ranks.into_iter().map(Running::wait), &["rank 1 sees other images than rank 0"]);
 }
 
@@ -311,15 +281,7 @@ fn ranks_that_see_other_images_are_refused() {
 #[test]
 fn ranks_that_wait_for_others_leave_when_one_is_told() {
     let (project, store) = (Project::new(), store());
-    let mut ranks: Vec<Running> = [0, 2]
-        .into_iter()
-        .map(|rank| {
-            let mut command = project.program();
-            command.args(train("run", &[]));
-            rank_of(&mut command, &store, rank, 3);
-            project.start(&format!("rank-{rank}"), command)
-        })
-        .collect();
+    let mut ranks = start_some(&project, &store, &[0, 2], 3, |_, command| command.args(train("run", &[])));
     // Both have said where they listen; nobody is rank 1.
     ranks[0].until("two ranks to wait", || store.len() >= 4);
     ranks[1].signal(rustix::process::Signal::USR1);
@@ -334,9 +296,9 @@ fn ranks_that_wait_for_others_leave_when_one_is_told() {
 fn ranks_that_would_make_other_images_are_refused() {
     let (project, store) = (Project::new(), store());
     project.trained("run", &["--set", "train.steps=5"]);
-    let sample =
-        |rank: usize| ["sample", "run", "--seed", ["3", "4"][rank], "--out", "x.png"].map(str::to_string).to_vec();
-    let ranks = start(&project, &store, 2, sample);
+    let ranks = start(&project, &store, 2, |rank, command| {
+        command.args(["sample", "run", "--seed", ["3", "4"][rank], "--out", "x.png"])
+    });
     said_once(ranks.into_iter().map(Running::wait), &["of step 5, 16 images of seed 3", "seed 4"]);
     assert!(!project.path("x.png").exists());
 }

@@ -3,6 +3,7 @@
 mod common;
 
 use common::Project;
+use common::ranks::{rank_of, train};
 use ddpm_dist::rendezvous::store::Client;
 use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use std::net::TcpListener;
@@ -13,23 +14,19 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[test]
 fn rank_0_leaves_after_those_who_use_its_store() {
     let (project, port) = (Project::new(), TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port());
-    let start = |rank: &str| {
+    let start = |rank: usize| {
         let mut command = project.program();
-        command.args(["train", "config.toml", "--run-dir", "run", "--threads", "1"]);
-        command.env("RANK", rank).env("WORLD_SIZE", "2").env("LOCAL_RANK", rank).env("LOCAL_WORLD_SIZE", "2");
-        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+        rank_of(command.args(train("run", &[])), [rank, 2], "127.0.0.1", port);
         project.start(&format!("rank-{rank}"), command)
     };
-    let mut first = start("0");
+    let mut first = start(0);
     let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::RankZero };
     // Someone who is slow to leave.
     let mut slow = Client::connect(&address, "test/", PATIENCE).unwrap();
     slow.set("here", b"").unwrap();
-    let (code, stderr) = start("1").wait();
+    let (code, stderr) = start(1).wait();
     assert_eq!(code, Some(0), "{stderr}");
-    first.until("rank 0 to say that it is done", || {
-        std::fs::read_to_string(project.path("rank-0.stderr")).unwrap().contains("done: 20 steps")
-    });
+    first.until_said("done: 20 steps");
     std::thread::sleep(Duration::from_millis(200));
     assert!(first.child.try_wait().unwrap().is_none(), "rank 0 has left: {}", first.stderr());
     assert!(slow.has("here").unwrap());

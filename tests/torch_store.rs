@@ -1,5 +1,7 @@
 //! Our store's client and server with PyTorch's own on the other side.
 
+mod common;
+
 use ddpm_dist::rendezvous::store::{Client, Server};
 use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use std::io::{BufRead, BufReader};
@@ -15,7 +17,7 @@ fn python() -> Option<String> {
     if found.is_ok_and(|status| status.success()) {
         return Some(python);
     }
-    eprintln!("skipped: {python} has no PyTorch; PYTHON may name one that has");
+    common::not_tested(&format!("our store with PyTorch's: {python} has no PyTorch; PYTHON may name one that has"));
     None
 }
 

@@ -2,7 +2,12 @@
 
 #![allow(dead_code)] // each test file uses a part of it
 
+pub mod processes;
+pub mod ranks;
+
+use ddpm_dist::checkpoint::{self, GROUPS, Snapshot, Want};
 use sha2::{Digest, Sha256};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -53,6 +58,12 @@ batch = 4
 [log]
 every = 1
 "#;
+
+/// Says that something is not tested here, and why: past the harness, which keeps what a test prints that passes.
+pub fn not_tested(what: &str) {
+    // Nothing could be done about it.
+    let _ = writeln!(std::io::stderr(), "NOT TESTED: {what}");
+}
 
 /// A `.npy` file of bytes.
 pub fn npy(shape: &[usize], pixels: &[u8]) -> Vec<u8> {
@@ -174,23 +185,25 @@ impl Project {
 
     /// Steps of the checkpoints of a run, oldest first.
     pub fn checkpoints(&self, run_dir: &str) -> Vec<u64> {
-        ddpm_dist::checkpoint::list(&self.path(run_dir).join("checkpoints"))
-            .unwrap()
-            .into_iter()
-            .map(|(s, _)| s)
-            .collect()
+        checkpoint::list(&self.path(run_dir).join("checkpoints")).unwrap().into_iter().map(|(s, _)| s).collect()
     }
 
     pub fn checkpoint(&self, run_dir: &str, step: u64) -> PathBuf {
-        self.path(run_dir).join("checkpoints").join(ddpm_dist::checkpoint::write::dir_name(step))
+        self.path(run_dir).join("checkpoints").join(checkpoint::write::dir_name(step))
     }
 
     /// SHA-256 of a checkpoint's shards, by its manifest, after the files were compared with it.
     pub fn hashes(&self, run_dir: &str, step: u64) -> Vec<String> {
         let dir = self.checkpoint(run_dir, step);
-        let manifest = ddpm_dist::checkpoint::verify(&dir).unwrap();
+        let manifest = checkpoint::verify(&dir).unwrap();
         assert_eq!(manifest.meta.step, step);
         manifest.files.into_iter().map(|f| f.sha256).collect()
+    }
+
+    /// Weights, moments and averages of a checkpoint, as bits.
+    pub fn state(&self, run_dir: &str, step: u64) -> Vec<Vec<u32>> {
+        let snapshot: Snapshot = checkpoint::load(&self.checkpoint(run_dir, step), None, Want::All).unwrap();
+        GROUPS.map(|group| snapshot.group(group).iter().map(|x| x.to_bits()).collect()).to_vec()
     }
 
     /// The lines of `log.jsonl`.
@@ -199,9 +212,15 @@ impl Project {
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    /// Lines of a log that may be half written.
+    /// Lines of a log that may be half written, or not be there yet.
     pub fn log_lines(&self, run_dir: &str) -> usize {
-        self.read(format!("{run_dir}/log.jsonl")).iter().filter(|byte| **byte == b'\n').count()
+        let log = std::fs::read(self.path(run_dir).join("log.jsonl")).unwrap_or_default();
+        log.iter().filter(|byte| **byte == b'\n').count()
+    }
+
+    /// Waits until a run has logged so many steps.
+    pub fn until_steps(&self, running: &mut Running, run_dir: &str, steps: usize) {
+        running.until(&format!("{steps} steps"), || self.log_lines(run_dir) >= steps);
     }
 
     /// What each step measured, without what depends on the clock.
@@ -269,7 +288,7 @@ impl Ended {
     }
 }
 
-/// A training run that goes on.
+/// A process that goes on; what it says for people is in a file.
 pub struct Running {
     pub child: Child,
     stderr: PathBuf,
@@ -277,11 +296,11 @@ pub struct Running {
 
 impl Running {
     pub fn stderr(&self) -> String {
-        std::fs::read_to_string(&self.stderr).unwrap()
+        self.words()()
     }
 
     /// Waits until `condition` holds.
-    pub fn until(&mut self, what: &str, condition: impl Fn() -> bool) {
+    pub fn until(&mut self, what: &str, mut condition: impl FnMut() -> bool) {
         let start = Instant::now();
         while !condition() {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -292,9 +311,16 @@ impl Running {
         }
     }
 
-    pub fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, signal).unwrap();
+    /// What reads what it has said, while something else has it.
+    pub fn words(&self) -> impl Fn() -> String + use<> {
+        let stderr = self.stderr.clone();
+        move || std::fs::read_to_string(&stderr).unwrap()
+    }
+
+    /// Waits until it has said this.
+    pub fn until_said(&mut self, words: &str) {
+        let said = self.words();
+        self.until(&format!("{words:?}"), || said().contains(words));
     }
 
     /// Exit code, `None` if a signal ended it.
