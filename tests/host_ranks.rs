@@ -7,7 +7,6 @@ use ddpm_dist::collective::Collective;
 use ddpm_dist::collective::host::{Host, Meeting};
 use ddpm_dist::device::{Device, cpu::Cpu};
 use ddpm_dist::rendezvous::store::{Client, Server};
-use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
@@ -91,8 +90,7 @@ fn a_rank() {
         (number(0), number(1), number(2) as u16, Duration::from_millis(number(5) as u64));
     let serves = rank == 0 && place[4] == "true";
     let _server = serves.then(|| Server::listen(([127, 0, 0, 1], port).into()).unwrap());
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::RankZero };
-    let connect = || Client::connect(&address, "/test/", PATIENCE).unwrap();
+    let connect = || Client::connect("127.0.0.1", port, "/test/", PATIENCE).unwrap();
     let one_machine = place[3] == "true";
     let meeting = Meeting { rank, size, one_machine, store: connect(), patience: PATIENCE };
     let mut host = Host::join(meeting, deadline).unwrap();

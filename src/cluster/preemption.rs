@@ -96,20 +96,17 @@ fn pass_on(store: &mut Client, request: &Request) -> Result<bool, crate::rendezv
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rendezvous::store::Server;
-    use crate::rendezvous::{StoreAddress, StoreHost};
+    use crate::rendezvous::testing::{client, server};
     use std::time::Instant;
 
     #[test]
     fn a_request_reaches_all_ranks_with_its_signal() {
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = server();
         let port = server.address().port();
-        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
         let ranks: Vec<(Request, Preemption)> = (0..3)
             .map(|_| {
                 let request = Request::default();
-                let store = Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
-                (request.clone(), Preemption::watch(store, request).unwrap())
+                (request.clone(), Preemption::watch(client(port, "test/"), request).unwrap())
             })
             .collect();
         ranks[1].0.signal.store(10, Ordering::SeqCst);
@@ -129,28 +126,24 @@ mod tests {
     /// A rank may save and leave sooner than it looks at the store again.
     #[test]
     fn a_request_is_passed_on_by_a_rank_that_leaves_at_once() {
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = server();
         let port = server.address().port();
-        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-        let connect = || Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
         let request = Request::default();
-        let watch = Preemption::watch(connect(), request.clone()).unwrap();
+        let watch = Preemption::watch(client(port, "test/"), request.clone()).unwrap();
         // The first look is over, and the next one far.
         std::thread::sleep(EVERY / 4);
         request.signal.store(10, Ordering::SeqCst);
         request.flag.store(true, Ordering::SeqCst);
         drop(watch);
-        assert_eq!(connect().get(KEY, Duration::from_secs(10)).unwrap(), b"10");
+        assert_eq!(client(port, "test/").get(KEY, Duration::from_secs(10)).unwrap(), b"10");
     }
 
     #[test]
     fn a_store_that_goes_away_ends_the_watch_and_requests_nothing() {
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = server();
         let port = server.address().port();
-        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
         let request = Request::default();
-        let store = Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
-        let watch = Preemption::watch(store, request.clone()).unwrap();
+        let watch = Preemption::watch(client(port, "test/"), request.clone()).unwrap();
         drop(server);
         drop(watch);
         assert!(!request.flag.load(Ordering::SeqCst));

@@ -190,24 +190,18 @@ mod tests {
     use super::*;
     use crate::collective::Collective;
     use crate::collective::host::{Host, Meeting};
-    use crate::rendezvous::store::Server;
-    use crate::rendezvous::{StoreAddress, StoreHost};
+    use crate::rendezvous::testing::{client, server};
 
     const PATIENCE: Duration = Duration::from_secs(20);
     const EVERY: Duration = Duration::from_millis(100);
-
-    fn connect(server: &Server) -> Client {
-        let address =
-            StoreAddress { host: "127.0.0.1".into(), port: server.address().port(), served_by: StoreHost::RankZero };
-        Client::connect(&address, "/test/", PATIENCE).unwrap()
-    }
 
     /// Two ranks, of which the second goes no further than step 57; what the first one's watchdog says, and the error's delay. The server
     /// is dropped before it is asked if it `is_lost`.
     fn explained(second_lives: bool, store_is_lost: bool) -> (CollectiveError, Duration, Verdict, Duration) {
         let deadline = Duration::from_millis(400);
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
-        let stores: Vec<(Client, Client)> = (0..2).map(|_| (connect(&server), connect(&server))).collect();
+        let server = server();
+        let connect = || client(server.address().port(), "test/");
+        let stores: Vec<(Client, Client)> = (0..2).map(|_| (connect(), connect())).collect();
         let (over, wait) = std::sync::mpsc::channel::<()>();
         std::thread::scope(|scope| {
             let [mine, theirs] = <[_; 2]>::try_from(stores).unwrap();

@@ -7,8 +7,11 @@
 
 mod environment;
 mod interface;
+mod meet;
 mod slurm;
 pub mod store;
+#[cfg(test)]
+pub(crate) mod testing;
 mod world;
 
 #[cfg(test)]
@@ -17,5 +20,6 @@ mod tests;
 pub use environment::Environment;
 pub use interface::{InterfaceError, address_of_interface};
 pub use world::{
-    Detected, Launcher, Node, OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED, StoreAddress, StoreHost, World, WorldError, detect,
+    Detected, Launcher, MAX_RANKS, Node, OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED, StoreAddress, StoreHost, World,
+    WorldError, detect,
 };

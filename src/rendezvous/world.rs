@@ -4,6 +4,9 @@ use super::Environment;
 use super::slurm::{first_host, tasks_of_node};
 use thiserror::Error;
 
+/// Most ranks of a run, and most on one machine: more is a mistake.
+pub const MAX_RANKS: usize = 4096;
+
 /// Who started this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launcher {

@@ -19,7 +19,6 @@ use super::watch::Watch;
 use super::{Job, LaunchError};
 use crate::machine::host_name;
 use crate::rendezvous::store::{Client, Server, StoreError};
-use crate::rendezvous::{StoreAddress, StoreHost};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -110,8 +109,7 @@ impl<'a> Meeting<'a> {
             (true, None) => "127.0.0.1".to_string(),
             (false, _) => meeting.host().to_string(),
         };
-        let address = StoreAddress { host, port, served_by: StoreHost::Launcher };
-        meeting.client = Some(connect(&address, job.patience, inbox)?);
+        meeting.client = Some(connect(&host, port, job.patience, inbox)?);
         meeting.announce(me)?;
         if is_lead {
             let joined = meeting.all_nodes(inbox);
@@ -126,7 +124,7 @@ impl<'a> Meeting<'a> {
         if !is_lead {
             hosts = vec![meeting.host().to_string()];
         }
-        let client = connect(&address, job.patience, inbox)?;
+        let client = connect(&host, port, job.patience, inbox)?;
         meeting._watch = Some(
             Watch::start(client, job, hosts, inbox.doorbell())
                 .map_err(|source| LaunchError::Listen { port, source })?,

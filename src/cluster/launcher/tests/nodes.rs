@@ -1,8 +1,8 @@
 //! Launchers of two nodes, both on this machine.
 
 use super::*;
-use crate::rendezvous::store::{Client, Server};
-use crate::rendezvous::{StoreAddress, StoreHost};
+use crate::rendezvous::store::Client;
+use crate::rendezvous::testing;
 use signal_hook::consts::SIGTERM;
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
@@ -26,8 +26,7 @@ fn two(ranks: usize, script: &str, change: impl Fn(&mut Job)) -> (Script, [Scrip
 }
 
 fn client(port: u16) -> Client {
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-    Client::connect(&address, "launcher/", PATIENCE).unwrap()
+    testing::client(port, "launcher/")
 }
 
 fn port(script: &Script) -> u16 {
@@ -170,7 +169,7 @@ fn a_run_goes_on_without_a_node_that_vanishes_if_it_may() {
 
 #[test]
 fn ranks_do_not_go_on_when_node_0_vanishes() {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = testing::server();
     let port = server.address().port();
     let all = Script::new(1, SAVES);
     let node = all.node(1, 2, port);
@@ -231,7 +230,7 @@ fn ranks_do_not_go_on_when_node_0_no_longer_answers() {
 
 #[test]
 fn a_launcher_that_hears_nonsense_says_so() {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = testing::server();
     let port = server.address().port();
     client(port).set("order/0", b"{}").unwrap();
     let error = Script::new(1, ":").node(1, 2, port).run().unwrap_err();

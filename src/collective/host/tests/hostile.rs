@@ -22,7 +22,7 @@ fn greeting(server: &Server) -> (String, Vec<u8>) {
 
 /// Rank 0 of two at work beside a rank 1 that is a connection and what `peer` does with it.
 fn beside<T: Send>(one_machine: bool, peer: impl FnOnce(Stream) + Send, work: impl FnOnce(Host) -> T + Send) -> T {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = server();
     std::thread::scope(|scope| {
         let (address, hello);
         let first = scope.spawn(|| work(join_by(&server, one_machine, 0, 2, DEADLINE).unwrap()));
@@ -110,7 +110,7 @@ proptest! {
         one_machine: bool,
         said in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..30), 1..12),
     ) {
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = server();
         let took = std::thread::scope(|scope| {
             let first = scope.spawn(|| join_by(&server, one_machine, 0, 2, PATIENCE).unwrap());
             let (address, _) = greeting(&server);
@@ -166,7 +166,7 @@ fn who_is_out_of_step_is_told_how() {
 
 #[test]
 fn a_wrong_token_or_number_is_no_rank() {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = server();
     let patience = Duration::from_millis(400);
     std::thread::scope(|scope| {
         let first = scope.spawn(|| {

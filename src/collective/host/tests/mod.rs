@@ -7,16 +7,14 @@ use super::*;
 use crate::collective::sum_along_tree;
 use crate::device::cpu::Cpu;
 use crate::rendezvous::store::{Client, Server};
-use crate::rendezvous::{StoreAddress, StoreHost};
+use crate::rendezvous::testing::{client, server};
 use std::io::Write;
 use std::time::Instant;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn connect(server: &Server) -> Client {
-    let address =
-        StoreAddress { host: "127.0.0.1".into(), port: server.address().port(), served_by: StoreHost::RankZero };
-    Client::connect(&address, "/test/", PATIENCE).unwrap()
+    client(server.address().port(), "test/")
 }
 
 fn join(server: &Server, rank: usize, size: usize, deadline: Duration) -> Result<Host, MeetingError> {
@@ -41,7 +39,7 @@ fn world<T: Send>(size: usize, deadline: Duration, work: impl Fn(Host) -> T + Sy
 
 /// The same with shared memory, or as if the ranks were on several machines.
 fn world_by<T: Send>(one_machine: bool, size: usize, deadline: Duration, work: impl Fn(Host) -> T + Sync) -> Vec<T> {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = server();
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..size)
             .map(|rank| {
@@ -182,7 +180,7 @@ fn ranks_that_do_different_things_are_told_so() {
 
 #[test]
 fn two_ranks_with_one_number_are_refused() {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = server();
     let mut store = connect(&server);
     store.add("collective/claim/0", 1).unwrap();
     assert!(matches!(join(&server, 0, 2, PATIENCE), Err(MeetingError::Twice { rank: 0 })));
@@ -190,7 +188,7 @@ fn two_ranks_with_one_number_are_refused() {
 
 #[test]
 fn ranks_that_do_not_come_are_named() {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = server();
     let patience = Duration::from_millis(100);
     let meeting = Meeting { rank: 0, size: 4, one_machine: true, store: connect(&server), patience };
     match Host::join(meeting, PATIENCE).unwrap_err() {
@@ -204,7 +202,7 @@ fn ranks_that_do_not_come_are_named() {
 
 #[test]
 fn strangers_do_not_keep_ranks_from_meeting() {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = server();
     std::thread::scope(|scope| {
         let first = scope.spawn(|| join(&server, 0, 2, PATIENCE).unwrap());
         let address = connect(&server).get("collective/address/0", PATIENCE).unwrap();
