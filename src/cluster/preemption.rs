@@ -11,6 +11,8 @@ use std::time::Duration;
 
 /// The key in the store; it holds the number of the signal.
 const KEY: &str = "stop";
+/// How long the store may take over one answer.
+const ANSWER: Duration = Duration::from_secs(2);
 /// How often a rank looks.
 const EVERY: Duration = Duration::from_millis(200);
 
@@ -46,6 +48,8 @@ impl Preemption {
     /// # Errors
     /// A system that starts no thread.
     pub fn watch(mut store: Client, request: Request) -> std::io::Result<Preemption> {
+        // Whoever drops it waits for what it asked last.
+        store.answer_within(ANSWER);
         let ends = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&ends);
         let work = move || {
@@ -97,6 +101,7 @@ fn pass_on(store: &mut Client, request: &Request) -> Result<bool, crate::rendezv
 mod tests {
     use super::*;
     use crate::rendezvous::testing::{client, server};
+    use std::io::{Read, Write};
     use std::time::Instant;
 
     #[test]
@@ -130,12 +135,37 @@ mod tests {
         let port = server.address().port();
         let request = Request::default();
         let watch = Preemption::watch(client(port, "test/"), request.clone()).unwrap();
-        // The first look is over, and the next one far.
+        // Most often the first look is over now, and the next one far; it must be passed on in any case.
         std::thread::sleep(EVERY / 4);
         request.signal.store(10, Ordering::SeqCst);
         request.flag.store(true, Ordering::SeqCst);
         drop(watch);
         assert_eq!(client(port, "test/").get(KEY, Duration::from_secs(10)).unwrap(), b"10");
+    }
+
+    /// It would hold up the rank's end.
+    #[test]
+    fn a_store_that_does_not_answer_is_not_waited_for_long() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (over, wait) = std::sync::mpsc::channel::<()>();
+        let (asked, is_asked) = std::sync::mpsc::channel();
+        let store = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut hello = [0; 10];
+            stream.read_exact(&mut hello).unwrap();
+            stream.write_all(&hello[6..]).unwrap();
+            stream.read_exact(&mut [0; 1]).unwrap();
+            asked.send(()).unwrap();
+            let _ = wait.recv();
+        });
+        let watch = Preemption::watch(client(port, "test/"), Request::default()).unwrap();
+        is_asked.recv().unwrap();
+        let start = Instant::now();
+        drop(watch);
+        assert!(start.elapsed() < ANSWER + Duration::from_secs(8), "{:?}", start.elapsed());
+        drop(over);
+        store.join().unwrap();
     }
 
     #[test]
@@ -145,7 +175,12 @@ mod tests {
         let request = Request::default();
         let watch = Preemption::watch(client(port, "test/"), request.clone()).unwrap();
         drop(server);
-        drop(watch);
+        // By itself: when it is dropped it would end in any case.
+        let start = Instant::now();
+        while !watch.thread.as_ref().unwrap().is_finished() {
+            assert!(start.elapsed() < Duration::from_secs(20), "it watches a store that is gone");
+            std::thread::yield_now();
+        }
         assert!(!request.flag.load(Ordering::SeqCst));
     }
 }

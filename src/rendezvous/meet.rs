@@ -41,7 +41,7 @@ impl World {
 
     /// What the keys of this start of this run begin with.
     fn keys(&self) -> String {
-        format!("ddpm-dist/{}/", self.attempt)
+        format!("ddpm-dist/{}/{}/", self.run, self.attempt)
     }
 
     /// The name or address by which this rank reaches the store.
@@ -86,7 +86,16 @@ mod tests {
     fn world(rank: usize, host: &str, port: u16, one_machine: bool) -> World {
         let store = StoreAddress { host: host.into(), port, served_by: StoreHost::RankZero };
         let (local_rank, local_size) = if one_machine { (rank, 2) } else { (0, 1) };
-        World { launcher: Launcher::Slurm, rank, size: 2, local_rank, local_size, store, attempt: 0 }
+        World {
+            launcher: Launcher::Slurm,
+            rank,
+            size: 2,
+            local_rank,
+            local_size,
+            store,
+            run: String::new(),
+            attempt: 0,
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //!
 //! The ranks meet at a [`store`]: keys and values behind a socket, in the protocol of PyTorch's `TCPStore`, which torchrun's agent speaks.
 
+mod ancestry;
 mod environment;
 mod interface;
 mod meet;

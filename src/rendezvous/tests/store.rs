@@ -207,6 +207,7 @@ fn a_client_that_takes_no_answers_holds_up_nobody() {
             stream
         })
         .collect();
+    // The first of them has been read when the server waits for it or has cut it off; before that this test shows nothing.
     std::thread::sleep(Duration::from_millis(200));
     let start = Instant::now();
     good.set("go", b"").unwrap();

@@ -82,7 +82,9 @@ fn an_error_of_an_earlier_run_is_not_taken_for_this_ones() {
 
 #[test]
 fn those_whom_a_failure_leaves_over_are_told_to_end() {
-    let script = Script::new(2, &format!("[ $RANK = 1 ] && exit 1; trap ': > $DIR/told; exit 75' TERM; {LIVES}"));
+    // Rank 1 waits until rank 0 listens.
+    let fails = "if [ $RANK = 1 ]; then until [ -e $DIR/ready ]; do sleep 0.02; done; exit 1; fi";
+    let script = Script::new(2, &format!("{fails}; trap ': > $DIR/told; exit 75' TERM; : > $DIR/ready; {LIVES}"));
     let (code, message) = script.ended();
     assert!(code == 1 && message.contains("rank 1"), "{code}: {message}");
     assert!(script.path("told").exists());

@@ -201,6 +201,17 @@ fn ranks_that_do_not_come_are_named() {
 }
 
 #[test]
+fn a_rank_that_is_not_where_it_said_is_named_with_its_address() {
+    let server = server();
+    let mut store = connect(&server);
+    store.set("collective/token", b"12345678").unwrap();
+    store.set("collective/address/0", b"unix:nobody-listens-here").unwrap();
+    let error = join(&server, 1, 2, PATIENCE).unwrap_err();
+    assert!(matches!(error, MeetingError::Unreachable { peer: 0, .. }), "{error}");
+    assert!(error.to_string().contains("rank 0 cannot be reached at unix:nobody-listens-here"), "{error}");
+}
+
+#[test]
 fn strangers_do_not_keep_ranks_from_meeting() {
     let server = server();
     std::thread::scope(|scope| {
