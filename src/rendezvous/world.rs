@@ -200,7 +200,8 @@ fn ranked(e: &Environment, launcher: Launcher, because: &'static str) -> Result<
         None if strict => Err(WorldError::Missing { name, because }),
         number => Ok(number),
     };
-    let local_size = match local("LOCAL_WORLD_SIZE")? {
+    let (local_rank, local_size) = (local("LOCAL_RANK")?, local("LOCAL_WORLD_SIZE")?);
+    let local_size = match local_size {
         Some(local_size) => local_size,
         None if size > 1 && e.get("MASTER_ADDR").is_some_and(|host| !is_loopback(host)) => {
             let because = "RANK and WORLD_SIZE are set, and MASTER_ADDR may be another machine";
@@ -209,7 +210,7 @@ fn ranked(e: &Environment, launcher: Launcher, because: &'static str) -> Result<
         // They meet on this machine, so that all are here.
         None => size,
     };
-    let local_rank = match local("LOCAL_RANK")? {
+    let local_rank = match local_rank {
         Some(local_rank) => local_rank,
         None if local_size == size => rank,
         None => {

@@ -213,7 +213,9 @@ fn is_full(error: &io::Error) -> bool {
 
 /// Ranks that cannot be let in see nothing but a store that does not answer: whoever serves it must say why.
 fn complain(error: &io::Error, connections: usize) {
-    eprintln!(
+    // Nobody may be there to read it.
+    let _ = writeln!(
+        io::stderr(),
         "warning: the store in which the ranks meet takes no more than {connections} connections: {error}; raise the limit of open files \
          (ulimit -Hn) and of processes (ulimit -u) where it is served"
     );

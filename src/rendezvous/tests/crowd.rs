@@ -1,7 +1,7 @@
 //! A store that many ranks come to, in a process with few file descriptors: this test program, started again under a limit.
 
 use crate::rendezvous::testing::{client, server};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
 
@@ -44,12 +44,15 @@ fn a_soft_limit_of_open_files_keeps_nobody_out() {
 #[test]
 fn a_store_that_can_take_no_more_says_so() {
     let mut child = start("server", "-n 48");
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let (stdout, stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let (mut stdout, mut stderr) = (BufReader::new(stdout), BufReader::new(stderr));
+    let lines = stdout.by_ref().lines().map_while(Result::ok);
     let port: u16 = lines.filter_map(|line| line.strip_prefix("port ")?.parse().ok()).next().unwrap();
     let crowd: Vec<TcpStream> = (0..60).map(|_| TcpStream::connect(("127.0.0.1", port)).unwrap()).collect();
     let mut said = String::new();
-    BufReader::new(child.stderr.take().unwrap()).read_line(&mut said).unwrap();
+    stderr.read_line(&mut said).unwrap();
     assert!(said.contains("the store in which the ranks meet takes no more than") && said.contains("ulimit"), "{said}");
     drop((crowd, child.stdin.take()));
+    std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
     assert!(child.wait().unwrap().success());
 }

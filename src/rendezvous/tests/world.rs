@@ -115,8 +115,8 @@ fn several_machines() {
     let chosen = world(&environment(&chosen)).store;
     assert_eq!((chosen.host.as_str(), chosen.port), ("10.0.0.1", 1234));
 
-    let mpi =
-        "OMPI_COMM_WORLD_RANK=9 OMPI_COMM_WORLD_SIZE=16 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=8";
+    let mpi = "OMPI_COMM_WORLD_RANK=9 OMPI_COMM_WORLD_SIZE=16 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=8 \
+         PMIX_NAMESPACE=7";
     assert_eq!(detect(&environment(mpi)), Err(WorldError::NowhereToMeet { size: 16 }));
     let store = world(&environment(&format!("{mpi} MASTER_ADDR=head"))).store;
     assert_eq!(store.host, "head");
