@@ -11,7 +11,6 @@ use ddpm_dist::collective::host::{Host, Meeting};
 use ddpm_dist::device::cpu::Cpu;
 use ddpm_dist::device::{BufferId, Device};
 use ddpm_dist::rendezvous::store::{Client, Server};
-use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use std::error::Error;
 use std::ops::Range;
 use std::process::{Child, Command};
@@ -58,8 +57,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 /// What one rank does.
 fn work(rank: usize, port: u16, plan: Plan) -> Result<(), Box<dyn Error>> {
     let Plan { ranks: size, floats, rounds, tcp } = plan;
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-    let store = Client::connect(&address, "/bench/", PATIENCE)?;
+    let store = Client::connect("127.0.0.1", port, "/bench/", PATIENCE)?;
     let mut host = Host::join(Meeting { rank, size, one_machine: !tcp, store, patience: PATIENCE }, PATIENCE)?;
     let mut device = Device::Cpu(Cpu::new(1));
     let buffer = device.allocate(4 * floats)?;

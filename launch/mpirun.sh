@@ -9,7 +9,7 @@
 #   HOSTFILE     hosts, one a line, with their numbers of ranks: `node0 slots=4` for Open MPI, `node0:4` for MPICH. The checkout, the data
 #                and the run directory are at the same place on all of them
 #   MASTER_ADDR  with HOSTFILE: the host of rank 0, the first one, as the others reach it
-#   MASTER_PORT  a free port there; without it, one that follows from the job's number
+#   MASTER_PORT  a free port there; without it, one that follows from the job's number (MPICH with HOSTFILE outside Slurm has none: set it)
 #   MPIRUN       which mpirun (mpirun)
 #
 # MPI starts the ranks and nothing else: they meet and add up over sockets of their own.

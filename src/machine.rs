@@ -1,6 +1,7 @@
 //! This program, this machine and its clock, for messages and for the names of files.
 
 use crate::files::digest;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -25,6 +26,16 @@ pub fn host_name() -> String {
     let system = rustix::system::uname();
     let name = system.nodename().to_string_lossy();
     if name.is_empty() { "localhost".to_string() } else { name.into_owned() }
+}
+
+/// Lets this process open as many files and sockets as it may: a store has four for each rank, a rank one for each other, and the usual
+/// limit is 1024.
+pub fn raise_descriptor_limit() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        // What the system refuses shows where it matters: when there are no more.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
 }
 
 /// Time since 1970; none before.

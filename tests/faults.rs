@@ -10,7 +10,6 @@ use common::{Project, Running};
 use ddpm_dist::checkpoint::{Snapshot, Want, load};
 use ddpm_dist::collective::Record;
 use ddpm_dist::rendezvous::store::Client;
-use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use rustix::process::{Pid, Signal};
 use std::time::{Duration, Instant};
 
@@ -76,8 +75,8 @@ fn a_rank_that_stands_still_is_named_after_the_timeout() {
 /// The store in which a rank meets the others, by its environment.
 fn store_of(rank: Pid) -> Client {
     let port = variable(rank, "MASTER_PORT").unwrap().parse().unwrap();
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-    Client::connect(&address, "ddpm-dist/0/", PATIENCE).unwrap()
+    let run = variable(rank, "DDPM_DIST_RUN_ID").unwrap();
+    Client::connect("127.0.0.1", port, &format!("ddpm-dist/{run}/0/"), PATIENCE).unwrap()
 }
 
 /// Whether a rank has told the others at which step it is.

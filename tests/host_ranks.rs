@@ -7,7 +7,6 @@ use ddpm_dist::collective::host::{Host, Meeting};
 use ddpm_dist::collective::{Collective, Record};
 use ddpm_dist::device::{Device, cpu::Cpu};
 use ddpm_dist::rendezvous::store::{Client, Server};
-use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
@@ -124,8 +123,7 @@ fn a_rank() {
 }
 
 fn connect(port: u16) -> Client {
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::RankZero };
-    Client::connect(&address, "/test/", PATIENCE).unwrap()
+    Client::connect("127.0.0.1", port, "/test/", PATIENCE).unwrap()
 }
 
 /// To the test, which may have heard enough.

@@ -6,7 +6,6 @@ use common::processes::{catches, children, lives, until_gone};
 use common::ranks::{FOR_LONG, train};
 use common::{Project, Running};
 use ddpm_dist::rendezvous::store::Client;
-use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use rustix::process::{Pid, Signal};
 use std::time::Duration;
 
@@ -100,8 +99,7 @@ fn start_node(project: &Project, nodes: usize, node: usize, port: u16) -> Runnin
 
 /// Waits until a node has come to the meeting place of node 0.
 fn until_joined(lead: &mut Running, port: u16, node: usize) {
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-    let mut store = Client::connect(&address, "launcher/", PATIENCE).unwrap();
+    let mut store = Client::connect("127.0.0.1", port, "launcher/", PATIENCE).unwrap();
     lead.until(&format!("node {node}"), || store.has(&format!("node/{node}")).unwrap());
 }
 

@@ -5,7 +5,6 @@ mod common;
 use common::Project;
 use common::ranks::{rank_of, train};
 use ddpm_dist::rendezvous::store::Client;
-use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
@@ -20,9 +19,8 @@ fn rank_0_leaves_after_those_who_use_its_store() {
         project.start(&format!("rank-{rank}"), command)
     };
     let mut first = start(0);
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::RankZero };
     // Someone who is slow to leave.
-    let mut slow = Client::connect(&address, "test/", PATIENCE).unwrap();
+    let mut slow = Client::connect("127.0.0.1", port, "test/", PATIENCE).unwrap();
     slow.set("here", b"").unwrap();
     let (code, stderr) = start(1).wait();
     assert_eq!(code, Some(0), "{stderr}");

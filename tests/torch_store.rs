@@ -3,7 +3,6 @@
 mod common;
 
 use ddpm_dist::rendezvous::store::{Client, Server};
-use ddpm_dist::rendezvous::{StoreAddress, StoreHost};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -28,9 +27,8 @@ fn start(python: &str, role: &str, port: u16) -> Child {
 
 /// Our part of what the script does.
 fn take_part(port: u16) {
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
     // Keys set from Python carry a leading slash.
-    let mut store = Client::connect(&address, "/", PATIENCE).unwrap();
+    let mut store = Client::connect("127.0.0.1", port, "/", PATIENCE).unwrap();
     assert_eq!(store.get("from-python", PATIENCE).unwrap(), b"hello");
     store.set("from-rust", b"good day").unwrap();
     assert!([2, 42].contains(&store.add("number", 2).unwrap()));

@@ -3,7 +3,9 @@
 use super::exit::{self, Code, Failure, OrFail};
 use super::{Command, Common};
 use crate::cluster::launcher::{self, Codes, Inbox, Job, LaunchError, Timing, Voice, launch};
-use crate::rendezvous::{Detected, Environment, Launcher, Node, OWN_RUN_ID, World, address_of_interface, detect};
+use crate::rendezvous::{
+    Detected, Environment, Launcher, MAX_RANKS, Node, OWN_RUN_ID, World, address_of_interface, detect,
+};
 use crate::train::Share;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -27,13 +29,13 @@ const SILENCE: Duration = Duration::from_secs(10);
 #[command(next_help_heading = "Several ranks")]
 pub(super) struct LaunchArguments {
     /// Start N CPU ranks on this machine that work together; `plan` starts none and shows what they would need
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_RANKS as i64))]
     ranks: Option<u16>,
     /// Start N ranks, one per GPU of this machine (not in this build)
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_RANKS as i64))]
     gpus: Option<u16>,
     /// Number of machines, each with its own launcher [default: 1]
-    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_RANKS as i64))]
     nnodes: Option<u16>,
     /// This machine's number, from 0
     #[arg(long, global = true, value_name = "K")]
@@ -210,19 +212,22 @@ fn hear_signals(inbox: &Inbox) -> Result<(), Failure> {
 
 fn code_of(error: &LaunchError) -> u8 {
     let code = match error {
-        LaunchError::Folder { .. } => Code::Usage,
-        LaunchError::Twice { .. }
+        LaunchError::Folder { .. }
         | LaunchError::OtherNetwork { .. }
         | LaunchError::Disagree { .. }
         | LaunchError::NotAllowed { .. }
+        | LaunchError::TooMany { .. }
         | LaunchError::TooFew { .. } => Code::Usage,
-        LaunchError::PortTaken { .. }
+        // Who came before may be about to leave: a pod that Kubernetes replaces.
+        LaunchError::Twice { .. }
+        | LaunchError::PortTaken { .. }
         | LaunchError::Listen { .. }
         | LaunchError::Store(_)
         | LaunchError::NodesMissing { .. }
         | LaunchError::Garbled { .. } => Code::Rendezvous,
         LaunchError::LeadLost { .. } => Code::PeerLost,
-        LaunchError::Stopped(signal) => return 128u8.saturating_add(*signal as u8),
+        LaunchError::Stopped(signal_hook::consts::SIGINT) => Code::Interrupted,
+        LaunchError::Stopped(_) => Code::Terminated,
     };
     code as u8
 }

@@ -8,11 +8,11 @@ use crate::cluster::{Cores, Preemption};
 use crate::collective::host::{Host, Meeting, MeetingError};
 use crate::collective::{Activity, Collective, CollectiveError, Solo};
 use crate::device::Device;
-use crate::rendezvous::store::{Client, Server, StoreError};
-use crate::rendezvous::{Detected, Environment, StoreAddress, StoreHost, World, detect};
+use crate::rendezvous::store::{Client, ServeError, Server, StoreError};
+use crate::rendezvous::{Detected, Environment, World, detect};
 use crate::report::{Console, Verbosity};
 use std::fmt::Display;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,14 +91,11 @@ impl Ranks {
             }
         };
         let _guard = Guard::new(stop, stopped, lead).or_fail(Code::Failed)?;
-        let one_machine = world.local_size == world.size;
-        let server = match world.store.served_by == StoreHost::RankZero && world.rank == 0 {
-            true => Some(serve(&world.store, one_machine, interface, &common.console())?),
-            false => None,
-        };
-        let connect = || connect(world, interface, patience).or_fail(Code::Rendezvous);
+        let server = serve(world, interface, &common.console())?;
+        let connect = || world.connect(interface, patience).or_fail(Code::Rendezvous);
         let preemption = Preemption::watch(connect()?, stop.request.clone()).or_fail(Code::Failed)?;
-        let meeting = Meeting { rank: world.rank, size: world.size, one_machine, store: connect()?, patience };
+        let (rank, size, one_machine) = (world.rank, world.size, world.is_one_machine());
+        let meeting = Meeting { rank, size, one_machine, store: connect()?, patience };
         let mut host = Host::join(meeting, patience).map_err(|error| match &error {
             // Whoever went is the cause, and not this rank.
             MeetingError::Parted(_) => Failure::new(Code::PeerLost, error),
@@ -155,7 +152,7 @@ impl Ranks {
     pub fn connect(&self) -> Option<impl Fn() -> Result<Client, StoreError> + use<>> {
         let world = self.world.clone().filter(|world| world.size > 1)?;
         let (interface, patience) = (self.interface, self.patience);
-        Some(move || connect(&world, interface, patience))
+        Some(move || world.connect(interface, patience))
     }
 
     /// Number of ranks.
@@ -217,62 +214,23 @@ fn part_of_cores(host: &mut Host) -> Result<f64, Failure> {
     Ok(mine.part(&cores.collect::<Result<Vec<Cores>, _>>()?))
 }
 
-/// Keys are those of this start of the run: a store may outlive it.
-fn connect(world: &World, interface: Option<IpAddr>, patience: Duration) -> Result<Client, StoreError> {
-    let served_by_rank = world.store.served_by == StoreHost::RankZero;
-    let one_machine = world.local_size == world.size;
-    let at = |host: String| StoreAddress { host, ..world.store.clone() };
-    let store = match interface {
-        // Rank 0 listens on loopback then, whatever the name of this machine means.
-        _ if served_by_rank && one_machine => at(Ipv4Addr::LOCALHOST.to_string()),
-        // Its own name may mean loopback here, where it does not listen then.
-        Some(address) if served_by_rank && world.rank == 0 => at(address.to_string()),
-        _ => world.store.clone(),
-    };
-    let mut client = Client::connect(&store, &format!("ddpm-dist/{}/", world.attempt), patience)?;
-    client.reach_at(interface);
-    Ok(client)
-}
-
-/// Serves the store at the port that all ranks agree on: on loopback if they are all here, on the network that was chosen, or on all.
-fn serve(
-    store: &StoreAddress,
-    one_machine: bool,
-    interface: Option<IpAddr>,
-    console: &Console,
-) -> Result<Server, Failure> {
-    let port = store.port;
-    let here = match (one_machine, interface) {
-        (true, _) => Ipv4Addr::LOCALHOST.into(),
-        (false, Some(chosen)) => {
-            check_network(&store.host, port, chosen)?;
-            chosen
-        }
-        (false, None) => Ipv4Addr::UNSPECIFIED.into(),
-    };
-    let server = Server::listen(SocketAddr::new(here, port)).map_err(|error| {
-        let message = format!(
-            "cannot listen on port {port}, where the ranks are to meet: {error}; set MASTER_PORT to a free port, for all ranks alike"
-        );
-        Failure::new(Code::Rendezvous, message)
+/// Serves the store, where that is this rank's part, and says on which network.
+fn serve(world: &World, interface: Option<IpAddr>, console: &Console) -> Result<Option<Server>, Failure> {
+    let server = world.serve_store(interface).map_err(|error| {
+        let message = match &error {
+            ServeError::OtherNetwork { chosen, .. } => {
+                format!("the ranks are to meet at {error}: set MASTER_ADDR to {chosen}, for all ranks alike")
+            }
+            ServeError::Listen { .. } => {
+                format!("{error}; the ranks are to meet there: set MASTER_PORT to a free port, for all ranks alike")
+            }
+        };
+        let code = if matches!(error, ServeError::OtherNetwork { .. }) { Code::Usage } else { Code::Rendezvous };
+        Failure::new(code, message)
     })?;
-    if !one_machine {
+    if let Some(server) = server.as_ref().filter(|_| !world.is_one_machine()) {
         let network = interface.map_or("all networks of this machine".to_string(), |address| address.to_string());
-        console.say(format!("the ranks meet on port {port}, open on {network}"));
+        console.say(format!("the ranks meet on port {}, open on {network}", server.address().port()));
     }
     Ok(server)
-}
-
-/// The others look for the store by its host's name: that must not be on another network than the one that was chosen.
-fn check_network(host: &str, port: u16, chosen: IpAddr) -> Result<(), Failure> {
-    let found: Vec<IpAddr> = (host, port).to_socket_addrs().into_iter().flatten().map(|found| found.ip()).collect();
-    match found.iter().find(|found| !found.is_loopback()) {
-        Some(other) if !found.contains(&chosen) => Err(Failure::new(
-            Code::Usage,
-            format!(
-                "the ranks are to meet at {host}, which is {other}, but --interface is {chosen}: set MASTER_ADDR to {chosen}, for all ranks alike"
-            ),
-        )),
-        _ => Ok(()),
-    }
 }

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 /// The key in the store; it holds the number of the signal.
 const KEY: &str = "stop";
+/// How long the store may take over one answer.
+const ANSWER: Duration = Duration::from_secs(2);
 /// How often a rank looks.
 const EVERY: Duration = Duration::from_millis(200);
 
@@ -46,6 +48,8 @@ impl Preemption {
     /// # Errors
     /// A system that starts no thread.
     pub fn watch(mut store: Client, request: StopRequest) -> std::io::Result<Preemption> {
+        // Whoever drops it waits for what it asked last.
+        store.answer_within(ANSWER);
         let ends = Arc::new(AtomicBool::new(false));
         let over = Arc::clone(&ends);
         let work = move || {
@@ -96,20 +100,18 @@ fn pass_on(store: &mut Client, request: &StopRequest) -> Result<bool, crate::ren
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rendezvous::store::Server;
-    use crate::rendezvous::{StoreAddress, StoreHost};
+    use crate::rendezvous::testing::{client, server};
+    use std::io::{Read, Write};
     use std::time::Instant;
 
     #[test]
     fn a_request_reaches_all_ranks_with_its_signal() {
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = server();
         let port = server.address().port();
-        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
         let ranks: Vec<(StopRequest, Preemption)> = (0..3)
             .map(|_| {
                 let request = StopRequest::default();
-                let store = Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
-                (request.clone(), Preemption::watch(store, request).unwrap())
+                (request.clone(), Preemption::watch(client(port, "test/"), request).unwrap())
             })
             .collect();
         ranks[1].0.signal.store(10, Ordering::SeqCst);
@@ -129,30 +131,56 @@ mod tests {
     /// A rank may save and leave sooner than it looks at the store again.
     #[test]
     fn a_request_is_passed_on_by_a_rank_that_leaves_at_once() {
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = server();
         let port = server.address().port();
-        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-        let connect = || Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
         let request = StopRequest::default();
-        let watch = Preemption::watch(connect(), request.clone()).unwrap();
-        // The first look is over, and the next one far.
+        let watch = Preemption::watch(client(port, "test/"), request.clone()).unwrap();
+        // Most often the first look is over now, and the next one far; it must be passed on in any case.
         std::thread::sleep(EVERY / 4);
         request.signal.store(10, Ordering::SeqCst);
         request.flag.store(true, Ordering::SeqCst);
         drop(watch);
-        assert_eq!(connect().get(KEY, Duration::from_secs(10)).unwrap(), b"10");
+        assert_eq!(client(port, "test/").get(KEY, Duration::from_secs(10)).unwrap(), b"10");
+    }
+
+    /// It would hold up the rank's end.
+    #[test]
+    fn a_store_that_does_not_answer_is_not_waited_for_long() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (over, wait) = std::sync::mpsc::channel::<()>();
+        let (asked, is_asked) = std::sync::mpsc::channel();
+        let store = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut hello = [0; 10];
+            stream.read_exact(&mut hello).unwrap();
+            stream.write_all(&hello[6..]).unwrap();
+            stream.read_exact(&mut [0; 1]).unwrap();
+            asked.send(()).unwrap();
+            let _ = wait.recv();
+        });
+        let watch = Preemption::watch(client(port, "test/"), StopRequest::default()).unwrap();
+        is_asked.recv().unwrap();
+        let start = Instant::now();
+        drop(watch);
+        assert!(start.elapsed() < ANSWER + Duration::from_secs(8), "{:?}", start.elapsed());
+        drop(over);
+        store.join().unwrap();
     }
 
     #[test]
     fn a_store_that_goes_away_ends_the_watch_and_requests_nothing() {
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = server();
         let port = server.address().port();
-        let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
         let request = StopRequest::default();
-        let store = Client::connect(&address, "test/", Duration::from_secs(10)).unwrap();
-        let watch = Preemption::watch(store, request.clone()).unwrap();
+        let watch = Preemption::watch(client(port, "test/"), request.clone()).unwrap();
         drop(server);
-        drop(watch);
+        // By itself: when it is dropped it would end in any case.
+        let start = Instant::now();
+        while !watch.thread.as_ref().unwrap().is_finished() {
+            assert!(start.elapsed() < Duration::from_secs(20), "it watches a store that is gone");
+            std::thread::yield_now();
+        }
         assert!(!request.flag.load(Ordering::SeqCst));
     }
 }

@@ -1,10 +1,11 @@
 //! A thread of every rank that publishes what the rank is doing, and reads what the others published when something went wrong.
 //!
-//! Each rank writes a small record to the store every second; nobody reads them while all is well, except that each rank looks at one other
-//! at a time to know how long it has been silent. Clocks of two machines are never compared: a rank lives if its record changes between two
+//! Each rank writes a small record to the store every now and then; nobody reads them while all is well, except that each rank looks at one
+//! other at a time to know how long it has been silent. Clocks of two machines are never compared: a rank lives if its record changes between two
 //! looks. The process that serves the store may be the one that is gone, so everything has a deadline, and the verdict then says that.
 
-use crate::collective::{Activity, Behind, CollectiveError, Record, Seen, behind};
+use super::behind::{Behind, Seen, behind};
+use crate::collective::{Activity, CollectiveError, Record};
 use crate::rendezvous::store::{Client, StoreError};
 use std::fmt;
 use std::io;
@@ -17,10 +18,13 @@ const GAP: Duration = Duration::from_millis(1200);
 /// How long the store may take over one answer.
 const ANSWER: Duration = Duration::from_secs(2);
 
+/// Where the answer goes: all ranks as they were seen, or why that is not known.
+type Question = SyncSender<Result<Vec<Seen>, String>>;
+
 /// Publishes until it is dropped.
 #[derive(Debug)]
 pub struct Watchdog {
-    questions: SyncSender<SyncSender<Result<Vec<Seen>, StoreError>>>,
+    questions: SyncSender<Question>,
 }
 
 /// Why the ranks did not come together.
@@ -49,7 +53,7 @@ impl fmt::Display for Verdict {
 }
 
 impl Watchdog {
-    /// Publishes `activity` as that of rank `rank` of `size` in `store`, `every` so often (a second is usual).
+    /// Publishes `activity` as that of rank `rank` of `size` in `store`, `every` so often.
     ///
     /// # Errors
     /// A system that starts no thread.
@@ -96,12 +100,12 @@ struct Watch {
     next: usize,
     /// The last change of each rank's record, and when it was seen.
     known: Vec<Option<(Record, Instant)>>,
-    /// Why the store is of no use any more.
+    /// Why the store is of no use any more, in its own words.
     lost: Option<String>,
 }
 
 impl Watch {
-    fn serve(&mut self, asked: &Receiver<SyncSender<Result<Vec<Seen>, StoreError>>>) {
+    fn serve(&mut self, asked: &Receiver<Question>) {
         loop {
             if self.lost.is_none()
                 && let Err(error) = self.publish().and_then(|()| self.look_at_next())
@@ -154,11 +158,14 @@ impl Watch {
     }
 
     /// All ranks after two looks. This one goes on publishing meanwhile: others may be looking too.
-    fn look_twice(&mut self) -> Result<Vec<Seen>, StoreError> {
+    fn look_twice(&mut self) -> Result<Vec<Seen>, String> {
         if let Some(lost) = &self.lost {
-            let source = io::Error::other(lost.clone());
-            return Err(StoreError::Lost { address: "the address above".into(), source });
+            return Err(lost.clone());
         }
+        self.look_twice_in_store().map_err(|error| error.to_string())
+    }
+
+    fn look_twice_in_store(&mut self) -> Result<Vec<Seen>, StoreError> {
         self.publish()?;
         self.look_at_all()?;
         let first = Instant::now();
@@ -190,24 +197,28 @@ mod tests {
     use super::*;
     use crate::collective::Collective;
     use crate::collective::host::{Host, Meeting};
-    use crate::rendezvous::store::Server;
-    use crate::rendezvous::{StoreAddress, StoreHost};
+    use crate::rendezvous::testing::{client, server};
 
     const PATIENCE: Duration = Duration::from_secs(20);
     const EVERY: Duration = Duration::from_millis(100);
 
-    fn connect(server: &Server) -> Client {
-        let address =
-            StoreAddress { host: "127.0.0.1".into(), port: server.address().port(), served_by: StoreHost::RankZero };
-        Client::connect(&address, "/test/", PATIENCE).unwrap()
+    /// Returns when a rank's record in the store holds that word.
+    fn publishes(port: u16, rank: usize, word: &str) {
+        let (mut store, start) = (client(port, "test/"), Instant::now());
+        while !String::from_utf8(store.get(&format!("watch/{rank}"), PATIENCE).unwrap()).unwrap().contains(word) {
+            assert!(start.elapsed() < PATIENCE, "rank {rank} does not publish `{word}`");
+            std::thread::sleep(EVERY / 10);
+        }
     }
 
     /// Two ranks, of which the second goes no further than step 57; what the first one's watchdog says, and the error's delay. The server
     /// is dropped before it is asked if it `is_lost`.
     fn explained(second_lives: bool, store_is_lost: bool) -> (CollectiveError, Duration, Verdict, Duration) {
         let deadline = Duration::from_millis(400);
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
-        let stores: Vec<(Client, Client)> = (0..2).map(|_| (connect(&server), connect(&server))).collect();
+        let server = server();
+        let server_port = server.address().port();
+        let connect = || client(server_port, "test/");
+        let stores: Vec<(Client, Client)> = (0..2).map(|_| (connect(), connect())).collect();
         let (over, wait) = std::sync::mpsc::channel::<()>();
         std::thread::scope(|scope| {
             let [mine, theirs] = <[_; 2]>::try_from(stores).unwrap();
@@ -217,7 +228,7 @@ mod tests {
                 let watchdog = Watchdog::start(theirs.1, 1, 2, host.activity(), EVERY).unwrap();
                 host.barrier().unwrap();
                 host.activity().note(57, "backward");
-                std::thread::sleep(5 * EVERY / 2);
+                publishes(server_port, 1, "backward");
                 let _watchdog = second_lives.then_some(watchdog);
                 let _ = wait.recv();
             });
@@ -225,6 +236,7 @@ mod tests {
             let mut host = Host::join(meeting, PATIENCE).unwrap();
             let watchdog = Watchdog::start(mine.1, 0, 2, host.activity(), EVERY).unwrap();
             host.barrier().unwrap();
+            publishes(server_port, 1, "backward");
             host.set_patience(deadline);
             let start = Instant::now();
             let error = host.barrier().unwrap_err();
@@ -248,7 +260,7 @@ mod tests {
         assert!(after < Duration::from_secs(3) && took < Duration::from_secs(5), "{after:?} {took:?}");
         let said = verdict.to_string();
         assert!(said.contains("rank 1 has shown no sign of life for"), "{said}");
-        assert!(said.ends_with("last seen: step 57: backward, gather 2 not begun"), "{said}");
+        assert!(said.ends_with("last seen: step 57: backward, at gather 1 of 0 B (done), the others at 2"), "{said}");
         assert_eq!(verdict.behind.unwrap().len(), 1);
     }
 
@@ -257,7 +269,7 @@ mod tests {
         let (_, _, verdict, _) = explained(true, false);
         let said = verdict.to_string();
         assert!(
-            said.ends_with("rank 1 lives but is 1 operation behind: step 57: backward, gather 2 not begun"),
+            said.ends_with("rank 1 lives but is behind: step 57: backward, at gather 1 of 0 B (done), the others at 2"),
             "{said}"
         );
     }
@@ -266,7 +278,8 @@ mod tests {
     fn a_store_that_is_gone_is_said_to_be_gone() {
         let (_, _, verdict, took) = explained(true, true);
         let said = verdict.to_string();
-        assert!(said.contains("ranks [1] did not answer") && said.contains("is lost"), "{said}");
+        assert!(said.contains("ranks [1] did not answer"), "{said}");
+        assert_eq!(said.matches("is lost").count(), 1, "{said}");
         assert!(took < Duration::from_secs(5) && verdict.behind.is_none(), "{took:?}");
     }
 }

@@ -1,37 +1,34 @@
-//! What a rank was doing: its last operations, and what the loop around them says of itself.
+//! What a rank was doing: at which operation it is, and what the loop around it says of itself.
 
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
-/// Operations that are remembered.
-const REMEMBERED: usize = 64;
+/// Operations that are asked for ahead, in most programs: noting so many takes no memory in a step.
+const AHEAD: usize = 64;
 
-/// How far an operation is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How far an operation is that was begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Progress {
-    /// Asked for.
-    Queued,
-    /// Under way with the other ranks.
-    Running,
+    /// Under way: it waits for the other ranks.
+    Waiting,
     /// Over.
     Done,
 }
 
-/// An operation of this rank.
-#[derive(Clone, Copy, Debug)]
+/// An operation of a rank.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Operation {
     /// Its number, from 1, the same at every rank.
     pub sequence: u64,
     /// What it is.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Bytes of this rank that it is about.
     pub bytes: usize,
     /// How far it is.
     pub progress: Progress,
-    /// Since when.
-    pub since: Instant,
 }
 
 /// What one rank is doing, noted by itself and read by its watchdog. Noting costs a lock that is nearly always free.
@@ -43,10 +40,10 @@ pub struct Activity {
 
 #[derive(Debug)]
 struct State {
-    operations: VecDeque<Operation>,
-    queued: u64,
-    begun: u64,
-    completed: u64,
+    /// Name and bytes of what was asked for and is not begun, the next one first.
+    queue: VecDeque<(&'static str, usize)>,
+    /// The last one that was begun.
+    last: Option<Operation>,
     step: u64,
     phase: &'static str,
 }
@@ -62,24 +59,15 @@ pub struct Record {
     pub step: u64,
     /// What it does in that step; empty if it has not said.
     pub phase: String,
-    /// Number of the last operation it asked for.
-    pub queued: u64,
-    /// Number of the last operation it took part in.
-    pub begun: u64,
-    /// Number of the last operation that is over.
-    pub completed: u64,
-    /// What the last operation is that it asked for.
-    pub operation: String,
+    /// The last operation that it took part in, if any.
+    pub operation: Option<Operation>,
 }
 
 impl Activity {
     /// Nothing yet.
     pub fn new(rank: usize) -> Activity {
-        let operations = VecDeque::with_capacity(REMEMBERED);
-        Activity {
-            rank,
-            state: Mutex::new(State { operations, queued: 0, begun: 0, completed: 0, step: 0, phase: "" }),
-        }
+        let state = State { queue: VecDeque::with_capacity(AHEAD), last: None, step: 0, phase: "" };
+        Activity { rank, state: Mutex::new(state) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -95,54 +83,38 @@ impl Activity {
     /// An operation is asked for; gives its number.
     pub(super) fn queued(&self, name: &'static str, bytes: usize) -> u64 {
         let mut state = self.lock();
-        state.queued += 1;
-        let sequence = state.queued;
-        if state.operations.len() == REMEMBERED {
-            state.operations.pop_front();
+        state.queue.push_back((name, bytes));
+        state.sequence() + state.queue.len() as u64
+    }
+
+    /// The next operation begins: they do so in the order in which they were asked for.
+    pub(super) fn begun(&self) {
+        let mut state = self.lock();
+        if let Some((name, bytes)) = state.queue.pop_front() {
+            let (sequence, progress) = (state.sequence() + 1, Progress::Waiting);
+            state.last = Some(Operation { sequence, name: name.into(), bytes, progress });
         }
-        let since = Instant::now();
-        state.operations.push_back(Operation { sequence, name, bytes, progress: Progress::Queued, since });
-        sequence
     }
 
-    pub(super) fn begun(&self, sequence: u64) {
-        let mut state = self.lock();
-        state.begun = sequence;
-        state.change(sequence, Progress::Running);
-    }
-
-    pub(super) fn completed(&self, sequence: u64) {
-        let mut state = self.lock();
-        state.completed = sequence;
-        state.change(sequence, Progress::Done);
-    }
-
-    /// The last operations, oldest first.
-    pub fn operations(&self) -> Vec<Operation> {
-        self.lock().operations.iter().copied().collect()
+    /// The operation that was begun last is over.
+    pub(super) fn completed(&self) {
+        if let Some(last) = &mut self.lock().last {
+            last.progress = Progress::Done;
+        }
     }
 
     /// What to publish.
     pub fn record(&self, beat: u64) -> Record {
         let state = self.lock();
-        Record {
-            rank: self.rank,
-            beat,
-            step: state.step,
-            phase: state.phase.to_string(),
-            queued: state.queued,
-            begun: state.begun,
-            completed: state.completed,
-            operation: state.operations.back().map_or_else(String::new, |last| last.name.to_string()),
-        }
+        let (phase, operation) = (state.phase.to_string(), state.last.clone());
+        Record { rank: self.rank, beat, step: state.step, phase, operation }
     }
 }
 
 impl State {
-    fn change(&mut self, sequence: u64, progress: Progress) {
-        if let Some(operation) = self.operations.iter_mut().rev().find(|operation| operation.sequence == sequence) {
-            (operation.progress, operation.since) = (progress, Instant::now());
-        }
+    /// Number of operations that were begun.
+    fn sequence(&self) -> u64 {
+        self.last.as_ref().map_or(0, |last| last.sequence)
     }
 }
 
@@ -151,23 +123,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_operations_are_remembered_with_how_far_they_are() {
+    fn the_operation_that_a_rank_is_at_is_published() {
         let activity = Activity::new(3);
+        assert_eq!(activity.record(1).operation, None);
         activity.note(57, "backward");
-        for _ in 0..100 {
-            let sequence = activity.queued("all-reduce", 1 << 20);
-            activity.begun(sequence);
-            activity.completed(sequence);
+        for sequence in 1..=100 {
+            assert_eq!(activity.queued("all-reduce", 1 << 20), sequence);
+            activity.begun();
+            activity.completed();
         }
-        let running = activity.queued("gather", 8);
-        activity.begun(running);
-        activity.queued("gather", 16);
-        let operations = activity.operations();
-        assert_eq!((operations.len(), operations[0].sequence, operations[63].sequence), (64, 39, 102));
-        let progress: Vec<Progress> = operations[61..].iter().map(|o| o.progress).collect();
-        assert_eq!(progress, [Progress::Done, Progress::Running, Progress::Queued]);
-        let record = activity.record(7);
-        assert_eq!((record.rank, record.beat, record.step, record.phase.as_str()), (3, 7, 57, "backward"));
-        assert_eq!((record.queued, record.begun, record.completed), (102, 101, 100));
+        // Two are asked for, of which the first is under way.
+        assert_eq!((activity.queued("gather", 8), activity.queued("gather", 16)), (101, 102));
+        let at = |progress, sequence, name: &'static str, bytes| {
+            Some(Operation { sequence, name: name.into(), bytes, progress })
+        };
+        assert_eq!(activity.record(7).operation, at(Progress::Done, 100, "all-reduce", 1 << 20));
+        activity.begun();
+        let record = activity.record(8);
+        assert_eq!(record.operation, at(Progress::Waiting, 101, "gather", 8));
+        assert_eq!((record.rank, record.beat, record.step, record.phase.as_str()), (3, 8, 57, "backward"));
+        let json = serde_json::to_string(&record).unwrap();
+        assert_eq!(serde_json::from_str::<Record>(&json).unwrap(), record, "{json}");
     }
 }

@@ -1,7 +1,6 @@
 //! Sums between ranks: [`Solo`] for one, [`Host`](host::Host) for those on host memory, [`Fake`](fake::Fake) for plans and tests.
 
 mod activity;
-mod behind;
 pub mod fake;
 pub mod host;
 #[cfg(test)]
@@ -10,7 +9,6 @@ mod timed;
 mod tree;
 
 pub use activity::{Activity, Operation, Progress, Record};
-pub use behind::{Behind, Seen, behind};
 pub use timed::Timed;
 pub use tree::sum_along_tree;
 

@@ -59,9 +59,54 @@ fn choose(text: &str, all: &[(String, IpAddr)], is_here: impl Fn(IpAddr) -> bool
         .ok_or_else(|| InterfaceError::Unknown { name: text.to_string(), there: there() })
 }
 
+/// Whether a host's name or address means loopback on every machine, so that only one can be meant.
+pub(super) fn is_loopback(host: &str) -> bool {
+    host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+/// An address at which other machines are likely to reach this one, if it has any; one of the same family as `like` if there is such.
+pub(super) fn address_for_others(like: IpAddr) -> Result<Option<IpAddr>, InterfaceError> {
+    let interfaces = if_addrs::get_if_addrs().map_err(InterfaceError::System)?;
+    let all: Vec<(IpAddr, bool)> = interfaces.iter().map(|i| (i.ip(), i.is_oper_up())).collect();
+    Ok(choose_for_others(like, &all))
+}
+
+/// The first of the family that is up, else what comes closest; never one that is good on its own cable only.
+fn choose_for_others(like: IpAddr, all: &[(IpAddr, bool)]) -> Option<IpAddr> {
+    let is_routable = |address: &IpAddr| match address {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local() && !v4.is_unspecified(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local() && !v6.is_unspecified(),
+    };
+    let routable = all.iter().filter(|(address, _)| is_routable(address));
+    routable.min_by_key(|(address, is_up)| (address.is_ipv4() != like.is_ipv4(), !is_up)).map(|(address, _)| *address)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loopback_by_any_name() {
+        assert!(["localhost", "LOCALHOST", "127.0.0.1", "127.0.1.1", "::1"].into_iter().all(is_loopback));
+        assert!(!["node0", "10.0.0.1", "fd00::1", "localhost.example.org", ""].into_iter().any(is_loopback));
+    }
+
+    #[test]
+    fn an_address_for_others_is_up_and_beyond_its_cable() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let all = |list: &[(&str, bool)]| -> Vec<(IpAddr, bool)> { list.iter().map(|(a, up)| (ip(a), *up)).collect() };
+        let machine =
+            [("127.0.0.1", true), ("172.17.0.1", false), ("10.0.0.5", true), ("10.1.0.5", true), ("fd00::5", true)];
+        for (like, list, expected) in [
+            ("127.0.1.1", &machine[..], Some("10.0.0.5")),
+            ("::1", &machine, Some("fd00::5")),
+            ("127.0.1.1", &machine[..2], Some("172.17.0.1")),
+            ("127.0.1.1", &[("::1", true), ("fe80::1", true), ("fd00::5", true)], Some("fd00::5")),
+            ("127.0.1.1", &[("127.0.0.1", true), ("169.254.3.4", true), ("fe80::1", true)], None),
+        ] {
+            assert_eq!(choose_for_others(ip(like), &all(list)), expected.map(ip), "{list:?}");
+        }
+    }
 
     #[test]
     fn names_and_addresses() {

@@ -5,11 +5,15 @@
 //!
 //! The ranks meet at a [`store`]: keys and values behind a socket, in the protocol of PyTorch's `TCPStore`, which torchrun's agent speaks.
 
+mod ancestry;
 mod environment;
 mod interface;
 mod launch;
+mod meet;
 mod slurm;
 pub mod store;
+#[cfg(test)]
+pub(crate) mod testing;
 mod world;
 
 #[cfg(test)]
@@ -19,5 +23,6 @@ pub use environment::Environment;
 pub use interface::{InterfaceError, address_of_interface};
 pub use launch::Launch;
 pub use world::{
-    Detected, Launcher, Node, OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED, StoreAddress, StoreHost, World, WorldError, detect,
+    Detected, Launcher, MAX_RANKS, Node, OWN_ATTEMPT, OWN_RUN_ID, OWN_STARTED, StoreAddress, StoreHost, World,
+    WorldError, detect,
 };

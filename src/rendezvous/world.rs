@@ -1,8 +1,13 @@
 //! From an environment to a place in the world.
 
 use super::Environment;
+use super::environment::PMI_RANK;
+use super::interface::is_loopback;
 use super::slurm::{first_host, tasks_of_node};
 use thiserror::Error;
+
+/// Most ranks of a run, and most on one machine: more is a mistake.
+pub const MAX_RANKS: usize = 4096;
 
 /// Who started this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +61,8 @@ pub struct World {
     pub local_size: usize,
     /// Where the ranks meet.
     pub store: StoreAddress,
+    /// What tells this run from others, if its launcher says so: another run's ranks may come to its store.
+    pub run: String,
     /// How often the world was started before: a store that outlives a world still holds the keys of the earlier ones.
     pub attempt: u32,
 }
@@ -123,6 +130,16 @@ pub enum WorldError {
         /// What it must be below.
         limit: usize,
     },
+    /// A number that nobody means.
+    #[error("{what} is {found}, expected 1 to {most}")]
+    OutOfBounds {
+        /// What the number is.
+        what: &'static str,
+        /// The number.
+        found: usize,
+        /// The largest that is allowed.
+        most: usize,
+    },
     /// Several machines and no address to meet at.
     #[error(
         "{size} ranks on several machines do not know where to meet: set MASTER_ADDR to the host of rank 0 (and MASTER_PORT to a free port)"
@@ -163,7 +180,7 @@ pub fn detect(environment: &Environment) -> Result<Detected, WorldError> {
         open_mpi(e)?
     } else if is_slurm_step(e)? {
         slurm(e)?
-    } else if e.has("PMI_RANK") && e.has("PMI_SIZE") {
+    } else if e.has(PMI_RANK) && e.has("PMI_SIZE") {
         pmi(e)?
     } else if e.has("PET_NNODES") || e.has("JOB_COMPLETION_INDEX") {
         return node(e).map(Detected::Node);
@@ -183,11 +200,26 @@ fn ranked(e: &Environment, launcher: Launcher, because: &'static str) -> Result<
         None if strict => Err(WorldError::Missing { name, because }),
         number => Ok(number),
     };
-    // Without more, all ranks are on this machine.
-    let local_rank = local("LOCAL_RANK")?.unwrap_or(rank);
-    let local_size = local("LOCAL_WORLD_SIZE")?.unwrap_or(size);
+    let (local_rank, local_size) = (local("LOCAL_RANK")?, local("LOCAL_WORLD_SIZE")?);
+    let local_size = match local_size {
+        Some(local_size) => local_size,
+        None if size > 1 && e.get("MASTER_ADDR").is_some_and(|host| !is_loopback(host)) => {
+            let because = "RANK and WORLD_SIZE are set, and MASTER_ADDR may be another machine";
+            return Err(WorldError::Missing { name: "LOCAL_WORLD_SIZE", because });
+        }
+        // They meet on this machine, so that all are here.
+        None => size,
+    };
+    let local_rank = match local_rank {
+        Some(local_rank) => local_rank,
+        None if local_size == size => rank,
+        None => {
+            let because = "RANK and WORLD_SIZE are set, and LOCAL_WORLD_SIZE says that there are several machines";
+            return Err(WorldError::Missing { name: "LOCAL_RANK", because });
+        }
+    };
     let store = match (size, strict) {
-        (1, false) => meeting_place(e, "", size, local_size)?,
+        (1, false) => meeting_place(e, None, size, local_size)?,
         _ => StoreAddress {
             host: e.need("MASTER_ADDR", because)?.to_string(),
             port: e.need_number("MASTER_PORT", because)?,
@@ -205,15 +237,13 @@ fn ranked(e: &Environment, launcher: Launcher, because: &'static str) -> Result<
         Launcher::Torchrun => e.number("TORCHELASTIC_RESTART_COUNT")?,
         _ => None,
     };
-    Ok(World {
-        launcher,
-        rank,
-        size,
-        local_rank,
-        local_size,
-        store: StoreAddress { served_by, ..store },
-        attempt: attempt.unwrap_or(0),
-    })
+    let run = match launcher {
+        Launcher::Own => e.get(OWN_RUN_ID),
+        Launcher::Torchrun => e.get("TORCHELASTIC_RUN_ID"),
+        _ => None,
+    };
+    let (store, run) = (StoreAddress { served_by, ..store }, run.unwrap_or_default().to_string());
+    Ok(World { launcher, rank, size, local_rank, local_size, store, run, attempt: attempt.unwrap_or(0) })
 }
 
 fn open_mpi(e: &Environment) -> Result<World, WorldError> {
@@ -222,9 +252,10 @@ fn open_mpi(e: &Environment) -> Result<World, WorldError> {
     let size = e.need_number("OMPI_COMM_WORLD_SIZE", because)?;
     let local_rank = e.need_number("OMPI_COMM_WORLD_LOCAL_RANK", because)?;
     let local_size = e.need_number("OMPI_COMM_WORLD_LOCAL_SIZE", because)?;
-    let job = e.get("PMIX_NAMESPACE").or_else(|| e.get("OMPI_MCA_ess_base_jobid")).unwrap_or_default();
+    let job = e.get("PMIX_NAMESPACE").or_else(|| e.get("OMPI_MCA_ess_base_jobid"));
     let store = meeting_place(e, job, size, local_size)?;
-    Ok(World { launcher: Launcher::OpenMpi, rank, size, local_rank, local_size, store, attempt: 0 })
+    let run = job.unwrap_or_default().to_string();
+    Ok(World { launcher: Launcher::OpenMpi, rank, size, local_rank, local_size, store, run, attempt: 0 })
 }
 
 fn is_slurm_step(e: &Environment) -> Result<bool, WorldError> {
@@ -256,24 +287,35 @@ fn slurm(e: &Environment) -> Result<World, WorldError> {
         value: list.to_string(),
         what: "which node is the first",
     })?;
-    let step = format!("{}.{}", e.get("SLURM_JOB_ID").unwrap_or_default(), e.get("SLURM_STEP_ID").unwrap_or_default());
+    let step = slurm_step(e);
     let store = StoreAddress {
         host: e.get("MASTER_ADDR").map_or(first, str::to_string),
         port: e.number("MASTER_PORT")?.unwrap_or_else(|| port_of_job(&step)),
         served_by: StoreHost::RankZero,
     };
     let attempt = e.number("SLURM_RESTART_COUNT")?.unwrap_or(0);
-    Ok(World { launcher: Launcher::Slurm, rank, size, local_rank, local_size, store, attempt })
+    Ok(World { launcher: Launcher::Slurm, rank, size, local_rank, local_size, store, run: step, attempt })
+}
+
+fn slurm_step(e: &Environment) -> String {
+    format!("{}.{}", e.get("SLURM_JOB_ID").unwrap_or_default(), e.get("SLURM_STEP_ID").unwrap_or_default())
 }
 
 fn pmi(e: &Environment) -> Result<World, WorldError> {
     let because = "PMI variables are set, as MPICH does";
-    let (rank, size) = (e.need_number("PMI_RANK", because)?, e.need_number("PMI_SIZE", because)?);
+    let (rank, size) = (e.need_number(PMI_RANK, because)?, e.need_number("PMI_SIZE", because)?);
     let local_rank = e.need_number("MPI_LOCALRANKID", because)?;
     let local_size = e.need_number("MPI_LOCALNRANKS", because)?;
-    let job = e.get("PMI_JOBID").or_else(|| e.get("SLURM_JOB_ID")).unwrap_or_default();
-    let store = meeting_place(e, job, size, local_size)?;
-    Ok(World { launcher: Launcher::Pmi, rank, size, local_rank, local_size, store, attempt: 0 })
+    let job = match (e.get("PMI_JOBID"), e.launcher()) {
+        (Some(job), _) => Some(job.to_string()),
+        // MPICH names its runs only where Slurm does, but its ranks on one machine know who started them all.
+        (None, Some(launcher)) if local_size == size => Some(format!("process {launcher}")),
+        // There its helpers are one step.
+        (None, _) => e.has("SLURM_JOB_ID").then(|| slurm_step(e)),
+    };
+    let store = meeting_place(e, job.as_deref(), size, local_size)?;
+    let run = job.unwrap_or_default();
+    Ok(World { launcher: Launcher::Pmi, rank, size, local_rank, local_size, store, run, attempt: 0 })
 }
 
 /// A pod of Kubeflow's trainer (`PET_…`), or of a JobSet or Indexed Job that sets `PET_NNODES` itself.
@@ -284,6 +326,7 @@ fn node(e: &Environment) -> Result<Node, WorldError> {
         None => e.need_number("JOB_COMPLETION_INDEX", because)?,
     };
     let count = e.need_number("PET_NNODES", because)?;
+    bounded("PET_NNODES", count)?;
     below("the node's rank", rank, count)?;
     let meet = match e.get("PET_MASTER_ADDR") {
         Some(host) => Some((host.to_string(), e.need_number("PET_MASTER_PORT", because)?)),
@@ -295,17 +338,30 @@ fn node(e: &Environment) -> Result<Node, WorldError> {
         Some("auto" | "gpu" | "cpu") => None,
         _ => e.number("PET_NPROC_PER_NODE")?,
     };
+    ranks.map_or(Ok(()), |ranks| bounded("PET_NPROC_PER_NODE", ranks))?;
     Ok(Node { rank, count, ranks, meet })
 }
 
-/// `MASTER_ADDR`, or this machine if all ranks are on it; `MASTER_PORT`, or a port that the ranks of a job agree on by its name.
-fn meeting_place(e: &Environment, job: &str, size: usize, local_size: usize) -> Result<StoreAddress, WorldError> {
+/// `MASTER_ADDR`, or this machine if all ranks are on it; `MASTER_PORT`, or a port that the ranks of a job agree on by its name, if it has
+/// one: else two runs would meet.
+fn meeting_place(
+    e: &Environment,
+    job: Option<&str>,
+    size: usize,
+    local_size: usize,
+) -> Result<StoreAddress, WorldError> {
+    let because = "this launcher does not tell one run from another";
     let host = match e.get("MASTER_ADDR") {
         Some(host) => host.to_string(),
         None if local_size == size => "127.0.0.1".to_string(),
         None => return Err(WorldError::NowhereToMeet { size }),
     };
-    let port = e.number("MASTER_PORT")?.unwrap_or_else(|| port_of_job(job));
+    let port = match (e.number("MASTER_PORT")?, job) {
+        (Some(port), _) => port,
+        (None, Some(job)) => port_of_job(job),
+        (None, None) if size == 1 => 0,
+        (None, None) => return Err(WorldError::Missing { name: "MASTER_PORT", because }),
+    };
     Ok(StoreAddress { host, port, served_by: StoreHost::RankZero })
 }
 
@@ -321,8 +377,16 @@ fn below(what: &'static str, found: usize, limit: usize) -> Result<(), WorldErro
     if found < limit { Ok(()) } else { Err(WorldError::OutOfRange { what, found, limit }) }
 }
 
+fn bounded(what: &'static str, found: usize) -> Result<(), WorldError> {
+    match found {
+        1..=MAX_RANKS => Ok(()),
+        _ => Err(WorldError::OutOfBounds { what, found, most: MAX_RANKS }),
+    }
+}
+
 impl World {
     fn check(self) -> Result<World, WorldError> {
+        bounded("the number of ranks", self.size)?;
         below("the rank", self.rank, self.size)?;
         below("the local rank", self.local_rank, self.local_size)?;
         below("the number of local ranks", self.local_size, self.size.saturating_add(1))?;

@@ -3,8 +3,8 @@
 use super::faults::{Fault, Faulty, newest};
 use super::*;
 use crate::checkpoint::io::{Disk, Io};
-use crate::rendezvous::store::{Client, Server};
-use crate::rendezvous::{StoreAddress, StoreHost};
+use crate::rendezvous::store::Server;
+use crate::rendezvous::testing::{client, server};
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
@@ -20,8 +20,7 @@ pub(super) struct Ranks {
 }
 
 pub(super) fn team(port: u16, rank: usize, size: usize, patience: Duration) -> Team {
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::RankZero };
-    Team { rank, size, store: Client::connect(&address, "run/0/", LONG).unwrap(), patience }
+    Team { rank, size, store: client(port, "run/0/"), patience }
 }
 
 impl Ranks {
@@ -31,7 +30,7 @@ impl Ranks {
     }
 
     fn with(dir: &Path, size: usize, patience: Duration, io: impl Fn(usize) -> Arc<dyn Io>) -> Ranks {
-        let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+        let server = server();
         let config = CheckpointConfig { keep: 100, ..Default::default() };
         let port = server.address().port();
         let saver = |rank| Saver::with_io(io(rank), dir, &config, Some(team(port, rank, size, patience)));

@@ -102,6 +102,14 @@ pub enum LaunchError {
         /// The largest number below that is allowed.
         fits: Option<usize>,
     },
+    /// More ranks than a run may have.
+    #[error("{ranks} ranks on all nodes are too many: at most {most}")]
+    TooMany {
+        /// How many there would be.
+        ranks: usize,
+        /// How many there may be.
+        most: usize,
+    },
     /// More ranks are demanded than there are.
     #[error("--min-ranks {least} is more than the {ranks} ranks that are to be started")]
     TooFew {

@@ -2,7 +2,7 @@
 //!
 //! | key under `launcher/` | who sets it | what |
 //! |---|---|---|
-//! | `node/K` | node K | that it is there, and with how many places |
+//! | `node/K` | node K | that it is there, and with how many places; empty once it has left before the run began |
 //! | `order/N` | node 0 | the N-th order: start attempt N, or stop |
 //! | `failing/N` | any | a rank of attempt N failed: the others are to end |
 //! | `leaving` | any | the signal by which someone wants the run to leave |
@@ -19,7 +19,6 @@ use super::watch::Watch;
 use super::{Job, LaunchError};
 use crate::machine::host_name;
 use crate::rendezvous::store::{Client, Server, StoreError};
-use crate::rendezvous::{StoreAddress, StoreHost};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
@@ -48,8 +47,8 @@ pub(super) struct NodeInfo {
     pub host: String,
     /// Places for ranks.
     pub ranks: usize,
-    nodes: usize,
-    version: String,
+    pub nodes: usize,
+    pub version: String,
     /// What the meeting place's name means there.
     meets_at: Option<IpAddr>,
     /// No two launchers are the same.
@@ -58,7 +57,7 @@ pub(super) struct NodeInfo {
 
 /// The launchers of a run.
 pub(super) struct Meeting<'a> {
-    job: &'a Job,
+    pub(super) job: &'a Job,
     /// On node 0.
     server: Option<Server>,
     /// Where there are several nodes.
@@ -110,9 +109,8 @@ impl<'a> Meeting<'a> {
             (true, None) => "127.0.0.1".to_string(),
             (false, _) => meeting.host().to_string(),
         };
-        let address = StoreAddress { host, port, served_by: StoreHost::Launcher };
-        meeting.client = Some(connect(&address, job.patience, inbox)?);
-        meeting.announce(me)?;
+        meeting.client = Some(connect(&host, port, job.patience, inbox)?);
+        meeting.announce(&me, inbox)?;
         if is_lead {
             let joined = meeting.all_nodes(inbox);
             if let Err(error) = &joined {
@@ -126,7 +124,7 @@ impl<'a> Meeting<'a> {
         if !is_lead {
             hosts = vec![meeting.host().to_string()];
         }
-        let client = connect(&address, job.patience, inbox)?;
+        let client = connect(&host, port, job.patience, inbox)?;
         meeting._watch = Some(
             Watch::start(client, job, hosts, inbox.doorbell())
                 .map_err(|source| LaunchError::Listen { port, source })?,
@@ -159,53 +157,6 @@ impl<'a> Meeting<'a> {
         host_for_all(self.host(), &seen)
     }
 
-    fn announce(&mut self, me: NodeInfo) -> Result<(), LaunchError> {
-        let node = self.job.node;
-        let (key, mine) = (format!("node/{node}"), encode(&me));
-        let Some(client) = &mut self.client else { return Ok(()) };
-        let there = client.compare_set(&key, b"", &mine)?;
-        if there == mine {
-            return Ok(());
-        }
-        let other: NodeInfo = serde_json::from_slice(&there).map_err(|_| LaunchError::Garbled { key })?;
-        Err(LaunchError::Twice { node, other: other.host })
-    }
-
-    /// Waits until all nodes are there; they must have been started alike.
-    fn all_nodes(&mut self, inbox: &mut Inbox) -> Result<Vec<NodeInfo>, LaunchError> {
-        let (start, count, after) = (Instant::now(), self.job.nodes, self.job.patience);
-        let mut missing: Vec<usize> = (0..count).collect();
-        loop {
-            let mut still = Vec::new();
-            for node in missing {
-                if !self.has(&format!("node/{node}"))? {
-                    still.push(node);
-                }
-            }
-            missing = still;
-            if missing.is_empty() {
-                break;
-            }
-            if start.elapsed() >= after {
-                return Err(LaunchError::NodesMissing { missing, count, after });
-            }
-            wait_or_stop(inbox)?;
-        }
-        let nodes: Vec<NodeInfo> =
-            (0..count).map(|node| self.get(&format!("node/{node}"))).collect::<Result<_, LaunchError>>()?;
-        for (node, info) in nodes.iter().enumerate() {
-            let ours = &self.nodes[0];
-            let (theirs, nodes) = (info.nodes.to_string(), ours.nodes.to_string());
-            for (what, theirs, ours) in [("version", &info.version, &ours.version), ("--nnodes", &theirs, &nodes)] {
-                if theirs != ours {
-                    let (host, theirs, ours) = (info.host.clone(), theirs.clone(), ours.clone());
-                    return Err(LaunchError::Disagree { node, host, what, theirs, ours });
-                }
-            }
-        }
-        Ok(nodes)
-    }
-
     /// Node 0 says what is to be done next.
     pub(super) fn publish(&mut self, number: u32, order: &Order) -> Result<(), LaunchError> {
         self.set(&format!("order/{number}"), &encode(order))
@@ -218,7 +169,7 @@ impl<'a> Meeting<'a> {
         }
         let start = Instant::now();
         for node in 1..self.job.nodes {
-            let is_there = |meeting: &mut Meeting| meeting.has(&format!("node/{node}")).unwrap_or(false);
+            let is_there = |meeting: &mut Meeting| matches!(meeting.claimant(node), Ok(Some(_)));
             let has_read = |meeting: &mut Meeting| meeting.has(&format!("bye/{node}")).unwrap_or(true);
             while start.elapsed() < GOODBYES
                 && inbox.lost.iter().all(|lost| lost.node != node)
@@ -242,7 +193,10 @@ impl<'a> Meeting<'a> {
                 return Ok(order);
             }
             inbox.wait(TICK);
-            self.tell(number, false, inbox);
+            match number {
+                0 => self.leave_if_asked(inbox)?,
+                _ => self.tell(number, false, inbox),
+            }
             self.check_lead(inbox)?;
             if let (true, Some(signal)) = (inbox.kill, inbox.stop) {
                 return Err(LaunchError::Stopped(signal));
@@ -301,29 +255,42 @@ impl<'a> Meeting<'a> {
         Ok(ends)
     }
 
-    fn has(&mut self, key: &str) -> Result<bool, LaunchError> {
+    /// What the store answers; `alone` where there is none, because there are no other nodes.
+    pub(super) fn ask<T>(
+        &mut self,
+        alone: T,
+        question: impl FnOnce(&mut Client) -> Result<T, StoreError>,
+    ) -> Result<T, LaunchError> {
         match &mut self.client {
-            Some(client) => client.has(key).map_err(|error| lost(self.job, error)),
-            None => Ok(false),
+            Some(client) => question(client).map_err(|error| lost(self.job, error)),
+            None => Ok(alone),
         }
+    }
+
+    pub(super) fn has(&mut self, key: &str) -> Result<bool, LaunchError> {
+        self.ask(false, |client| client.has(key))
     }
 
     fn set(&mut self, key: &str, value: &[u8]) -> Result<(), LaunchError> {
-        match &mut self.client {
-            Some(client) => client.set(key, value).map_err(|error| lost(self.job, error)),
-            None => Ok(()),
-        }
+        self.ask((), |client| client.set(key, value))
+    }
+
+    /// The value of a key that is there.
+    pub(super) fn value(&mut self, key: &str) -> Result<Vec<u8>, LaunchError> {
+        self.ask(Vec::new(), |client| client.get(key, ANSWER))
     }
 
     fn get<T: DeserializeOwned>(&mut self, key: &str) -> Result<T, LaunchError> {
-        let garbled = || LaunchError::Garbled { key: format!("{PREFIX}{key}") };
-        let Some(client) = &mut self.client else { return Err(garbled()) };
-        let value = client.get(key, ANSWER).map_err(|error| lost(self.job, error))?;
-        serde_json::from_slice(&value).map_err(|_| garbled())
+        let value = self.value(key)?;
+        decode(key, &value)
     }
 }
 
-fn encode(value: &impl Serialize) -> Vec<u8> {
+pub(super) fn decode<T: DeserializeOwned>(key: &str, value: &[u8]) -> Result<T, LaunchError> {
+    serde_json::from_slice(value).map_err(|_| LaunchError::Garbled { key: format!("{PREFIX}{key}") })
+}
+
+pub(super) fn encode(value: &impl Serialize) -> Vec<u8> {
     // Types of this folder: strings, numbers and lists of them, which JSON can hold.
     serde_json::to_vec(value).unwrap_or_default()
 }
@@ -332,12 +299,4 @@ fn encode(value: &impl Serialize) -> Vec<u8> {
 fn lost(job: &Job, error: StoreError) -> LaunchError {
     let host = job.meet.as_ref().map_or("127.0.0.1", |(host, _)| host).to_string();
     LaunchError::LeadLost { host, why: error.to_string() }
-}
-
-fn wait_or_stop(inbox: &mut Inbox) -> Result<(), LaunchError> {
-    inbox.wait(TICK);
-    match inbox.stop {
-        Some(signal) => Err(LaunchError::Stopped(signal)),
-        None => Ok(()),
-    }
 }

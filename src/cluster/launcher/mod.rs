@@ -19,6 +19,7 @@ mod ends;
 mod error;
 pub mod error_file;
 mod inbox;
+mod joining;
 mod meeting;
 mod parent;
 mod place;

@@ -3,44 +3,31 @@
 use super::inbox::Inbox;
 use super::meeting::{PREFIX, TICK};
 use super::{Job, LaunchError};
-use crate::rendezvous::StoreAddress;
-use crate::rendezvous::store::{Client, Server};
+use crate::rendezvous::store::{Client, Place, ServeError, Server};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
+use std::net::{IpAddr, ToSocketAddrs};
 use std::time::Duration;
 
-/// Listens: for one node on loopback only, where nobody else comes by; for several on the network that was chosen, or on all.
+/// Serves the store of the run.
 pub(super) fn serve(job: &Job) -> Result<Server, LaunchError> {
-    let port = job.meet.as_ref().map_or(0, |(_, port)| *port);
-    let listen = |ip: IpAddr| Server::listen((ip, port).into());
-    if let (Some((host, port)), Some(chosen), 2..) = (&job.meet, job.interface, job.nodes) {
-        // A name that means loopback here may well mean that network to the others.
-        if let Some(found) = resolve(host, *port).filter(|found| *found != chosen && !found.is_loopback()) {
-            return Err(LaunchError::OtherNetwork { host: host.clone(), found, chosen });
+    let (host, port) = job.meet.as_ref().map_or(("", 0), |(host, port)| (host.as_str(), *port));
+    let place = Place { host, port, one_machine: job.nodes == 1, interface: job.interface };
+    crate::rendezvous::store::serve(place).map_err(|error| match error {
+        ServeError::OtherNetwork { host, found, chosen } => LaunchError::OtherNetwork { host, found, chosen },
+        ServeError::Listen { port, source } if source.kind() == io::ErrorKind::AddrInUse => {
+            LaunchError::PortTaken { port }
         }
-    }
-    let served = match (job.nodes, job.interface) {
-        (1, _) => listen(Ipv4Addr::LOCALHOST.into()),
-        (_, Some(chosen)) => listen(chosen),
-        // The IPv6 address takes IPv4 too, on systems that have both.
-        _ => match listen(Ipv6Addr::UNSPECIFIED.into()) {
-            Err(error) if error.kind() != io::ErrorKind::AddrInUse => listen(Ipv4Addr::UNSPECIFIED.into()),
-            served => served,
-        },
-    };
-    served.map_err(|source| match source.kind() {
-        io::ErrorKind::AddrInUse => LaunchError::PortTaken { port },
-        _ => LaunchError::Listen { port, source },
+        ServeError::Listen { port, source } => LaunchError::Listen { port, source },
     })
 }
 
 /// Connects by a thread of its own, so that a signal can end the wait.
-pub(super) fn connect(address: &StoreAddress, patience: Duration, inbox: &mut Inbox) -> Result<Client, LaunchError> {
+pub(super) fn connect(host: &str, port: u16, patience: Duration, inbox: &mut Inbox) -> Result<Client, LaunchError> {
     let (sender, receiver) = std::sync::mpsc::channel();
-    let (port, address) = (address.port, address.clone());
+    let host = host.to_string();
     let connecting = std::thread::Builder::new().name("connect".into());
     connecting
-        .spawn(move || sender.send(Client::connect(&address, PREFIX, patience)))
+        .spawn(move || sender.send(Client::connect(&host, port, PREFIX, patience)))
         .map_err(|source| LaunchError::Listen { port, source })?;
     loop {
         // Soon enough for a person, and at once where the store is there.

@@ -7,7 +7,7 @@ use rustix::event::{PollFd, PollFlags};
 use std::io::{self, ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
 
-/// Most bytes of one rank in a gather or broadcast, and so of what a rank may announce where the others do not know the length: some
+/// Most bytes of one rank in a gather, and so of what a rank may announce where the others do not know the length: some
 /// hundred times what ranks tell each other (times, hashes, flags, numbers of an evaluation). Gradients are sums, whose length all know;
 /// what else is large belongs into files. A rank of a world of 8 keeps at most 128 MiB.
 pub(super) const MAX_BYTES: u64 = 16 << 20;
@@ -19,8 +19,6 @@ pub(super) enum Kind {
     Scatter = 1,
     /// Everyone's part for everyone.
     Gather,
-    /// Rank 0's bytes.
-    Broadcast,
     /// The length of what follows.
     Length,
     /// Where in a rank's memory its part is.
@@ -36,11 +34,10 @@ impl Kind {
         match number {
             1 => "all-reduce, slices,",
             2 => "gather",
-            3 => "broadcast",
-            4 => "length",
-            5 => "all-reduce, offer,",
-            6 => "all-reduce, sum,",
-            7 => "all-reduce, receipt,",
+            3 => "length",
+            4 => "all-reduce, offer,",
+            5 => "all-reduce, sum,",
+            6 => "all-reduce, receipt,",
             _ => "something unknown",
         }
     }

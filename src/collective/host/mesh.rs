@@ -2,6 +2,7 @@
 
 use super::super::CollectiveError;
 use super::stream::{Listener, Stream, wait};
+use crate::machine::raise_descriptor_limit;
 use crate::rendezvous::store::{Client, StoreError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::hash::{BuildHasher, RandomState};
@@ -14,7 +15,7 @@ use thiserror::Error;
 const MAGIC: [u8; 8] = *b"ddpm-co1";
 const HELLO: usize = 8 + 8 + 4;
 /// How long a connection may take to say who it is. It holds up nobody else meanwhile.
-const GREETING: Duration = Duration::from_secs(2);
+pub(super) const GREETING: Duration = Duration::from_secs(2);
 /// Connections that may be about to say it; a further one replaces the oldest.
 const NEWCOMERS: usize = 64;
 
@@ -48,6 +49,19 @@ pub enum MeetingError {
         size: usize,
         /// How long they were waited for.
         after: Duration,
+    },
+    /// A rank that is not where it said.
+    #[error(
+        "rank {peer} cannot be reached at {address}, the address that it gave: {source}; if that is another network than the one between the \
+         machines, choose it with --interface, for all ranks"
+    )]
+    Unreachable {
+        /// Who.
+        peer: usize,
+        /// Its address.
+        address: String,
+        /// Why not.
+        source: io::Error,
     },
     /// Two processes with one number.
     #[error("two processes say they are rank {rank}: give each its own number")]
@@ -114,6 +128,7 @@ impl Mesh {
         let Meeting { rank, size, one_machine, ref mut store, patience } = *meeting;
         let start = Instant::now();
         let left = || patience.saturating_sub(start.elapsed());
+        raise_descriptor_limit();
         let mut streams: Vec<Option<Stream>> = (0..size).map(|_| None).collect();
         if store.add(&format!("collective/claim/{rank}"), 1)? != 1 {
             return Err(MeetingError::Twice { rank });
@@ -145,9 +160,10 @@ impl Mesh {
                 other => MeetingError::Store(other),
             })?;
             let theirs = String::from_utf8_lossy(&theirs);
-            let connection = Stream::connect(&theirs, left()).map_err(io_error("connect to a rank"))?;
-            (&connection).write_all(&hello(rank)).map_err(io_error("greet a rank"))?;
-            *stream = Some(connection);
+            let greeted = Stream::connect(&theirs, left())
+                .and_then(|connection| (&connection).write_all(&hello(rank)).map(|()| connection));
+            let unreachable = |source| MeetingError::Unreachable { peer, address: theirs.into_owned(), source };
+            *stream = Some(greeted.map_err(unreachable)?);
         }
         let mut newcomers: Vec<Newcomer> = Vec::new();
         while streams[rank + 1..].iter().any(Option::is_none) {

@@ -141,19 +141,6 @@ impl Host {
         self.done.recv().unwrap_or(Err(CollectiveError::Ended))
     }
 
-    /// Rank 0's bytes, at every rank; the others' do not matter.
-    ///
-    /// # Errors
-    /// A rank that does not take part, or bytes that are too many.
-    pub fn broadcast(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>, CollectiveError> {
-        short("broadcast", &bytes)?;
-        self.begin("broadcast", bytes.len(), Job::Broadcast(bytes))?;
-        match self.finish()?.job {
-            Job::Broadcast(bytes) => Ok(bytes),
-            _ => Err(CollectiveError::Ended),
-        }
-    }
-
     /// Returns when every rank has come here.
     ///
     /// # Errors

@@ -270,6 +270,7 @@ mod tests {
         let later = std::thread::scope(|scope| {
             let window = &window;
             let later = scope.spawn(move || window.allocate(3 * 1024).unwrap().offset());
+            // By then it waits, most often; if it has not begun, it finds the room free, and this shows less.
             std::thread::sleep(std::time::Duration::from_millis(20));
             drop(a);
             later.join().unwrap()

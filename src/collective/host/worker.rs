@@ -26,8 +26,6 @@ pub(super) enum Job {
     SumShared(Part),
     /// This rank has taken such sums; when all have, the memory is free. Nothing is given back.
     Taken(Vec<Span>),
-    /// Replaces the bytes of all ranks by rank 0's.
-    Broadcast(Vec<u8>),
     /// Replaces this rank's bytes by all ranks' bytes, in the order of the ranks.
     Gather(Vec<Vec<u8>>),
 }
@@ -81,12 +79,12 @@ impl Worker {
             (self.sequence, self.patience) = (sequence, patience);
             let is_new = !matches!(job, Job::Taken(_));
             if is_new {
-                self.activity.begun(sequence);
+                self.activity.begun();
             }
             match self.work(job) {
                 Ok(None) => {}
                 Ok(Some(job)) => {
-                    self.activity.completed(sequence);
+                    self.activity.completed();
                     // Nobody listens any more when the collective is dropped.
                     if give.send(Ok(Task { sequence, patience, job })).is_err() {
                         return;
@@ -115,7 +113,6 @@ impl Worker {
                 self.say(Kind::Taken, floats * size_of::<f32>(), &[], &mut [])?;
                 None
             }
-            Job::Broadcast(bytes) => Some(Job::Broadcast(self.broadcast(bytes)?)),
             Job::Gather(mut mine) => Some(Job::Gather(self.gather(mine.pop().unwrap_or_default())?)),
         })
     }
@@ -232,25 +229,6 @@ impl Worker {
         round.run()?;
         self.parts = parts;
         Ok(())
-    }
-
-    fn broadcast(&mut self, mut bytes: Vec<u8>) -> Result<Vec<u8>, CollectiveError> {
-        let mut len = (bytes.len() as u64).to_le_bytes();
-        for step in [Kind::Length, Kind::Broadcast] {
-            let mut round = self.round(step);
-            let content: &mut [u8] = if step == Kind::Length { &mut len } else { &mut bytes };
-            if self.mesh.rank == 0 {
-                self.mesh.others().for_each(|other| round.send(other, content));
-                round.run()?;
-            } else {
-                round.receive(0, content);
-                round.run()?;
-                if step == Kind::Length {
-                    bytes = vec![0; exchange::bounded(u64::from_le_bytes(len), 0)?];
-                }
-            }
-        }
-        Ok(bytes)
     }
 
     fn gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {

@@ -1,6 +1,6 @@
 //! One connection to a store.
 
-use super::super::StoreAddress;
+use super::super::InterfaceError;
 use super::wire::{self, Request};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream, ToSocketAddrs};
@@ -35,6 +35,20 @@ pub enum StoreError {
         /// How long it was waited for.
         after: Duration,
     },
+    /// The way to the store is this machine's loopback, and others are to come.
+    #[error(
+        "this machine knows {host}, where the ranks meet, by its loopback address {found}, at which the other machines cannot reach it, and has no \
+         other: choose its network with --interface"
+    )]
+    OnlyLoopback {
+        /// Where the ranks meet.
+        host: String,
+        /// What it means here.
+        found: IpAddr,
+    },
+    /// The system does not list the networks of this machine.
+    #[error(transparent)]
+    Interface(#[from] InterfaceError),
     /// The connection broke, or what answers is no store.
     #[error("the store at {address} is lost: {source}")]
     Lost {
@@ -93,16 +107,16 @@ fn within(stream: &TcpStream, time: Duration) -> Until<'_> {
 }
 
 impl Client {
-    /// Connects, trying until `patience` is over: the rank that serves the store may start later than this one.
+    /// Connects, trying until `patience` is over: the rank that serves the store may start later than this one. All keys are under `prefix`.
     ///
     /// # Errors
     /// [`StoreError::Unreachable`].
-    pub fn connect(address: &StoreAddress, prefix: &str, patience: Duration) -> Result<Client, StoreError> {
+    pub fn connect(host: &str, port: u16, prefix: &str, patience: Duration) -> Result<Client, StoreError> {
         let start = Instant::now();
-        let name = format!("{}:{}", address.host, address.port);
+        let name = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
         let stream = loop {
             let left = patience.saturating_sub(start.elapsed()).max(Duration::from_millis(1));
-            match try_connect(&address.host, address.port, left) {
+            match try_connect(host, port, left) {
                 Ok(stream) => break stream,
                 Err(source) if start.elapsed() >= patience => {
                     return Err(StoreError::Unreachable { address: name, after: patience, source });

@@ -20,8 +20,11 @@
 //! | `PING` 13 | u32 | the same u32 |
 
 mod client;
+mod serve;
 mod server;
 mod wire;
 
 pub use client::{Client, StoreError};
+pub(super) use serve::addresses;
+pub use serve::{Place, ServeError, serve};
 pub use server::Server;

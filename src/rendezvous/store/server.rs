@@ -1,10 +1,12 @@
 //! A store of our own: one thread for each connection, all on one map.
 
+use super::super::MAX_RANKS;
 use super::wire::{self, Request};
-use rustix::net::SendFlags;
+use crate::machine::raise_descriptor_limit;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, sockopt};
 use std::collections::HashMap;
 use std::io::{self, BufReader, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -12,8 +14,10 @@ use std::time::{Duration, Instant};
 
 /// Most bytes of keys and values in all.
 const MAX_BYTES: usize = 256 << 20;
-/// Most connections at a time.
-const MAX_CONNECTIONS: usize = 4096;
+/// Most connections at a time: a rank has four (meeting, watchdog, request to stop, checkpoints), the launcher of a machine two.
+const MAX_CONNECTIONS: usize = 6 * MAX_RANKS;
+/// Connections that may wait to be accepted, as far as the system allows: all ranks come at once.
+const BACKLOG: i32 = 4096;
 /// How long a connection may take to say what it is, and a client to take an answer.
 const GREETING: Duration = Duration::from_secs(10);
 /// Pause between two looks whether all have left.
@@ -37,22 +41,40 @@ struct Shared {
 struct State {
     values: HashMap<Vec<u8>, Vec<u8>>,
     bytes: usize,
-    /// Where the answers of each connection go.
-    connections: HashMap<u64, Arc<Answers>>,
+    connections: HashMap<u64, Arc<Connection>>,
     /// Connections that wait, each for all of its keys that are not there yet.
     waiting: HashMap<u64, Vec<Vec<u8>>>,
     next: u64,
 }
 
-/// The writing side of a connection. Locked after the state, and before the state is free again, so that answers stand in the order in
-/// which they were decided on; a client that is slow to take a long one holds up nobody else.
+/// A connection, which one thread reads.
 #[derive(Debug)]
-struct Answers(Mutex<TcpStream>);
+struct Connection {
+    stream: TcpStream,
+    /// Who may write. Locked after the state, and before the state is free again, so that answers stand in the order in which they were
+    /// decided on; a client that is slow to take a long one holds up nobody else.
+    turn: Mutex<()>,
+}
 
-impl Answers {
-    fn lock(&self) -> MutexGuard<'_, TcpStream> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl Connection {
+    fn lock(&self) -> (MutexGuard<'_, ()>, &TcpStream) {
+        (self.turn.lock().unwrap_or_else(PoisonError::into_inner), &self.stream)
     }
+
+    /// Ends it: the client sees it end.
+    fn hang_up(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// A listener at all addresses of this machine, IPv4 ones too, whatever the system's default (`net.ipv6.bindv6only`).
+fn listen_on_both(port: u16) -> io::Result<TcpListener> {
+    let socket = rustix::net::socket_with(AddressFamily::INET6, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    sockopt::set_ipv6_v6only(&socket, false)?;
+    rustix::net::bind(&socket, &SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0))?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 impl Server {
@@ -61,7 +83,24 @@ impl Server {
     /// # Errors
     /// An address that cannot be bound: in use, not this machine's, or not permitted.
     pub fn listen(address: SocketAddr) -> io::Result<Server> {
-        let listener = TcpListener::bind(address)?;
+        Server::start(TcpListener::bind(address)?)
+    }
+
+    /// Listens on all networks of this machine.
+    ///
+    /// # Errors
+    /// A port that cannot be bound: in use, or not permitted.
+    pub fn listen_everywhere(port: u16) -> io::Result<Server> {
+        match listen_on_both(port) {
+            Ok(listener) => Server::start(listener),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(error),
+            // A system without IPv6.
+            Err(_) => Server::listen((Ipv4Addr::UNSPECIFIED, port).into()),
+        }
+    }
+
+    fn start(listener: TcpListener) -> io::Result<Server> {
+        raise_descriptor_limit();
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
@@ -108,9 +147,7 @@ impl Drop for Server {
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
         }
-        for answers in self.shared.lock().connections.values() {
-            let _ = answers.lock().shutdown(Shutdown::Both);
-        }
+        self.shared.lock().connections.values().for_each(|connection| connection.hang_up());
     }
 }
 
@@ -118,8 +155,8 @@ impl Drop for Server {
 fn loopback(mut address: SocketAddr) -> SocketAddr {
     if address.ip().is_unspecified() {
         address.set_ip(match address {
-            SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
-            SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+            SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
         });
     }
     address
@@ -133,42 +170,60 @@ impl Shared {
 }
 
 fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
+    let mut has_complained = false;
     loop {
         let accepted = listener.accept();
         if shared.closing.load(Ordering::SeqCst) {
             return;
         }
-        let Ok((stream, _)) = accepted else {
-            // Out of file descriptors, or the client is gone again: others may have more luck.
-            std::thread::sleep(Duration::from_millis(10));
-            continue;
-        };
-        let Ok(writer) = stream.try_clone() else { continue };
-        let answers = Arc::new(Answers(Mutex::new(writer)));
-        let id = {
-            let mut state = shared.lock();
-            if state.connections.len() >= MAX_CONNECTIONS {
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                if is_full(&error) && !has_complained {
+                    has_complained = true;
+                    complain(&error, shared.lock().connections.len());
+                }
+                // Or the client is gone again: others may have more luck.
+                std::thread::sleep(Duration::from_millis(10));
                 continue;
             }
-            state.next += 1;
-            let id = state.next;
-            state.connections.insert(id, Arc::clone(&answers));
-            id
         };
+        let Some((id, connection)) = shared.lock().admit(stream) else { continue };
         let theirs = Arc::clone(shared);
         let spawned = std::thread::Builder::new().name(format!("store-{id}")).spawn(move || {
             // However the connection ends, the client sees it end.
-            let _ = serve(&stream, &answers, id, &theirs);
+            let _ = serve(&connection, id, &theirs);
             theirs.lock().forget(id);
         });
-        if spawned.is_err() {
+        if let Err(error) = spawned {
+            let connections = shared.lock().connections.len();
             shared.lock().forget(id);
+            if !has_complained {
+                has_complained = true;
+                complain(&error, connections);
+            }
         }
     }
 }
 
+/// Whether this process or the system has no file descriptor left.
+fn is_full(error: &io::Error) -> bool {
+    matches!(rustix::io::Errno::from_io_error(error), Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE))
+}
+
+/// Ranks that cannot be let in see nothing but a store that does not answer: whoever serves it must say why.
+fn complain(error: &io::Error, connections: usize) {
+    // Nobody may be there to read it.
+    let _ = writeln!(
+        io::stderr(),
+        "warning: the store in which the ranks meet takes no more than {connections} connections: {error}; raise the limit of open files \
+         (ulimit -Hn) and of processes (ulimit -u) where it is served"
+    );
+}
+
 /// Answers the requests of one connection until it ends or says something malformed.
-fn serve(stream: &TcpStream, answers: &Answers, id: u64, shared: &Shared) -> io::Result<()> {
+fn serve(connection: &Connection, id: u64, shared: &Shared) -> io::Result<()> {
+    let stream = &connection.stream;
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(GREETING))?;
     stream.set_read_timeout(Some(GREETING))?;
@@ -181,7 +236,7 @@ fn serve(stream: &TcpStream, answers: &Answers, id: u64, shared: &Shared) -> io:
         let mut state = shared.lock();
         let answer = state.answer(id, request)?;
         if !answer.is_empty() {
-            let mut writer = answers.lock();
+            let (_turn, mut writer) = connection.lock();
             drop(state);
             writer.write_all(&answer)?;
         }
@@ -190,10 +245,21 @@ fn serve(stream: &TcpStream, answers: &Answers, id: u64, shared: &Shared) -> io:
 }
 
 impl State {
+    /// Gives a connection its number, if there is room for it.
+    fn admit(&mut self, stream: TcpStream) -> Option<(u64, Arc<Connection>)> {
+        if self.connections.len() >= MAX_CONNECTIONS {
+            return None;
+        }
+        self.next += 1;
+        let connection = Arc::new(Connection { stream, turn: Mutex::new(()) });
+        self.connections.insert(self.next, Arc::clone(&connection));
+        Some((self.next, connection))
+    }
+
     fn forget(&mut self, id: u64) {
         self.waiting.remove(&id);
-        if let Some(answers) = self.connections.remove(&id) {
-            let _ = answers.lock().shutdown(Shutdown::Both);
+        if let Some(connection) = self.connections.remove(&id) {
+            connection.hang_up();
         }
     }
 
@@ -218,13 +284,13 @@ impl State {
         let over: Vec<u64> = self.waiting.iter().filter(|(_, keys)| self.has_all(keys)).map(|(id, _)| *id).collect();
         for id in over {
             self.waiting.remove(&id);
-            if let Some(answers) = self.connections.get(&id) {
+            if let Some(connection) = self.connections.get(&id) {
                 // Nobody else writes to a connection that waits. One that has taken so little of its answers that there is no room for a
                 // byte must not hold up the others: it is cut off, and its own thread forgets it.
-                let writer = answers.lock();
+                let (_turn, writer) = connection.lock();
                 let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-                if !matches!(rustix::net::send(&*writer, &[wire::STOP_WAITING], flags), Ok(1)) {
-                    let _ = writer.shutdown(Shutdown::Both);
+                if !matches!(rustix::net::send(writer, &[wire::STOP_WAITING], flags), Ok(1)) {
+                    connection.hang_up();
                 }
             }
         }

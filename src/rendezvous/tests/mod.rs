@@ -1,2 +1,3 @@
+mod crowd;
 mod store;
 mod world;

@@ -2,7 +2,7 @@
 //! `tests/launchers/torch_store.py`.)
 
 use crate::rendezvous::store::{Client, Server, StoreError};
-use crate::rendezvous::{StoreAddress, StoreHost};
+use crate::rendezvous::testing::{self, server};
 use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,16 +10,8 @@ use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn server() -> Server {
-    Server::listen(([127, 0, 0, 1], 0).into()).unwrap()
-}
-
-fn address(port: u16) -> StoreAddress {
-    StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::RankZero }
-}
-
 fn client(server: &Server, prefix: &str) -> Client {
-    Client::connect(&address(server.address().port()), prefix, PATIENCE).unwrap()
+    testing::client(server.address().port(), prefix)
 }
 
 #[test]
@@ -89,7 +81,7 @@ fn waits_that_are_taken_back_as_they_end_leave_no_answer_behind() {
 fn nobody_at_the_address_is_said_by_the_deadline() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let start = Instant::now();
-    let error = Client::connect(&address(port), "", Duration::from_millis(200)).unwrap_err();
+    let error = Client::connect("127.0.0.1", port, "", Duration::from_millis(200)).unwrap_err();
     assert!(
         matches!(error, StoreError::Unreachable { .. }) && error.to_string().contains(&port.to_string()),
         "{error}"
@@ -106,7 +98,7 @@ fn something_else_at_the_address_is_no_store() {
             let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\n");
         }
     });
-    let error = Client::connect(&address(port), "", Duration::from_millis(100)).unwrap_err();
+    let error = Client::connect("127.0.0.1", port, "", Duration::from_millis(100)).unwrap_err();
     assert!(error.to_string().contains("no store"), "{error}");
 }
 
@@ -215,6 +207,7 @@ fn a_client_that_takes_no_answers_holds_up_nobody() {
             stream
         })
         .collect();
+    // The first of them has been read when the server waits for it or has cut it off; before that this test shows nothing.
     std::thread::sleep(Duration::from_millis(200));
     let start = Instant::now();
     good.set("go", b"").unwrap();
@@ -249,7 +242,7 @@ proptest! {
                 let _ = wait.recv();
             }
         });
-        let mut client = Client::connect(&address(port), "", PATIENCE).unwrap();
+        let mut client = testing::client(port, "");
         client.answer_within(patience);
         let start = Instant::now();
         let failed = match what {

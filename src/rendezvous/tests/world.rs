@@ -6,7 +6,9 @@ use crate::rendezvous::*;
 fn recorded(name: &str) -> Environment {
     let path = format!("{}/tests/launchers/{name}.env", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-    text.lines().map(|line| line.split_once('=').unwrap()).collect()
+    let environment: Environment = text.lines().map(|line| line.split_once('=').unwrap()).collect();
+    // MPICH's ranks share the process that started them, and nothing else.
+    if name == "mpich" { environment.started_by(4145) } else { environment }
 }
 
 fn environment(variables: &str) -> Environment {
@@ -55,6 +57,48 @@ fn where_the_ranks_of_real_launchers_meet() {
     }
     // Two jobs on one machine do not meet each other.
     assert_ne!(world(&recorded("openmpi")).store.port, world(&recorded("sbatch-openmpi")).store.port);
+    let mpich = |launcher| world(&recorded("mpich").started_by(launcher));
+    assert_ne!(mpich(4145).store.port, mpich(4159).store.port);
+    let port = mpich(4145).store.port;
+    assert!((15_000..30_000).contains(&port) && mpich(4145).store.port == port);
+    // A step of a job may be one of several.
+    let step = |name: &str, step: &str| {
+        let other = recorded(name).iter().map(|(k, v)| (k, if k == "SLURM_STEP_ID" { step } else { v })).collect();
+        world(&other).store.port
+    };
+    for name in ["slurm", "sbatch-mpich"] {
+        assert_ne!(step(name, "0"), step(name, "1"), "{name}");
+    }
+}
+
+#[test]
+fn a_run_that_its_launcher_names_has_keys_of_its_own() {
+    for (name, run) in [
+        ("torchrun", "beced67a-d9ae-4331-ae8a-56a625b39089"),
+        ("openmpi", "656801793"),
+        ("mpich", "process 4145"),
+        ("slurm", "1.0"),
+        ("sbatch-mpich", "3.0"),
+    ] {
+        assert_eq!(world(&recorded(name)).run, run, "{name}");
+    }
+    let generic = environment("RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=1");
+    assert_eq!(world(&generic).run, "", "nobody names it");
+}
+
+#[test]
+fn ranks_without_a_local_size_are_on_one_machine_only_if_they_meet_on_it() {
+    let generic = |more: &str| environment(&format!("RANK=1 WORLD_SIZE=2 MASTER_PORT=4000 {more}"));
+    for host in ["localhost", "127.0.0.1", "127.0.1.1", "::1"] {
+        let found = place(&generic(&format!("MASTER_ADDR={host}")));
+        assert_eq!(found, (Launcher::Generic, [1, 2, 1, 2]), "{host}");
+    }
+    for host in ["head", "10.0.0.1"] {
+        let error = detect(&generic(&format!("MASTER_ADDR={host}"))).unwrap_err().to_string();
+        assert!(error.contains("LOCAL_WORLD_SIZE") && error.contains("MASTER_ADDR"), "{error}");
+        let several = generic(&format!("MASTER_ADDR={host} LOCAL_WORLD_SIZE=1 LOCAL_RANK=0"));
+        assert_eq!(place(&several), (Launcher::Generic, [1, 2, 0, 1]));
+    }
 }
 
 #[test]
@@ -71,8 +115,8 @@ fn several_machines() {
     let chosen = world(&environment(&chosen)).store;
     assert_eq!((chosen.host.as_str(), chosen.port), ("10.0.0.1", 1234));
 
-    let mpi =
-        "OMPI_COMM_WORLD_RANK=9 OMPI_COMM_WORLD_SIZE=16 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=8";
+    let mpi = "OMPI_COMM_WORLD_RANK=9 OMPI_COMM_WORLD_SIZE=16 OMPI_COMM_WORLD_LOCAL_RANK=1 OMPI_COMM_WORLD_LOCAL_SIZE=8 \
+         PMIX_NAMESPACE=7";
     assert_eq!(detect(&environment(mpi)), Err(WorldError::NowhereToMeet { size: 16 }));
     let store = world(&environment(&format!("{mpi} MASTER_ADDR=head"))).store;
     assert_eq!(store.host, "head");
@@ -120,16 +164,27 @@ fn what_is_left_out_or_contradicts_itself_is_named() {
         let error = detect(&environment(variables)).unwrap_err().to_string();
         assert!(words.iter().all(|word| error.contains(word)), "{variables}: {error}");
     };
-    let generic = "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=h";
+    let generic = "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=localhost";
     refused(generic, &["MASTER_PORT"]);
     refused(&format!("{generic} MASTER_PORT=70000"), &["MASTER_PORT", "70000"]);
-    refused("RANK=2 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", &["rank is 2", "less than 2"]);
+    refused("RANK=2 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=1", &["rank is 2", "less than 2"]);
     refused("RANK=-1 WORLD_SIZE=2", &["RANK", "-1"]);
     refused("RANK=one WORLD_SIZE=2", &["RANK", "one"]);
     refused("TORCHELASTIC_RUN_ID=x RANK=0 WORLD_SIZE=2", &["torchrun", "LOCAL_RANK"]);
     refused("RANK=0 WORLD_SIZE=2 LOCAL_RANK=3 LOCAL_WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=1", &["local rank is 3"]);
-    refused("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=4 MASTER_ADDR=h MASTER_PORT=1", &["local ranks is 4"]);
-    refused("RANK=0 WORLD_SIZE=0 MASTER_ADDR=h MASTER_PORT=1", &["rank is 0", "less than 0"]);
+    refused("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=4 MASTER_ADDR=h MASTER_PORT=1", &["local ranks is 4"]);
+    refused("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=1 MASTER_ADDR=h MASTER_PORT=1", &["LOCAL_RANK is not set"]);
+    refused("PMI_RANK=0 PMI_SIZE=2 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=2", &["one run from another", "MASTER_PORT"]);
+    // Numbers that nobody means.
+    for size in ["0", "4097", "18446744073709551615"] {
+        refused(
+            &format!("RANK=0 WORLD_SIZE={size} MASTER_ADDR=localhost MASTER_PORT=1"),
+            &["number of ranks", size, "1 to 4096"],
+        );
+        let pod = "JOB_COMPLETION_INDEX=0 PET_MASTER_ADDR=a PET_MASTER_PORT=1";
+        refused(&format!("{pod} PET_NNODES=2 PET_NPROC_PER_NODE={size}"), &["PET_NPROC_PER_NODE", size, "1 to 4096"]);
+        refused(&format!("{pod} PET_NNODES={size}"), &["PET_NNODES", size]);
+    }
     let slurm = "SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=0 SLURM_STEP_NODELIST=n";
     refused(slurm, &["SLURM_STEP_TASKS_PER_NODE"]);
     refused(&format!("{slurm} SLURM_STEP_TASKS_PER_NODE=2 SLURM_NODEID=4"), &["SLURM_STEP_TASKS_PER_NODE", "`2`"]);

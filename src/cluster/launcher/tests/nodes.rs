@@ -1,8 +1,8 @@
 //! Launchers of two nodes, both on this machine.
 
 use super::*;
-use crate::rendezvous::store::{Client, Server};
-use crate::rendezvous::{StoreAddress, StoreHost};
+use crate::rendezvous::store::Client;
+use crate::rendezvous::testing;
 use signal_hook::consts::SIGTERM;
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
@@ -26,8 +26,7 @@ fn two(ranks: usize, script: &str, change: impl Fn(&mut Job)) -> (Script, [Scrip
 }
 
 fn client(port: u16) -> Client {
-    let address = StoreAddress { host: "127.0.0.1".into(), port, served_by: StoreHost::Launcher };
-    Client::connect(&address, "launcher/", PATIENCE).unwrap()
+    testing::client(port, "launcher/")
 }
 
 fn port(script: &Script) -> u16 {
@@ -114,6 +113,47 @@ fn a_signal_ends_the_wait_for_other_nodes() {
     }
 }
 
+/// Nodes 0 and 1 of three, node 1 announced, and the third, without which nothing begins.
+fn first_two_of_three(silence: Duration) -> (Script, [Script; 3], Running) {
+    let mut all = Script::new(1, "echo $RANK of $WORLD_SIZE > $DIR/$RANK");
+    all.job.timing.silence = silence;
+    let port = free_port();
+    let nodes = [0, 1, 2].map(|node| all.node(node, 3, port));
+    let lead = nodes[0].start();
+    client(port).wait(&["node/0"], PATIENCE).unwrap();
+    (all, nodes, lead)
+}
+
+/// The launcher of node 2 comes too, and all is well.
+fn all_come(all: &Script, nodes: &[Script; 3], first_two: [Running; 2]) {
+    for running in first_two.into_iter().chain([nodes[2].start()]) {
+        assert_eq!(running.ended(), (0, String::new()));
+    }
+    assert_eq!([0, 1, 2].map(|rank| all.read(&rank.to_string())), ["0 of 3\n", "1 of 3\n", "2 of 3\n"]);
+}
+
+#[test]
+fn a_node_that_is_told_to_leave_before_the_run_begins_can_come_again() {
+    let (all, nodes, lead) = first_two_of_three(PATIENCE);
+    let told = nodes[1].start();
+    client(port(&nodes[1])).wait(&["beat/1"], PATIENCE).unwrap();
+    told.doorbell.signal(SIGTERM);
+    assert!(matches!(told.end().unwrap_err(), LaunchError::Stopped(SIGTERM)));
+    all_come(&all, &nodes, [lead, nodes[1].start()]);
+}
+
+#[test]
+fn a_node_that_was_killed_before_the_run_begins_is_replaced() {
+    let (all, nodes, lead) = first_two_of_three(Duration::from_secs(1));
+    silent_node(port(&nodes[0]), 1);
+    let second = nodes[1].start();
+    until("its successor", || {
+        let claim = client(port(&nodes[0])).get("node/1", PATIENCE).unwrap();
+        !String::from_utf8(claim).unwrap().contains("silent")
+    });
+    all_come(&all, &nodes, [lead, second]);
+}
+
 #[test]
 fn nodes_that_do_not_fit_together_do_not_run() {
     // A second one that says it is node 0 finds the port taken, and a second node 1 is refused.
@@ -138,18 +178,30 @@ fn nodes_that_do_not_fit_together_do_not_run() {
 }
 
 /// Joins as node 1, and gives no further sign.
-fn silent_node(port: u16) {
+fn silent_node(port: u16, ranks: usize) {
     let info = serde_json::json!({
-        "host": "silent", "ranks": 1, "nodes": 2, "version": env!("CARGO_PKG_VERSION"), "meets_at": null, "id": "x",
+        "host": "silent", "ranks": ranks, "nodes": 2, "version": env!("CARGO_PKG_VERSION"), "meets_at": null, "id": "x",
     });
     client(port).set("node/1", info.to_string().as_bytes()).unwrap();
+}
+
+#[test]
+fn a_node_with_more_ranks_than_there_are_is_refused() {
+    for ranks in [4096, usize::MAX] {
+        let (all, [lead, _]) = two(1, ": > $DIR/ran", |_| ());
+        let running = lead.start();
+        silent_node(port(&lead), ranks);
+        let error = running.end().unwrap_err();
+        assert!(matches!(error, LaunchError::TooMany { most: 4096, .. }), "{error}");
+        assert!(!all.path("ran").exists());
+    }
 }
 
 #[test]
 fn a_node_that_vanishes_is_named_and_ends_the_run() {
     let (_all, [lead, _]) = two(1, SAVES, |job| job.timing.silence = Duration::from_secs(1));
     let running = lead.start();
-    silent_node(port(&lead));
+    silent_node(port(&lead), 1);
     let (code, message) = running.ended();
     assert_eq!(code, 6);
     assert!(message.contains("node 1 (silent) is gone") && message.contains("1 s"), "{message}");
@@ -162,7 +214,7 @@ fn a_run_goes_on_without_a_node_that_vanishes_if_it_may() {
         (job.max_restarts, job.min_ranks) = (1, Some(1));
     });
     let running = lead.start();
-    silent_node(port(&lead));
+    silent_node(port(&lead), 1);
     assert_eq!(running.ended(), (0, String::new()));
     let said = lead.screen.stderr();
     assert!(said.contains("node 1 (silent) is gone") && said.contains("1 ranks in place of 2"), "{said}");
@@ -170,7 +222,7 @@ fn a_run_goes_on_without_a_node_that_vanishes_if_it_may() {
 
 #[test]
 fn ranks_do_not_go_on_when_node_0_vanishes() {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = testing::server();
     let port = server.address().port();
     let all = Script::new(1, SAVES);
     let node = all.node(1, 2, port);
@@ -231,7 +283,7 @@ fn ranks_do_not_go_on_when_node_0_no_longer_answers() {
 
 #[test]
 fn a_launcher_that_hears_nonsense_says_so() {
-    let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
+    let server = testing::server();
     let port = server.address().port();
     client(port).set("order/0", b"{}").unwrap();
     let error = Script::new(1, ":").node(1, 2, port).run().unwrap_err();

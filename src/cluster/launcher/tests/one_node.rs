@@ -1,7 +1,7 @@
 //! Launchers of one node.
 
 use super::*;
-use crate::rendezvous::store::Client;
+use crate::rendezvous::testing;
 use crate::rendezvous::{Detected, Environment, StoreHost, World, detect};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -27,7 +27,8 @@ fn ranks_know_who_they_are_and_find_the_store() {
         assert_eq!((world.rank, world.size, world.local_rank, world.local_size), (rank, 3, rank, 3));
         assert_eq!((world.launcher, world.attempt), (crate::rendezvous::Launcher::Own, 0));
         assert_eq!(world.store.served_by, StoreHost::Launcher);
-        let mut client = Client::connect(&world.store, "", PATIENCE).unwrap();
+        let mut client = testing::client(world.store.port, "");
+        assert_eq!(world.store.host, "127.0.0.1");
         assert_eq!(client.add("ranks", 1).unwrap(), rank as i64 + 1);
     }
     std::fs::write(script.path("go"), "").unwrap();
@@ -81,7 +82,9 @@ fn an_error_of_an_earlier_run_is_not_taken_for_this_ones() {
 
 #[test]
 fn those_whom_a_failure_leaves_over_are_told_to_end() {
-    let script = Script::new(2, &format!("[ $RANK = 1 ] && exit 1; trap ': > $DIR/told; exit 75' TERM; {LIVES}"));
+    // Rank 1 waits until rank 0 listens.
+    let fails = "if [ $RANK = 1 ]; then until [ -e $DIR/ready ]; do sleep 0.02; done; exit 1; fi";
+    let script = Script::new(2, &format!("{fails}; trap ': > $DIR/told; exit 75' TERM; : > $DIR/ready; {LIVES}"));
     let (code, message) = script.ended();
     assert!(code == 1 && message.contains("rank 1"), "{code}: {message}");
     assert!(script.path("told").exists());
