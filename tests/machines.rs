@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{Project, Running};
-use std::io::{Read, Write};
+use common::{Project, Running, not_tested};
+use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -57,8 +57,7 @@ impl Machine {
     fn two_or_say_so(project: &Project) -> Option<[Machine; 2]> {
         let machines = Machine::two(project);
         if machines.is_none() {
-            let why = "not tested: no network namespaces here (they take root, unshare, nsenter and ip)";
-            writeln!(std::io::stderr(), "{why}").unwrap();
+            not_tested("no network namespaces here: they take root, unshare, nsenter and ip");
         }
         machines
     }

@@ -299,6 +299,38 @@ fn ranks_that_would_make_other_images_are_refused() {
     let ranks = start(&project, &store, 2, |rank, command| {
         command.args(["sample", "run", "--seed", ["3", "4"][rank], "--out", "x.png"])
     });
-    said_once(ranks.into_iter().map(Running::wait), &["of step 5, 16 images of seed 3", "seed 4"]);
+    said_once(ranks.into_iter().map(Running::wait), &["weights of step 5 (checksum ", "seed 4"]);
     assert!(!project.path("x.png").exists());
+}
+
+/// As nodes have that read a file system of their own each.
+#[test]
+fn ranks_that_would_sample_with_other_weights_are_refused() {
+    let (project, store) = (Project::new(), store());
+    for (run_dir, seed) in [("one", "train.seed=1"), ("other", "train.seed=2")] {
+        project.trained(run_dir, &["--set", "train.steps=5", "--set", seed]);
+    }
+    let ranks =
+        start(&project, &store, 2, |rank, command| command.args(["sample", ["one", "other"][rank], "--out", "x.png"]));
+    said_once(ranks.into_iter().map(Running::wait), &["do not belong together", "weights of step 5 (checksum "]);
+    assert!(!project.path("x.png").exists());
+}
+
+/// Also where it is rank 0 that differs from all others.
+#[test]
+fn ranks_that_begin_with_other_weights_are_refused() {
+    let project = Project::new();
+    for (run_dir, seed) in [("one", "train.seed=1"), ("other", "train.seed=2")] {
+        project.trained(run_dir, &["--set", "train.steps=5", "--set", seed]);
+    }
+    for odd in [0, 2] {
+        let store = store();
+        let init = |rank| if rank == odd { "other" } else { "one" };
+        let ranks = start(&project, &store, 3, |rank, command| {
+            command.args(train("run", &["--set", "train.batch=6", "--init", init(rank)]))
+        });
+        let words = [format!("rank {} begins with other weights than rank 0", odd.max(1)), "--init".into()];
+        said_once(ranks.into_iter().map(Running::wait), &words.each_ref().map(String::as_str));
+        assert!(project.checkpoints("run").is_empty(), "nothing was trained");
+    }
 }

@@ -131,7 +131,7 @@ fn a_signal_ends_the_wait_for_a_data_cache() {
     running.signal(Signal::TERM);
     let (code, stderr) = running.wait();
     assert_eq!(code, Some(75), "{stderr}");
-    assert!(stderr.contains("stopped while the data set was being opened"), "{stderr}");
+    assert!(stderr.contains("stopped before the first step"), "{stderr}");
     assert!(!project.path("run").exists() && in_cache("pixels").is_empty());
     drop(lock);
     project.trained("run", &["--set", &steps(1)]);

@@ -9,7 +9,7 @@ use crate::collective::host::{Host, Meeting, MeetingError};
 use crate::collective::{Activity, Collective, CollectiveError, Solo};
 use crate::device::Device;
 use crate::rendezvous::store::{Client, ServeError, Server, StoreError};
-use crate::rendezvous::{Detected, Environment, World, detect};
+use crate::rendezvous::{Detected, Environment, Launcher, World, detect};
 use crate::report::{Console, Verbosity};
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -153,6 +153,16 @@ impl Ranks {
         let world = self.world.clone().filter(|world| world.size > 1)?;
         let (interface, patience) = (self.interface, self.patience);
         Some(move || world.connect(interface, patience))
+    }
+
+    /// When the launcher of these ranks has started them first, if it is one that starts them again and has a store that outlives them.
+    pub fn first_started(&self, now: Duration) -> Result<Duration, Failure> {
+        match &self.world {
+            Some(world) if world.size > 1 && world.launcher == Launcher::Torchrun => {
+                world.first_started(now, self.interface, self.patience).or_fail(Code::Rendezvous)
+            }
+            _ => Ok(now),
+        }
     }
 
     /// Number of ranks.

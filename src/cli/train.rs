@@ -93,6 +93,10 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         true => Start::Fresh { overwrite: arguments.overwrite },
         false => Start::Resume,
     };
+    let deadline = match arguments.max_time {
+        Some(time) => Some(started + time.saturating_sub(spent_before(&ranks)?)),
+        None => None,
+    };
     let (connect, activity) = (ranks.connect(), ranks.activity());
     let options = Options {
         run_dir: &run_dir,
@@ -101,7 +105,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         program: &program(),
         initial: initial.as_ref().map(|f| f as &Initial),
         stop: stop.flag(),
-        deadline: arguments.max_time.map(|time| started + time.saturating_sub(spent_before())),
+        deadline,
         first_here: ranks.is_first_here(),
         launch: Launch::detect(&Environment::of_this_process()),
         activity: activity.as_deref(),
@@ -139,9 +143,13 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
 }
 
 /// What is gone already of the time that this run was given: its launcher has started other ranks before.
-fn spent_before() -> Duration {
-    let started = std::env::var(OWN_STARTED).ok().and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
-    started.map_or(Duration::ZERO, |started| since_1970().saturating_sub(started))
+fn spent_before(ranks: &Ranks) -> Result<Duration, Failure> {
+    let now = since_1970();
+    let started = match std::env::var(OWN_STARTED).ok().and_then(|seconds| seconds.parse().ok()) {
+        Some(seconds) => Duration::from_secs(seconds),
+        None => ranks.first_started(now)?,
+    };
+    Ok(now.saturating_sub(started))
 }
 
 fn is_among(error: &TrainError, rank: usize) -> bool {

@@ -39,6 +39,24 @@ impl World {
         Ok(client)
     }
 
+    /// When this run was started first, in time since 1970, if that was before `now`: as the store has it, which outlives the starts of a
+    /// launcher that starts it again.
+    ///
+    /// # Errors
+    /// A store that is not there.
+    pub fn first_started(
+        &self,
+        now: Duration,
+        interface: Option<IpAddr>,
+        patience: Duration,
+    ) -> Result<Duration, StoreError> {
+        let prefix = format!("ddpm-dist/{}/", self.run);
+        let mut client = Client::connect(&self.way_to_store(interface), self.store.port, &prefix, patience)?;
+        let noted = client.compare_set("started", b"", now.as_secs().to_string().as_bytes())?;
+        let seconds = std::str::from_utf8(&noted).ok().and_then(|text| text.parse().ok());
+        Ok(seconds.map_or(now, Duration::from_secs).min(now))
+    }
+
     /// What the keys of this start of this run begin with.
     fn keys(&self) -> String {
         format!("ddpm-dist/{}/{}/", self.run, self.attempt)
@@ -112,6 +130,21 @@ mod tests {
             let way = world(rank, host, 1, one_machine).way_to_store(interface);
             assert_eq!(way, expected, "rank {rank}, {host}, one machine: {one_machine}, {interface:?}");
         }
+    }
+
+    #[test]
+    fn a_run_that_is_started_again_knows_when_it_was_started_first() {
+        let server = testing::server();
+        let mut world = world(0, "127.0.0.1", server.address().port(), true);
+        let started =
+            |world: &World, now| world.first_started(Duration::from_secs(now), None, PATIENCE).unwrap().as_secs();
+        assert_eq!(started(&world, 1000), 1000);
+        world.attempt = 1;
+        assert_eq!(started(&world, 1500), 1000);
+        // A clock that is behind the one that noted it.
+        assert_eq!(started(&world, 900), 900);
+        world.run = "another".into();
+        assert_eq!(started(&world, 2000), 2000);
     }
 
     /// Rank 0's own machine may know its name as a loopback address, at which no other machine finds it.
