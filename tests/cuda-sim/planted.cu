@@ -69,6 +69,11 @@ KERNEL(64, planted_unwritten_shared, const float *x, float *y) {
     y[threadIdx.x] = s[threadIdx.x];
 }
 
+KERNEL(64, planted_unwritten_decides, const float *x, float *y) {
+    SHARED(float, s, 64);
+    y[threadIdx.x] = s[threadIdx.x] > 0 ? x[threadIdx.x] : -x[threadIdx.x];
+}
+
 KERNEL(64, planted_unwritten_global, const float *x, float *y) {
     // An output is no place to add to.
     y[threadIdx.x] += x[threadIdx.x];

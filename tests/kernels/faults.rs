@@ -25,19 +25,22 @@ fn a_kernel_without_a_fault_runs() {
     }
 }
 
+const UNWRITTEN: &str = "byte 0 of argument 1, an output, is not written, or with what nobody has written";
+
 #[test]
 fn each_planted_fault_is_found() {
     for (name, words) in [
         ("write_beyond", "heap-buffer-overflow"),
         ("read_beyond", "heap-buffer-overflow"),
         ("shared_beyond", "index 64 out of bounds"),
-        ("no_barrier", "byte 0 of argument 1, an output, is not written, or with what nobody has written"),
+        ("no_barrier", UNWRITTEN),
         ("no_second_barrier", "argument 1 depends on the order in which threads run: a barrier is missing"),
         ("barrier_of_a_part", "is at __syncthreads, while thread (32, 0, 0) has left the kernel"),
         ("shuffle_of_a_part", "is at a shuffle with mask ffffffff, while thread (16, 0, 0) has left the kernel"),
         ("shuffle_from_outside", "a shuffle that reads lane 20, which does not take part"),
-        ("unwritten_shared", "byte 0 of argument 1, an output, is not written, or with what nobody has written"),
-        ("unwritten_global", "argument 1 depends on what uninitialised memory holds"),
+        ("unwritten_shared", UNWRITTEN),
+        ("unwritten_decides", "argument 1 depends on what uninitialised memory holds"),
+        ("unwritten_global", UNWRITTEN),
         ("unwritten_output", "byte 160 of argument 1, an output, is not written"),
         ("misaligned", "misaligned address"),
         ("written_input", "argument 0 is an input, and was written"),
