@@ -9,10 +9,17 @@ use std::sync::Arc;
 pub fn on_cpu(op: impl Op, inputs: &[Vec<u8>], updated: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let mut tape = Tape::new();
     let signature = op.signature();
-    let mut io = |kind: &str, specs: &[Spec]| -> Vec<Var> {
-        specs.iter().enumerate().map(|(i, spec)| tape.io(&format!("{kind} {i}"), spec.clone())).collect()
+    let mut io = |kind: &str, specs: &[Spec], contents: &[Vec<u8>]| -> Vec<Var> {
+        let spec_of = |(i, spec): (usize, &Spec)| match spec.shape {
+            Some(_) => spec.clone(),
+            // A flat buffer, as long as it is given.
+            None => Spec::f32([contents[i].len() / 4]),
+        };
+        let specs = specs.iter().enumerate().map(spec_of);
+        specs.enumerate().map(|(i, spec)| tape.io(&format!("{kind} {i}"), spec)).collect()
     };
-    let (ins, outs) = (io("input", &signature.inputs), io("output", &signature.outputs));
+    let ins = io("input", &signature.inputs, inputs);
+    let outs = io("output", &signature.outputs, updated);
     tape.push_into(Arc::new(op), &ins, &outs, updated.len() as u32);
     let program = plan(&tape, None, None);
     let mut device = Device::Cpu(Cpu::new(2));

@@ -73,8 +73,14 @@ fn run(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Runs a launch; gives what its outputs and updated buffers hold, in the order of `buffers`, or what is wrong with it.
-pub fn try_launch(launch: &Launch, inputs: &[Buffer], outputs: &[Buffer]) -> Result<Vec<Vec<u8>>, String> {
+/// Runs a launch; gives what its outputs and updated buffers hold, in the order of its arguments, or what is wrong with it. A workspace is
+/// an output of the launch that writes it, and an input of the next.
+pub fn try_launch(
+    launch: &Launch,
+    inputs: &[Buffer],
+    outputs: &[Buffer],
+    workspace: &Buffer,
+) -> Result<Vec<Vec<u8>>, String> {
     let mut request = Vec::new();
     let mut word = |bytes: &[u8]| request.extend_from_slice(bytes);
     word(&(launch.kernel.len() as u64).to_le_bytes());
@@ -87,6 +93,7 @@ pub fn try_launch(launch: &Launch, inputs: &[Buffer], outputs: &[Buffer]) -> Res
         let buffer = match argument {
             Argument::Input(place) => &inputs[*place],
             Argument::Output(place) => &outputs[*place],
+            Argument::Scratch => workspace,
             Argument::Null => &Buffer::Input(vec![0; 8]),
             Argument::Value(bytes) => &Buffer::Input(bytes.clone()),
         };
@@ -127,5 +134,11 @@ pub fn try_launch(launch: &Launch, inputs: &[Buffer], outputs: &[Buffer]) -> Res
 /// As [`try_launch`], of a launch that must be well.
 #[track_caller]
 pub fn run_launch(launch: &Launch, inputs: &[Buffer], outputs: &[Buffer]) -> Vec<Vec<u8>> {
-    try_launch(launch, inputs, outputs).unwrap_or_else(|error| panic!("{launch:?}: {error}"))
+    run_with(launch, inputs, outputs, &Buffer::Output(0))
+}
+
+/// The same with a workspace.
+#[track_caller]
+pub fn run_with(launch: &Launch, inputs: &[Buffer], outputs: &[Buffer], workspace: &Buffer) -> Vec<Vec<u8>> {
+    try_launch(launch, inputs, outputs, workspace).unwrap_or_else(|error| panic!("{launch:?}: {error}"))
 }

@@ -1,6 +1,7 @@
 //! Numbers as bytes, in both precisions.
 
 use ddpm_dist::device::cuda::Precision;
+use ddpm_dist::rng::{Kind, Stream};
 
 pub fn bytes_of_f32(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()
@@ -44,4 +45,11 @@ pub fn pixels(seed: u32, len: usize) -> Vec<u8> {
         (state >> 16) as u8
     };
     (0..len).map(|_| next()).collect()
+}
+
+/// Standard normal numbers that depend on `seed` alone.
+pub fn normals(seed: u64, len: usize) -> Vec<f32> {
+    let mut values = vec![0.0; len];
+    Stream { seed, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_normal(0, &mut values);
+    values
 }

@@ -26,6 +26,8 @@ pub enum Argument {
     Input(usize),
     /// The address of an output, likewise.
     Output(usize),
+    /// The address of the op's workspace.
+    Scratch,
     /// No address.
     Null,
     /// A value, byte for byte as the kernel has it.
