@@ -4,6 +4,7 @@
 //! the program runs ([`Binding`]), so the same sampling program reads the trained weights or their moving average.
 
 pub mod cpu;
+pub mod cuda;
 mod memory;
 
 pub use memory::{ALIGNMENT, Binding, BufferId, DType, DeviceError, Element, Region, Slot};

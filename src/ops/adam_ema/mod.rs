@@ -2,6 +2,7 @@
 //! weights. Nothing changes where a gradient is not finite.
 
 mod cpu;
+pub mod cuda;
 mod hyper;
 
 #[cfg(test)]

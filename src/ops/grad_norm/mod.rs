@@ -1,6 +1,7 @@
 //! The L2 norm of all gradients, for clipping, and whether all of them are finite, for the optimiser to go by.
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;

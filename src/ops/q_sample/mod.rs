@@ -5,6 +5,7 @@
 
 mod batch;
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 pub(super) mod tests;

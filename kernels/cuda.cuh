@@ -1,0 +1,23 @@
+// What every kernel begins with: CUDA's words, or their twins where the host's compiler builds the same file for tests (tests/cuda-sim).
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+/// A kernel for blocks of at most so many threads, called by its name.
+#define KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+/// An array that the threads of a block share. Its content is undefined until they write it.
+#define SHARED(type, name, count) __shared__ type name[count]
+
+#else
+#include "cuda_sim.h"
+
+#define KERNEL(threads, name, ...)                                                                                                         \
+    extern "C" void name(__VA_ARGS__);                                                                                                     \
+    static const bool name##_is_known = sim::kernels().emplace(#name, sim::describe<name>(threads, name)).second;                          \
+    extern "C" void name(__VA_ARGS__)
+#define SHARED(type, name, count)                                                                                                          \
+    static const char name##_tag = 0;                                                                                                      \
+    auto &name = *static_cast<type(*)[count]>(sim::shared(&name##_tag, sizeof(type[count])))
+#endif

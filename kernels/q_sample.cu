@@ -1,0 +1,105 @@
+// x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon (eq. 4), from u8 pixels in one pass: Algorithm 1, lines 2 to 4.
+//
+//   pixels   u8  [M, H, W, C], M images of a data set on the device, or of a batch
+//   indices  u32 [N], which of them the batch takes; null: the first N
+//   table    f32 [T, 2], sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t)
+//   clock    u32 [4], step and the place of image 0 in the global batch (src/ops/q_sample/batch.rs)
+//   x_t      T   [N, H, W, P] =, P >= C; channels from C on are 0
+//   t        u32 [N]          =
+//
+// t, epsilon and the flip are drawn here and drawn again by the loss: epsilon is not stored. x_0 = (2 pixel - 255)/255. In f32 the bits are
+// those of the CPU. Grid (ceil(H W / (4 THREADS)), N); a thread has four pixels and draws the C groups of normals that are theirs.
+// Moves N H W (C + P sizeof T) bytes.
+
+#include "pack.cuh"
+#include "philox.cuh"
+
+namespace {
+
+constexpr int THREADS = 128;
+constexpr int PIXELS = 4;
+
+struct Image {
+    int height, width, channels, padded;
+};
+
+/// The first pixel that is read for the one at `pixel`.
+__device__ __forceinline__ int source(const Image &image, int pixel, bool is_mirrored) {
+    int row = pixel / image.width, column = pixel % image.width;
+    return is_mirrored ? row * image.width + image.width - 1 - column : pixel;
+}
+
+/// With C channels, or as many as `image` says where C is 0.
+template <class T, int C>
+__device__ __forceinline__ void blend(const uint8_t *pixels, T *x_t, const Image &image, const rng::Stream &noise, float2 weights,
+                                      bool is_mirrored, int first) {
+    const int channels = C ? C : image.channels;
+    const int count = image.height * image.width;
+    float4 normals;
+    for (int i = 0; i < PIXELS && first + i < count; i++) {
+        const uint8_t *from = pixels + static_cast<size_t>(source(image, first + i, is_mirrored)) * channels;
+        T *to = x_t + static_cast<size_t>(first + i) * image.padded;
+        float values[C ? C : 1];
+#pragma unroll
+        for (int c = 0; c < channels; c++) {
+            int element = i * channels + c;
+            if (element % 4 == 0)
+                normals = rng::normals(noise, static_cast<uint32_t>(first / PIXELS * channels + element / 4));
+            float epsilon = element % 4 == 0 ? normals.x : element % 4 == 1 ? normals.y : element % 4 == 2 ? normals.z : normals.w;
+            float x_0 = __fdiv_rn(__fadd_rn(__fmul_rn(2.0f, __uint2float_rn(from[c])), -255.0f), 255.0f);
+            float value = __fadd_rn(__fmul_rn(weights.x, x_0), __fmul_rn(weights.y, epsilon));
+            if (C && C < Pack<T>::SIZE)
+                values[C ? c : 0] = value;
+            else
+                to[c] = rounded<T>(value);
+        }
+        if (C && C < Pack<T>::SIZE && image.padded % Pack<T>::SIZE == 0) {
+            Pack<T> pack{};
+#pragma unroll
+            for (int c = 0; c < C; c++)
+                pack.values[c] = values[c];
+            pack.store(to);
+            for (int c = Pack<T>::SIZE; c < image.padded; c += Pack<T>::SIZE)
+                Pack<T>{}.store(to + c);
+        } else {
+            if (C && C < Pack<T>::SIZE)
+                for (int c = 0; c < C; c++)
+                    to[c] = rounded<T>(values[C ? c : 0]);
+            for (int c = channels; c < image.padded; c++)
+                to[c] = rounded<T>(0.0f);
+        }
+    }
+}
+
+template <class T>
+__device__ __forceinline__ void q_sample(const uint8_t *pixels, const uint32_t *indices, const float2 *table, const uint32_t *clock, T *x_t,
+                                         uint32_t *t, uint64_t seed, const Image &image, uint32_t timesteps, bool flip) {
+    const uint32_t j = blockIdx.y, step = clock[0], sample = clock[1] + j;
+    const uint32_t mine = __umulhi(rng::first_word(rng::stream(seed, rng::TIMESTEP, 0, sample, step)), timesteps);
+    const bool is_mirrored = flip && rng::first_word(rng::stream(seed, rng::FLIP, 0, sample, step)) >> 31;
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        t[j] = mine;
+    const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * PIXELS;
+    const size_t area = static_cast<size_t>(image.height) * image.width;
+    pixels += (indices ? indices[j] : j) * area * image.channels;
+    x_t += j * area * image.padded;
+    const rng::Stream noise = rng::stream(seed, rng::NOISE, 0, sample, step);
+    if (image.channels == 1)
+        blend<T, 1>(pixels, x_t, image, noise, table[mine], is_mirrored, first);
+    else if (image.channels == 3)
+        blend<T, 3>(pixels, x_t, image, noise, table[mine], is_mirrored, first);
+    else
+        blend<T, 0>(pixels, x_t, image, noise, table[mine], is_mirrored, first);
+}
+
+} // namespace
+
+KERNEL(THREADS, q_sample_f32, const uint8_t *pixels, const uint32_t *indices, const float2 *table, const uint32_t *clock, float *x_t,
+       uint32_t *t, uint64_t seed, Image image, uint32_t timesteps, uint32_t flip) {
+    q_sample(pixels, indices, table, clock, x_t, t, seed, image, timesteps, flip != 0);
+}
+
+KERNEL(THREADS, q_sample_bf16, const uint8_t *pixels, const uint32_t *indices, const float2 *table, const uint32_t *clock, bf16 *x_t,
+       uint32_t *t, uint64_t seed, Image image, uint32_t timesteps, uint32_t flip) {
+    q_sample(pixels, indices, table, clock, x_t, t, seed, image, timesteps, flip != 0);
+}

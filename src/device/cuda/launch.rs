@@ -1,0 +1,79 @@
+//! A kernel's launch, as an op describes it: a real driver runs it, and so does the machine made of software that tests use.
+
+/// Type of the activations that a kernel reads and writes; statistics, parameters and sums are f32 in either case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// 32 bits.
+    F32,
+    /// The upper 16 bits of an f32.
+    Bf16,
+}
+
+impl Precision {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        }
+    }
+}
+
+/// One argument of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Argument {
+    /// The address of an input, by its place in the op's signature.
+    Input(usize),
+    /// The address of an output, likewise.
+    Output(usize),
+    /// The address of the op's workspace.
+    Scratch,
+    /// No address.
+    Null,
+    /// A value, byte for byte as the kernel has it.
+    Value(Vec<u8>),
+}
+
+impl Argument {
+    /// A 32-bit number.
+    pub fn u32(value: usize) -> Argument {
+        debug_assert!(u32::try_from(value).is_ok());
+        Argument::Value((value as u32).to_ne_bytes().into())
+    }
+
+    /// A 64-bit number.
+    pub fn u64(value: u64) -> Argument {
+        Argument::Value(value.to_ne_bytes().into())
+    }
+
+    /// A struct of 32-bit numbers.
+    pub fn struct_of<const N: usize>(values: [usize; N]) -> Argument {
+        Argument::Value(values.iter().flat_map(|&value| (value as u32).to_ne_bytes()).collect())
+    }
+}
+
+/// One launch of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Name of the kernel; `_f32` or `_bf16` at its end says the type of the activations.
+    pub kernel: String,
+    /// Blocks, along x, y, z.
+    pub grid: [usize; 3],
+    /// Threads of a block.
+    pub block: [usize; 3],
+    /// Bytes of shared memory that a block has beside the kernel's own arrays.
+    pub shared: usize,
+    /// In the order in which the kernel takes them.
+    pub arguments: Vec<Argument>,
+}
+
+impl Launch {
+    /// A kernel `name` for activations of a type.
+    pub fn new(name: &str, precision: Precision, grid: [usize; 3], threads: usize, arguments: Vec<Argument>) -> Launch {
+        let suffix = match precision {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        };
+        Launch { kernel: format!("{name}_{suffix}"), grid, block: [threads, 1, 1], shared: 0, arguments }
+    }
+}

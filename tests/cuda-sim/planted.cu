@@ -1,0 +1,100 @@
+// Kernels with one fault each, which the machine must find; and one without, which it must not.
+
+#include "cuda.cuh"
+
+KERNEL(64, planted_none, const float *x, float *y) {
+    SHARED(float, s, 64);
+    s[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    float sum = s[63 - threadIdx.x];
+    for (int bits = 16; bits > 0; bits /= 2)
+        sum += __shfl_xor_sync(~0u, sum, bits);
+    y[threadIdx.x] = sum + float(__any_sync(~0u, x[threadIdx.x] > 1e9f));
+}
+
+KERNEL(64, planted_write_beyond, const float *x, float *y) { y[threadIdx.x + 1] = x[threadIdx.x]; }
+
+KERNEL(64, planted_read_beyond, const float *x, float *y) { y[threadIdx.x] = x[threadIdx.x + 1]; }
+
+KERNEL(64, planted_shared_beyond, const float *x, float *y) {
+    SHARED(float, s, 64);
+    s[threadIdx.x + 1] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = x[threadIdx.x] + s[threadIdx.x == 0];
+}
+
+KERNEL(64, planted_no_barrier, const float *x, float *y) {
+    SHARED(float, s, 64);
+    s[threadIdx.x] = x[threadIdx.x];
+    y[threadIdx.x] = s[63 - threadIdx.x];
+}
+
+// The second round overwrites what a slower thread has not read yet.
+KERNEL(64, planted_no_second_barrier, const float *x, float *y) {
+    SHARED(float, s, 64);
+    float sum = 0;
+    for (int round = 0; round < 2; round++) {
+        s[threadIdx.x] = x[threadIdx.x] * float(round + 1);
+        __syncthreads();
+        sum += s[63 - threadIdx.x];
+    }
+    y[threadIdx.x] = sum;
+}
+
+KERNEL(64, planted_barrier_of_a_part, const float *x, float *y) {
+    if (threadIdx.x < 32)
+        __syncthreads();
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+KERNEL(64, planted_shuffle_of_a_part, const float *x, float *y) {
+    float value = x[threadIdx.x];
+    if (threadIdx.x % 32 < 16)
+        value = __shfl_xor_sync(~0u, value, 1);
+    y[threadIdx.x] = value;
+}
+
+KERNEL(64, planted_shuffle_from_outside, const float *x, float *y) {
+    float value = x[threadIdx.x];
+    if (threadIdx.x % 32 < 16)
+        value = __shfl_sync(0xFFFFu, value, 20);
+    y[threadIdx.x] = value;
+}
+
+KERNEL(64, planted_unwritten_shared, const float *x, float *y) {
+    SHARED(float, s, 64);
+    if (threadIdx.x > 0)
+        s[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x];
+}
+
+KERNEL(64, planted_unwritten_decides, const float *x, float *y) {
+    SHARED(float, s, 64);
+    y[threadIdx.x] = s[threadIdx.x] > 0 ? x[threadIdx.x] : -x[threadIdx.x];
+}
+
+KERNEL(64, planted_unwritten_global, const float *x, float *y) {
+    // An output is no place to add to.
+    y[threadIdx.x] += x[threadIdx.x];
+}
+
+KERNEL(64, planted_unwritten_output, const float *x, float *y) {
+    if (threadIdx.x != 40)
+        y[threadIdx.x] = x[threadIdx.x];
+}
+
+KERNEL(64, planted_misaligned, const float *x, float *y) {
+    if (threadIdx.x < 15)
+        *reinterpret_cast<float4 *>(y + 4 * threadIdx.x + 1) = *reinterpret_cast<const float4 *>(x + 4 * threadIdx.x);
+}
+
+KERNEL(64, planted_written_input, float *x, float *y) {
+    y[threadIdx.x] = x[threadIdx.x];
+    x[threadIdx.x] = 0;
+}
+
+KERNEL(64, planted_race_of_blocks, const float *x, float *y) {
+    // Every block writes the same places.
+    y[threadIdx.x] = x[threadIdx.x] + float(blockIdx.x);
+}

@@ -1,0 +1,80 @@
+//! What the machine made of software is for: it finds each of the faults of tests/cuda-sim/planted.cu.
+
+use crate::sim::{Buffer, run_launch, try_launch};
+use crate::values::{bytes_of_f32, f32_of};
+use ddpm_dist::device::cuda::{Argument, Launch, Precision};
+
+fn planted(name: &str) -> Launch {
+    let arguments = vec![Argument::Input(0), Argument::Output(0)];
+    Launch { kernel: format!("planted_{name}"), grid: [1; 3], block: [64, 1, 1], shared: 0, arguments }
+}
+
+fn numbers() -> [Buffer; 1] {
+    let numbers: Vec<f32> = (0..64).map(|i| i as f32 + 0.5).collect();
+    [Buffer::Input(bytes_of_f32(&numbers))]
+}
+
+const OUTPUT: [Buffer; 1] = [Buffer::Output(256)];
+
+/// What the machine says of a launch that it refuses.
+fn refusal(launch: &Launch) -> String {
+    match try_launch(launch, &numbers(), &OUTPUT, &Buffer::Output(0)) {
+        Err(said) => said,
+        Ok(_) => panic!("{launch:?} is not refused"),
+    }
+}
+
+#[test]
+fn a_kernel_without_a_fault_runs() {
+    let found = run_launch(&planted("none"), &numbers(), &OUTPUT);
+    let halves: [f32; 2] = [(0..32).map(|i| i as f32 + 0.5).sum(), (32..64).map(|i| i as f32 + 0.5).sum()];
+    for (i, sum) in f32_of(&found[0], Precision::F32).into_iter().enumerate() {
+        assert_eq!(sum, halves[1 - i / 32], "thread {i} has the sum of the other half");
+    }
+}
+
+const UNWRITTEN: &str = "byte 0 of argument 1, an output, is not written, or with what nobody has written";
+
+#[test]
+fn each_planted_fault_is_found() {
+    for (name, words) in [
+        ("write_beyond", "heap-buffer-overflow"),
+        ("read_beyond", "heap-buffer-overflow"),
+        ("shared_beyond", "index 64 out of bounds"),
+        ("no_barrier", UNWRITTEN),
+        ("no_second_barrier", "argument 1 depends on the order in which threads run: a barrier is missing"),
+        ("barrier_of_a_part", "is at __syncthreads, while thread (32, 0, 0) has left the kernel"),
+        ("shuffle_of_a_part", "is at a shuffle with mask ffffffff, while thread (16, 0, 0) has left the kernel"),
+        ("shuffle_from_outside", "a shuffle that reads lane 20, which does not take part"),
+        ("unwritten_shared", UNWRITTEN),
+        ("unwritten_decides", "argument 1 depends on what uninitialised memory holds"),
+        ("unwritten_global", UNWRITTEN),
+        ("unwritten_output", "byte 160 of argument 1, an output, is not written"),
+        ("misaligned", "misaligned address"),
+        ("written_input", "argument 0 is an input, and was written"),
+    ] {
+        let error = refusal(&planted(name));
+        assert!(error.contains(words), "{name}: {error}");
+    }
+    let race = Launch { grid: [2, 1, 1], ..planted("race_of_blocks") };
+    let error = refusal(&race);
+    assert!(error.contains("depends on the order in which threads run"), "{error}");
+}
+
+#[test]
+fn launches_that_a_driver_refuses_are_refused() {
+    let launch = planted("none");
+    for (launch, words) in [
+        (Launch { block: [65, 1, 1], ..launch.clone() }, "65 threads a block, and its launch bound is 64"),
+        (Launch { block: [2048, 1, 1], ..launch.clone() }, "is not possible"),
+        (Launch { grid: [1, 65536, 1], ..launch.clone() }, "is not possible"),
+        (Launch { grid: [0, 1, 1], ..launch.clone() }, "is not possible"),
+        (Launch { shared: 200 << 10, ..launch.clone() }, "204800 bytes of shared memory"),
+        (Launch { arguments: vec![Argument::Input(0)], ..launch.clone() }, "1 arguments, and the kernel takes 2"),
+        (Launch { arguments: vec![Argument::Input(0), Argument::u32(1)], ..launch.clone() }, "argument 1 has 4 bytes"),
+        (Launch { kernel: "nothing".into(), ..launch.clone() }, "no kernel of this name"),
+    ] {
+        let error = refusal(&launch);
+        assert!(error.contains(words), "{words}: {error}");
+    }
+}

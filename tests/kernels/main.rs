@@ -1,0 +1,9 @@
+//! Each kernel of kernels/ against the CPU's op of the same name, on a machine made of software (tests/cuda-sim).
+
+mod adam_ema;
+mod cpu;
+mod faults;
+mod grad_norm;
+mod q_sample;
+mod sim;
+mod values;

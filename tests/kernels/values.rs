@@ -1,0 +1,55 @@
+//! Numbers as bytes, in both precisions.
+
+use ddpm_dist::device::cuda::Precision;
+use ddpm_dist::rng::{Kind, Stream};
+
+pub fn bytes_of_f32(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_ne_bytes()).collect()
+}
+
+pub fn bytes_of_u32(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_ne_bytes()).collect()
+}
+
+/// Activations as f32.
+pub fn f32_of(bytes: &[u8], precision: Precision) -> Vec<f32> {
+    match precision {
+        Precision::F32 => bytes.as_chunks().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect(),
+        Precision::Bf16 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|bytes| f32::from_bits(u32::from(u16::from_ne_bytes(*bytes)) << 16))
+            .collect(),
+    }
+}
+
+/// The nearest bf16, ties to even: what a kernel must give that computes in f32 and rounds once.
+pub fn rounded(value: f32, precision: Precision) -> f32 {
+    match precision {
+        Precision::F32 => value,
+        Precision::Bf16 => {
+            let bits = value.to_bits();
+            f32::from_bits((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF_0000)
+        }
+    }
+}
+
+/// Bytes that depend on `seed` alone.
+pub fn pixels(seed: u32, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        (state >> 16) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// Standard normal numbers that depend on `seed` alone.
+pub fn normals(seed: u64, len: usize) -> Vec<f32> {
+    let mut values = vec![0.0; len];
+    Stream { seed, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_normal(0, &mut values);
+    values
+}
