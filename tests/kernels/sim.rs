@@ -114,7 +114,7 @@ pub fn try_launch(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .env("ASAN_OPTIONS", "detect_stack_use_after_return=0")
+        .env("ASAN_OPTIONS", "detect_stack_use_after_return=0:detect_leaks=0")
         .spawn()
         .unwrap();
     let mut stdin = machine.stdin.take().unwrap();
