@@ -6,6 +6,9 @@ use std::cmp::Reverse;
 use std::fmt;
 use std::time::Duration;
 
+/// How many of the operations before the last are told.
+const SHOWN: usize = 2;
+
 /// One rank as it was seen.
 #[derive(Clone, Debug)]
 pub struct Seen {
@@ -34,7 +37,7 @@ pub struct Behind {
 /// The ranks that hold up the others: those without a sign of life first, then those that are furthest behind. None if all live and are
 /// equally far.
 pub fn behind(seen: &[Seen]) -> Vec<Behind> {
-    let begun = |record: &Record| record.operation.as_ref().map_or(0, |operation| operation.sequence);
+    let begun = |record: &Record| record.begun().next().map_or(0, |operation| operation.sequence);
     let front = seen.iter().filter_map(|seen| seen.record.as_ref()).map(begun).max().unwrap_or(0);
     let mut behind: Vec<Behind> = seen
         .iter()
@@ -54,20 +57,25 @@ pub fn behind(seen: &[Seen]) -> Vec<Behind> {
 }
 
 /// Where in its work a rank is, and how far the others are where that is further.
-fn doing(Record { step, phase, operation, .. }: &Record, front: u64) -> String {
-    let (at, begun) = match operation {
-        None => ("no operation begun".to_string(), 0),
-        Some(Operation { sequence, name, bytes, progress }) => {
-            let progress = match progress {
-                Progress::Waiting => "waiting",
-                Progress::Done => "done",
-            };
-            (format!("at {name} {sequence} of {} ({progress})", human_bytes(*bytes as u64)), *sequence)
-        }
+fn doing(record: &Record, front: u64) -> String {
+    let Record { step, phase, .. } = record;
+    let said = |Operation { sequence, name, bytes, progress }: &Operation| {
+        let progress = match progress {
+            Progress::Queued => "queued",
+            Progress::Waiting => "waiting",
+            Progress::Done => "done",
+        };
+        format!("{name} {sequence} of {} ({progress})", human_bytes(*bytes as u64))
     };
+    let mut begun = record.begun();
+    let last = begun.next();
+    let at = last.map_or("no operation begun".to_string(), |last| format!("at {}", said(last)));
+    let before: Vec<String> = begun.take(SHOWN).map(said).collect();
+    let before = if before.is_empty() { String::new() } else { format!(" after {}", before.join(", ")) };
     let step = if phase.is_empty() { String::new() } else { format!("step {step}: {phase}, ") };
-    let others = if begun < front { format!(", the others at {front}") } else { String::new() };
-    format!("{step}{at}{others}")
+    let is_behind = last.map_or(0, |last| last.sequence) < front;
+    let others = if is_behind { format!(", the others at {front}") } else { String::new() };
+    format!("{step}{at}{before}{others}")
 }
 
 impl fmt::Display for Behind {
@@ -93,8 +101,8 @@ mod tests {
             .iter()
             .map(|&(rank, silent, (step, phase), (sequence, progress))| {
                 let operation = Operation { sequence, name: "all-reduce".into(), bytes: 25 << 20, progress };
-                let operation = (sequence > 0).then_some(operation);
-                let record = Record { rank, beat: 9, step, phase: phase.to_string(), operation };
+                let operations = (sequence > 0).then_some(operation).into_iter().collect();
+                let record = Record { rank, beat: 9, step, phase: phase.to_string(), operations };
                 Seen { rank, record: Some(record), silent: silent.map(Duration::from_secs) }
             })
             .collect();
@@ -169,6 +177,27 @@ mod tests {
         for (case, trace, expected) in table {
             assert_eq!(said(trace), *expected, "{case}");
         }
+    }
+
+    #[test]
+    fn what_a_rank_did_before_is_told() {
+        let operation =
+            |sequence, name: &'static str, bytes, progress| Operation { sequence, name: name.into(), bytes, progress };
+        let operations = vec![
+            operation(1, "gather", 43, Done),
+            operation(2, "all-reduce", 1 << 20, Done),
+            operation(3, "all-reduce", 25 << 20, Done),
+            operation(4, "all-reduce", 25 << 20, Waiting),
+            operation(5, "all-reduce", 6 << 20, Progress::Queued),
+        ];
+        let record = Record { rank: 1, beat: 9, step: 7, phase: "backward".into(), operations };
+        let silent = Some(Duration::from_secs(3));
+        let said = behind(&[Seen { rank: 1, record: Some(record), silent }])[0].to_string();
+        assert_eq!(
+            said,
+            "rank 1 has shown no sign of life for 3 s; last seen: step 7: backward, at all-reduce 4 of 25.00 MiB (waiting) after \
+             all-reduce 3 of 25.00 MiB (done), all-reduce 2 of 1.00 MiB (done)"
+        );
     }
 
     #[test]

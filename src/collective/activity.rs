@@ -1,17 +1,21 @@
-//! What a rank was doing: at which operation it is, and what the loop around it says of itself.
+//! What a rank was doing: the ring of its last operations, and what the loop around it says of itself.
 
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// Operations that are remembered once they are over.
+const REMEMBERED: usize = 16;
 /// Operations that are asked for ahead, in most programs: noting so many takes no memory in a step.
 const AHEAD: usize = 64;
 
-/// How far an operation is that was begun.
+/// How far an operation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Progress {
+    /// Asked for, and behind others.
+    Queued,
     /// Under way: it waits for the other ranks.
     Waiting,
     /// Over.
@@ -40,10 +44,10 @@ pub struct Activity {
 
 #[derive(Debug)]
 struct State {
-    /// Name and bytes of what was asked for and is not begun, the next one first.
-    queue: VecDeque<(&'static str, usize)>,
-    /// The last one that was begun.
-    last: Option<Operation>,
+    /// The last ones that are over, the one under way, and those that are queued, in the order of their numbers.
+    operations: VecDeque<Operation>,
+    /// Number of operations that were asked for.
+    asked: u64,
     step: u64,
     phase: &'static str,
 }
@@ -59,14 +63,22 @@ pub struct Record {
     pub step: u64,
     /// What it does in that step; empty if it has not said.
     pub phase: String,
-    /// The last operation that it took part in, if any.
-    pub operation: Option<Operation>,
+    /// The last operations that it took part in, the one that it is at, and those that it has queued, in order.
+    pub operations: Vec<Operation>,
+}
+
+impl Record {
+    /// The operations that were begun, the last one first.
+    pub fn begun(&self) -> impl Iterator<Item = &Operation> {
+        self.operations.iter().rev().filter(|operation| operation.progress != Progress::Queued)
+    }
 }
 
 impl Activity {
     /// Nothing yet.
     pub fn new(rank: usize) -> Activity {
-        let state = State { queue: VecDeque::with_capacity(AHEAD), last: None, step: 0, phase: "" };
+        let operations = VecDeque::with_capacity(REMEMBERED + AHEAD);
+        let state = State { operations, asked: 0, step: 0, phase: "" };
         Activity { rank, state: Mutex::new(state) }
     }
 
@@ -83,38 +95,40 @@ impl Activity {
     /// An operation is asked for; gives its number.
     pub(super) fn queued(&self, name: &'static str, bytes: usize) -> u64 {
         let mut state = self.lock();
-        state.queue.push_back((name, bytes));
-        state.sequence() + state.queue.len() as u64
+        state.asked += 1;
+        let sequence = state.asked;
+        state.operations.push_back(Operation { sequence, name: name.into(), bytes, progress: Progress::Queued });
+        sequence
     }
 
     /// The next operation begins: they do so in the order in which they were asked for.
     pub(super) fn begun(&self) {
-        let mut state = self.lock();
-        if let Some((name, bytes)) = state.queue.pop_front() {
-            let (sequence, progress) = (state.sequence() + 1, Progress::Waiting);
-            state.last = Some(Operation { sequence, name: name.into(), bytes, progress });
-        }
+        self.lock().change(Progress::Queued, Progress::Waiting);
     }
 
     /// The operation that was begun last is over.
     pub(super) fn completed(&self) {
-        if let Some(last) = &mut self.lock().last {
-            last.progress = Progress::Done;
+        let mut state = self.lock();
+        state.change(Progress::Waiting, Progress::Done);
+        if state.operations.get(REMEMBERED).is_some_and(|operation| operation.progress == Progress::Done) {
+            state.operations.pop_front();
         }
     }
 
     /// What to publish.
     pub fn record(&self, beat: u64) -> Record {
         let state = self.lock();
-        let (phase, operation) = (state.phase.to_string(), state.last.clone());
-        Record { rank: self.rank, beat, step: state.step, phase, operation }
+        let (phase, operations) = (state.phase.to_string(), state.operations.iter().cloned().collect());
+        Record { rank: self.rank, beat, step: state.step, phase, operations }
     }
 }
 
 impl State {
-    /// Number of operations that were begun.
-    fn sequence(&self) -> u64 {
-        self.last.as_ref().map_or(0, |last| last.sequence)
+    /// Of the first operation that is as far as `from`.
+    fn change(&mut self, from: Progress, to: Progress) {
+        if let Some(operation) = self.operations.iter_mut().find(|operation| operation.progress == from) {
+            operation.progress = to;
+        }
     }
 }
 
@@ -123,9 +137,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_operation_that_a_rank_is_at_is_published() {
+    fn the_last_operations_of_a_rank_are_published() {
         let activity = Activity::new(3);
-        assert_eq!(activity.record(1).operation, None);
+        assert!(activity.record(1).operations.is_empty());
         activity.note(57, "backward");
         for sequence in 1..=100 {
             assert_eq!(activity.queued("all-reduce", 1 << 20), sequence);
@@ -134,13 +148,14 @@ mod tests {
         }
         // Two are asked for, of which the first is under way.
         assert_eq!((activity.queued("gather", 8), activity.queued("gather", 16)), (101, 102));
-        let at = |progress, sequence, name: &'static str, bytes| {
-            Some(Operation { sequence, name: name.into(), bytes, progress })
-        };
-        assert_eq!(activity.record(7).operation, at(Progress::Done, 100, "all-reduce", 1 << 20));
         activity.begun();
         let record = activity.record(8);
-        assert_eq!(record.operation, at(Progress::Waiting, 101, "gather", 8));
+        let found: Vec<(u64, &str, usize, Progress)> =
+            record.operations.iter().map(|o| (o.sequence, &*o.name, o.bytes, o.progress)).collect();
+        let done = (101 - REMEMBERED as u64..101).map(|sequence| (sequence, "all-reduce", 1 << 20, Progress::Done));
+        let rest = [(101, "gather", 8, Progress::Waiting), (102, "gather", 16, Progress::Queued)];
+        assert_eq!(found, done.chain(rest).collect::<Vec<_>>());
+        assert_eq!(record.begun().map(|operation| operation.sequence).take(3).collect::<Vec<_>>(), [101, 100, 99]);
         assert_eq!((record.rank, record.beat, record.step, record.phase.as_str()), (3, 8, 57, "backward"));
         let json = serde_json::to_string(&record).unwrap();
         assert_eq!(serde_json::from_str::<Record>(&json).unwrap(), record, "{json}");

@@ -2,6 +2,7 @@
 
 mod adam_ema;
 mod cpu;
+mod elementwise;
 mod faults;
 mod grad_norm;
 mod q_sample;

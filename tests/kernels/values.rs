@@ -53,3 +53,19 @@ pub fn normals(seed: u64, len: usize) -> Vec<f32> {
     Stream { seed, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_normal(0, &mut values);
     values
 }
+
+/// Activations as a device holds them.
+pub fn bytes_of(values: &[f32], precision: Precision) -> Vec<u8> {
+    match precision {
+        Precision::F32 => bytes_of_f32(values),
+        Precision::Bf16 => {
+            values.iter().flat_map(|&x| ((rounded(x, precision).to_bits() >> 16) as u16).to_ne_bytes()).collect()
+        }
+    }
+}
+
+/// Standard normal activations that depend on `seed` alone, as both a device and the CPU hold them.
+pub fn activations(seed: u64, len: usize, precision: Precision) -> [Vec<u8>; 2] {
+    let values: Vec<f32> = normals(seed, len).into_iter().map(|x| rounded(x, precision)).collect();
+    [bytes_of(&values, precision), bytes_of_f32(&values)]
+}

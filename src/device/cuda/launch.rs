@@ -46,6 +46,11 @@ impl Argument {
         Argument::Value(value.to_ne_bytes().into())
     }
 
+    /// A yes or no.
+    pub fn flag(value: bool) -> Argument {
+        Argument::u32(value.into())
+    }
+
     /// A struct of 32-bit numbers.
     pub fn struct_of<const N: usize>(values: [usize; N]) -> Argument {
         Argument::Value(values.iter().flat_map(|&value| (value as u32).to_ne_bytes()).collect())
@@ -75,5 +80,20 @@ impl Launch {
             Precision::Bf16 => "bf16",
         };
         Launch { kernel: format!("{name}_{suffix}"), grid, block: [threads, 1, 1], shared: 0, arguments }
+    }
+
+    /// A kernel of `kernels/elementwise.cuh` on `len` elements: a thread for each 16 bytes. It takes the buffers, their length, and what
+    /// else there is.
+    pub fn elementwise(
+        name: &str,
+        precision: Precision,
+        len: usize,
+        buffers: &[Argument],
+        more: &[Argument],
+    ) -> Launch {
+        const THREADS: usize = 256;
+        let blocks = (len * precision.bytes()).div_ceil(16 * THREADS);
+        let arguments = [buffers, &[Argument::u64(len as u64)], more].concat();
+        Launch::new(name, precision, [blocks, 1, 1], THREADS, arguments)
     }
 }

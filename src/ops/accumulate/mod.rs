@@ -6,6 +6,7 @@
 //! beside the gradient that is being computed.
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;

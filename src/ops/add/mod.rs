@@ -2,6 +2,7 @@
 //! ([`Tape::fuse_residuals`](crate::tape::Tape::fuse_residuals)).
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! SiLU(x) = x·σ(x), for the timestep embedding; elsewhere GroupNorm folds it in.
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,8 @@ pub struct Silu {
 /// dx (+)= dy·SiLU′(x).
 #[derive(Clone, Debug)]
 pub struct SiluGradient {
-    shape: Shape,
+    /// Shape of all three.
+    pub shape: Shape,
 }
 
 /// Puts SiLU(x) on the tape.

@@ -1,6 +1,7 @@
 //! Nearest-neighbour upsampling by 2: [N, H, W, C] → [N, 2H, 2W, C].
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,8 @@ pub struct Upsample {
 /// dx (+)= the sum of the four dy that came from an element.
 #[derive(Clone, Debug)]
 pub struct UpsampleGradient {
-    shape: Shape,
+    /// [N, H, W, C] of dx.
+    pub shape: Shape,
 }
 
 /// Puts x at twice its height and width on the tape.
