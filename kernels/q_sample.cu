@@ -12,22 +12,12 @@
 // Moves N H W (C + P sizeof T) bytes.
 
 #include "pack.cuh"
-#include "philox.cuh"
+#include "pictures.cuh"
 
 namespace {
 
 constexpr int THREADS = 128;
 constexpr int PIXELS = 4;
-
-struct Image {
-    int height, width, channels, padded;
-};
-
-/// The first pixel that is read for the one at `pixel`.
-__device__ __forceinline__ int source(const Image &image, int pixel, bool is_mirrored) {
-    int row = pixel / image.width, column = pixel % image.width;
-    return is_mirrored ? row * image.width + image.width - 1 - column : pixel;
-}
 
 /// With C channels, or as many as `image` says where C is 0.
 template <class T, int C>
@@ -37,7 +27,7 @@ __device__ __forceinline__ void blend(const uint8_t *pixels, T *x_t, const Image
     const int count = image.height * image.width;
     float4 normals;
     for (int i = 0; i < PIXELS && first + i < count; i++) {
-        const uint8_t *from = pixels + static_cast<size_t>(source(image, first + i, is_mirrored)) * channels;
+        const uint8_t *from = pixels + source(image, first + i, is_mirrored) * channels;
         T *to = x_t + static_cast<size_t>(first + i) * image.padded;
         float values[C ? C : 1];
 #pragma unroll
@@ -46,8 +36,7 @@ __device__ __forceinline__ void blend(const uint8_t *pixels, T *x_t, const Image
             if (element % 4 == 0)
                 normals = rng::normals(noise, static_cast<uint32_t>(first / PIXELS * channels + element / 4));
             float epsilon = element % 4 == 0 ? normals.x : element % 4 == 1 ? normals.y : element % 4 == 2 ? normals.z : normals.w;
-            float x_0 = __fdiv_rn(__fadd_rn(__fmul_rn(2.0f, __uint2float_rn(from[c])), -255.0f), 255.0f);
-            float value = __fadd_rn(__fmul_rn(weights.x, x_0), __fmul_rn(weights.y, epsilon));
+            float value = __fadd_rn(__fmul_rn(weights.x, x_0_of(from[c])), __fmul_rn(weights.y, epsilon));
             if (C && C < Pack<T>::SIZE)
                 values[C ? c : 0] = value;
             else
@@ -76,11 +65,11 @@ __device__ __forceinline__ void q_sample(const uint8_t *pixels, const uint32_t *
                                          uint32_t *t, uint64_t seed, const Image &image, uint32_t timesteps, bool flip) {
     const uint32_t j = blockIdx.y, step = clock[0], sample = clock[1] + j;
     const uint32_t mine = __umulhi(rng::first_word(rng::stream(seed, rng::TIMESTEP, 0, sample, step)), timesteps);
-    const bool is_mirrored = flip && rng::first_word(rng::stream(seed, rng::FLIP, 0, sample, step)) >> 31;
+    const bool is_mirrored = mirrored(flip, seed, sample, step);
     if (blockIdx.x == 0 && threadIdx.x == 0)
         t[j] = mine;
     const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * PIXELS;
-    const size_t area = static_cast<size_t>(image.height) * image.width;
+    const size_t area = image.area();
     pixels += (indices ? indices[j] : j) * area * image.channels;
     x_t += j * area * image.padded;
     const rng::Stream noise = rng::stream(seed, rng::NOISE, 0, sample, step);

@@ -69,3 +69,9 @@ pub fn activations(seed: u64, len: usize, precision: Precision) -> [Vec<u8>; 2] 
     let values: Vec<f32> = normals(seed, len).into_iter().map(|x| rounded(x, precision)).collect();
     [bytes_of(&values, precision), bytes_of_f32(&values)]
 }
+
+/// Pixels of `channels` as a kernel has them, with `with` channels: what is beyond holds what must not matter.
+pub fn padded(pixels: &[u8], channels: usize, with: usize, precision: Precision) -> Vec<u8> {
+    let rest = vec![0x7Bu8; (with - channels) * precision.bytes()];
+    pixels.chunks_exact(channels * precision.bytes()).flat_map(|pixel| [pixel, &rest].concat()).collect()
+}

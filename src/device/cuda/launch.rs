@@ -46,6 +46,11 @@ impl Argument {
         Argument::Value(value.to_ne_bytes().into())
     }
 
+    /// A number.
+    pub fn f32(value: f32) -> Argument {
+        Argument::Value(value.to_ne_bytes().into())
+    }
+
     /// A yes or no.
     pub fn flag(value: bool) -> Argument {
         Argument::u32(value.into())

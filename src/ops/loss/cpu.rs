@@ -6,7 +6,7 @@ pub(super) fn mse_loss(op: &MseLoss, launch: &Launch<'_>) {
     let (out, pixels, t) = (launch.input::<f32>(0), launch.input::<u8>(1), launch.input::<u32>(2));
     let (table, clock) = (launch.input::<f32>(3), launch.input::<u32>(4));
     let elements = op.batch.elements();
-    let scale = (2.0 / (op.global_batch as f64 * elements as f64)) as f32;
+    let scale = op.scale();
     let (dout, loss) = (launch.output::<f32>(0), launch.output::<f32>(1));
     launch.pool().for_chunks2((dout, elements), (loss, 1), |j, dout, loss, scratch| {
         let row = 2 * t[j] as usize;

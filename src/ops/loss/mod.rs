@@ -3,6 +3,7 @@
 //! Loss and gradient come from one pass. The target is not stored: x_0, the flip and ε are drawn again, as `q_sample` drew them.
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;
@@ -45,6 +46,13 @@ pub fn mse_loss(tape: &mut Tape, batch: &TrainingBatch, global_batch: usize, inp
     let op = MseLoss { batch: batch.clone(), global_batch };
     let outputs = tape.push(op, &[out, pixels, t, table, clock]);
     (outputs[0], outputs[1])
+}
+
+impl MseLoss {
+    /// 2/(B·H·W·C): what a difference counts in the gradient of the mean over the B images of the whole step.
+    fn scale(&self) -> f32 {
+        (2.0 / (self.global_batch as f64 * self.batch.elements() as f64)) as f32
+    }
 }
 
 impl Op for MseLoss {

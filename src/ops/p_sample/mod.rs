@@ -4,6 +4,7 @@
 //! x ← c_x0·x̂_0 + c_xt·x + c_eps·ε̂ + σ·z (eq. 11). The coefficients come from the host, one row per step.
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;

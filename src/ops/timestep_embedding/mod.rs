@@ -1,6 +1,7 @@
 //! The timestep as sines and cosines of falling frequencies (Vaswani et al. 2017; Ho et al. 2020, section 4).
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,11 @@ impl TimestepEmbedding {
             cosines_first: flip_sin_to_cos,
             frequencies: (0..half).map(frequency).collect(),
         }
+    }
+
+    /// f_i.
+    pub fn frequencies(&self) -> &[f64] {
+        &self.frequencies
     }
 }
 

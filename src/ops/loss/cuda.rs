@@ -1,0 +1,41 @@
+//! `kernels/loss.cu`
+
+use super::MseLoss;
+use crate::device::cuda::{Argument, Launch, Precision};
+use crate::ops::q_sample::TrainingBatch;
+
+/// Threads of a block, which have four elements each.
+const THREADS: usize = 256;
+
+/// Partial sums of an image, f64: the workspace has as many for each.
+pub fn partials(batch: &TrainingBatch) -> usize {
+    batch.elements().div_ceil(4 * THREADS)
+}
+
+/// The gradient and partial sums, then the losses. The network's output and its gradient have `padded` channels; images are taken from a
+/// data set by index if input 5 is there: u32 [N].
+pub fn launches(op: &MseLoss, precision: Precision, padded: usize, is_indexed: bool) -> [Launch; 2] {
+    let &TrainingBatch { images, height, width, channels, flip, seed, .. } = &op.batch;
+    let indices = if is_indexed { Argument::Input(5) } else { Argument::Null };
+    let image = Argument::struct_of([height, width, channels, padded]);
+    let partials = partials(&op.batch);
+    let first = vec![
+        Argument::Input(0),
+        Argument::Input(1),
+        indices,
+        Argument::Input(2),
+        Argument::Input(3),
+        Argument::Input(4),
+        Argument::Output(0),
+        Argument::Scratch,
+        Argument::u64(seed),
+        image.clone(),
+        Argument::f32(op.scale()),
+        Argument::flag(flip),
+    ];
+    let second = vec![Argument::Scratch, Argument::Output(0), Argument::Output(1), Argument::u32(partials), image];
+    [
+        Launch::new("mse_loss", precision, [partials, images, 1], THREADS, first),
+        Launch::new("mse_loss_total", precision, [images, 1, 1], THREADS, second),
+    ]
+}
