@@ -128,7 +128,7 @@ pub enum TrainError {
     Stopped,
     /// The file of this program.
     #[error("cannot read this program's own file: {0}")]
-    Program(#[from] std::io::Error),
+    Program(std::io::Error),
     /// The system starts no thread.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),

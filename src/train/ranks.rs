@@ -81,7 +81,8 @@ pub(super) fn same_program(collective: &mut dyn Collective, config: &Config) -> 
     if collective.world_size() == 1 {
         return Ok(());
     }
-    let all = gather(collective, format!("{}\n{}", this_program()?, to_toml(config)?).into_bytes())?;
+    let program = this_program().map_err(TrainError::Program)?;
+    let all = gather(collective, format!("{program}\n{}", to_toml(config)?).into_bytes())?;
     let texts: Vec<String> = all.iter().map(|bytes| String::from_utf8_lossy(bytes).into_owned()).collect();
     let split = |text: &str| text.split_once('\n').map(|(program, toml)| (program.to_string(), toml.to_string()));
     let Some((first_program, first_toml)) = split(&texts[0]) else { return Ok(()) };
