@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 /// what else is large belongs into files. A rank of a world of 8 keeps at most 128 MiB.
 pub(super) const MAX_BYTES: u64 = 16 << 20;
 
+/// How much later than a rank others may give up, and still hear in time that it waits too.
+const WAITERS: Duration = Duration::from_millis(300);
+
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -27,6 +30,8 @@ pub(super) enum Kind {
     Summed,
     /// That it has taken the sum.
     Taken,
+    /// That it has given up waiting for others: instead of whatever is due.
+    Waits,
 }
 
 impl Kind {
@@ -82,6 +87,8 @@ struct Incoming<'a> {
     header: [u8; HEADER],
     body: &'a mut [u8],
     got: usize,
+    /// Its rank waits for another itself: what is missing here is not its fault.
+    waits: bool,
 }
 
 /// Messages of one operation: at most one to each rank and one from each.
@@ -120,7 +127,7 @@ impl<'a> Round<'a> {
     }
 
     pub(super) fn receive(&mut self, peer: usize, body: &'a mut [u8]) {
-        self.receives.push(Incoming { peer, header: [0; HEADER], body, got: 0 });
+        self.receives.push(Incoming { peer, header: [0; HEADER], body, got: 0, waits: false });
     }
 
     fn name(&self) -> String {
@@ -142,7 +149,11 @@ impl<'a> Round<'a> {
                 out.advance(self.mesh.stream(out.peer)).map_err(lost(out.peer))?;
             }
             for incoming in &mut self.receives {
-                incoming.advance(self.mesh.stream(incoming.peer)).map_err(lost(incoming.peer))?;
+                match incoming.advance(self.mesh.stream(incoming.peer)) {
+                    // It has waited, and gone: the time is up.
+                    Err(_) if incoming.waits => return Err(self.give_up()),
+                    advanced => advanced.map_err(lost(incoming.peer))?,
+                }
                 incoming.check(self.sequence, self.kind, self.about)?;
             }
             self.sends.retain(|out| out.sent < HEADER + out.body.len());
@@ -152,7 +163,7 @@ impl<'a> Round<'a> {
             }
             let left = self.patience.saturating_sub(start.elapsed());
             if left.is_zero() {
-                return Err(self.timed_out());
+                return Err(self.give_up());
             }
             self.poll(left).map_err(|source| CollectiveError::Io { operation: self.name(), source })?;
         }
@@ -167,13 +178,39 @@ impl<'a> Round<'a> {
         wait(&mut sockets, left)
     }
 
-    fn timed_out(&self) -> CollectiveError {
-        // Those whose message is missing; where none is, those who do not take ours.
-        let mut ranks: Vec<usize> = self.receives.iter().map(|incoming| incoming.peer).collect();
+    /// Names those whose message is missing; where none is, those who do not take ours. A rank that waits for another cannot have sent
+    /// its message, so ranks that give up tell each other: who says nothing even then is the one that all wait for.
+    fn give_up(mut self) -> CollectiveError {
+        let word = header(self.sequence, Kind::Waits, 0);
+        for peer in self.mesh.others() {
+            let is_amid_a_message = self.sends.iter().any(|out| out.peer == peer && out.sent > 0);
+            if !is_amid_a_message {
+                // Who takes no word finds out alone.
+                let _ = self.mesh.stream(peer).write(&word);
+            }
+        }
+        let (operation, end) = (self.name(), Instant::now() + WAITERS);
+        loop {
+            for incoming in self.receives.iter_mut().filter(|incoming| !incoming.waits) {
+                // What is late, wrong or gone by now is as silent as before.
+                let _ = incoming.advance(self.mesh.stream(incoming.peer));
+                let _ = incoming.check(self.sequence, self.kind, self.about);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.receives.iter().all(|incoming| incoming.waits) {
+                break;
+            }
+            std::thread::sleep(left.min(WAITERS / 30));
+        }
+        let silent = |incoming: &&Incoming<'_>| !incoming.waits;
+        let mut ranks: Vec<usize> = self.receives.iter().filter(silent).map(|incoming| incoming.peer).collect();
+        if ranks.is_empty() {
+            ranks = self.receives.iter().map(|incoming| incoming.peer).collect();
+        }
         if ranks.is_empty() {
             ranks = self.sends.iter().map(|out| out.peer).collect();
         }
-        CollectiveError::TimedOut { ranks, operation: self.name(), after: self.patience }
+        CollectiveError::TimedOut { ranks, operation, after: self.patience }
     }
 }
 
@@ -219,10 +256,14 @@ impl Incoming<'_> {
     }
 
     /// Compares the header, once it is there, with what is due.
-    fn check(&self, sequence: u64, kind: Kind, about: Option<usize>) -> Result<(), CollectiveError> {
+    fn check(&mut self, sequence: u64, kind: Kind, about: Option<usize>) -> Result<(), CollectiveError> {
         let about = about.unwrap_or(self.body.len());
         let due = header(sequence, kind, about);
         if self.got < HEADER || self.header == due {
+            return Ok(());
+        }
+        if self.header[16] == Kind::Waits as u8 {
+            (self.waits, self.got) = (true, 0);
             return Ok(());
         }
         let number = |at: usize| {

@@ -14,8 +14,6 @@ use std::time::Duration;
 
 /// How long the store may take to say who was lost first: it may be served by the rank that was.
 const AGREEMENT: Duration = Duration::from_secs(1);
-/// How much later than this rank others may notice that they wait in vain.
-const WAITERS: Duration = Duration::from_millis(300);
 
 /// What the thread does, with its data; given back when it is done.
 #[derive(Debug)]
@@ -117,28 +115,9 @@ impl Worker {
         })
     }
 
-    /// Those of the missing ranks that do not themselves wait for another: a rank that is held up says so in the store, in a little while.
-    fn silent_among(&mut self, missing: Vec<usize>) -> Vec<usize> {
-        self.store.answer_within(AGREEMENT);
-        let key = |rank: usize| format!("collective/waits/{rank}");
-        if self.mesh.size == 2 || self.store.set(&key(self.mesh.rank), b"").is_err() {
-            return missing;
-        }
-        std::thread::sleep(WAITERS);
-        let silent: Vec<usize> =
-            missing.iter().copied().filter(|&rank| matches!(self.store.has(&key(rank)), Ok(false))).collect();
-        if silent.is_empty() { missing } else { silent }
-    }
-
     /// The rank that was lost first, as the ranks agree in the store. A rank that finds another gone hangs up on all, and those would take
     /// it for the one that failed; but it says so in the store before.
     fn agree(&mut self, error: CollectiveError) -> CollectiveError {
-        let error = match error {
-            CollectiveError::TimedOut { ranks, operation, after } => {
-                CollectiveError::TimedOut { ranks: self.silent_among(ranks), operation, after }
-            }
-            error => error,
-        };
         let (suspect, said) = match &error {
             CollectiveError::PeerLost { rank, operation } => (Some(*rank), operation.clone()),
             CollectiveError::TimedOut { ranks, .. } => (ranks.first().copied(), String::new()),
@@ -153,7 +132,8 @@ impl Worker {
         let first = match first {
             Ok(first) => String::from_utf8(first).ok().and_then(|first| first.parse().ok()),
             // A store that is gone has gone with rank 0, where that served it: what others hung up for. By now its connection is closed too.
-            Err(_) => self.mesh.has_hung_up(0).then_some(0),
+            // After a time-out it may have given up as this rank does.
+            Err(_) => (matches!(error, CollectiveError::PeerLost { .. }) && self.mesh.has_hung_up(0)).then_some(0),
         };
         match first {
             Some(rank) if rank != suspect && rank != self.mesh.rank && rank < self.mesh.size => {

@@ -8,17 +8,23 @@ use super::*;
 use proptest::prelude::*;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::sync::{Arc, Barrier, Mutex};
 
 const DEADLINE: Duration = Duration::from_millis(250);
 /// What a busy machine may take on top.
 const SLACK: Duration = Duration::from_secs(3);
 
+/// Where a rank listens, and how another greets it.
+fn greeting_of(server: &Server, from: u32, to: usize) -> (String, Vec<u8>) {
+    let mut store = connect(server);
+    let address = store.get(&format!("collective/address/{to}"), PATIENCE).unwrap();
+    let token = store.get("collective/token", PATIENCE).unwrap();
+    (String::from_utf8(address).unwrap(), [b"ddpm-co1", &token[..], &from.to_le_bytes()].concat())
+}
+
 /// Where rank 0 listens, and how rank 1 greets it.
 fn greeting(server: &Server) -> (String, Vec<u8>) {
-    let mut store = connect(server);
-    let address = String::from_utf8(store.get("collective/address/0", PATIENCE).unwrap()).unwrap();
-    let token = store.get("collective/token", PATIENCE).unwrap();
-    (address, [b"ddpm-co1", &token[..], &1u32.to_le_bytes()].concat())
+    greeting_of(server, 1, 0)
 }
 
 /// Rank 0 of two at work beside a rank 1 that is a connection and what `peer` does with it.
@@ -134,6 +140,46 @@ proptest! {
         });
         // One at a time they would take a greeting's time each.
         prop_assert!(took < 2 * GREETING + 2 * SLACK, "{took:?} with {} strangers", said.len());
+    }
+}
+
+/// Rank 2 falls silent when rank 1 has its word and rank 0 has not: rank 0 waits for rank 2, rank 1 for both. No store is left to agree in,
+/// as when the silent rank serves it. The one that has begun to wait later need not wait out its time.
+#[test]
+fn who_waits_for_another_is_not_blamed() {
+    for deadlines in [[DEADLINE; 2], [DEADLINE, PATIENCE]] {
+        let server = Mutex::new(Some(Arc::new(server())));
+        let (all_have_met, store_is_gone) = (Barrier::new(3), Barrier::new(3));
+        let errors = std::thread::scope(|scope| {
+            let store = || Arc::clone(server.lock().unwrap().as_ref().unwrap());
+            let (all_have_met, store_is_gone) = (&all_have_met, &store_is_gone);
+            let ranks = [0, 1].map(|rank| {
+                let store = store();
+                scope.spawn(move || {
+                    let mut host = join_by(&store, false, rank, 3, deadlines[rank]).unwrap();
+                    drop(store);
+                    all_have_met.wait();
+                    store_is_gone.wait();
+                    let start = Instant::now();
+                    (host.barrier().unwrap_err(), start.elapsed())
+                })
+            });
+            let streams = [0, 1].map(|rank| {
+                let (address, hello) = greeting_of(&store(), 2, rank);
+                let stream = Stream::connect(&address, PATIENCE).unwrap();
+                say(&stream, &hello, false);
+                stream
+            });
+            all_have_met.wait();
+            drop(server.lock().unwrap().take());
+            say(&streams[1], &[header(1, 8, 3), 0u64.to_le_bytes().to_vec()].concat(), false);
+            store_is_gone.wait();
+            ranks.map(|rank| rank.join().unwrap())
+        });
+        for (error, after) in errors {
+            assert!(matches!(&error, CollectiveError::TimedOut { ranks, .. } if *ranks == [2]), "{error}");
+            assert!(after < DEADLINE + SLACK, "{after:?}");
+        }
     }
 }
 
