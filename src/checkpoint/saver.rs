@@ -111,6 +111,11 @@ impl Saver {
         layout.shard(self.place.0, self.place.1)
     }
 
+    /// Takes the memory of a snapshot now, so that the first save holds up a loop no longer than the others do.
+    pub fn prepare(&mut self, layout: &Layout) {
+        self.spare = Some(self.buffers(layout));
+    }
+
     /// Buffers for this rank's [`share`](Saver::share), to copy the state into: those of the last save that was reported, or new ones.
     /// Their content is unspecified.
     pub fn buffers(&mut self, layout: &Layout) -> Buffers {

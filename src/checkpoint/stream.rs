@@ -7,12 +7,15 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes per write and read call.
 const CHUNK: usize = 1 << 20;
+
+/// What memory and file offsets are multiples of where a disk is written directly.
+const BLOCK: usize = 4096;
 
 /// The largest header the safetensors format allows.
 const MAX_HEADER: u64 = 100_000_000;
@@ -41,57 +44,106 @@ pub(super) fn header(tensors: &[(String, Vec<usize>)], format: &str) -> Result<V
 }
 
 /// A file being written through [`Io`], hashed and counted.
+///
+/// Whole chunks go past the page cache where the file system can do that: a copy of everything into the cache, by a thread that takes turns
+/// with those that compute, costs training more than all else of a save.
 pub(super) struct Writer<'a> {
     io: &'a dyn Io,
     path: PathBuf,
     file: File,
+    is_direct: bool,
     hasher: Sha256,
     bytes: u64,
-    buffer: Vec<u8>,
+    /// A chunk that begins at a multiple of [`BLOCK`] in memory, and how much of it is used.
+    memory: Vec<u8>,
+    used: usize,
 }
 
 impl<'a> Writer<'a> {
     pub fn create(io: &'a dyn Io, path: &Path) -> Result<Self, CheckpointError> {
         let file = io.create_file(path).map_err(CheckpointError::io("create", path))?;
-        let buffer = Vec::with_capacity(CHUNK);
-        Ok(Writer { io, path: path.to_path_buf(), file, hasher: Sha256::new(), bytes: 0, buffer })
+        let is_direct = set_direct(&file, true).is_ok();
+        let (path, memory) = (path.to_path_buf(), vec![0; CHUNK + BLOCK]);
+        Ok(Writer { io, path, file, is_direct, hasher: Sha256::new(), bytes: 0, memory, used: 0 })
     }
 
-    pub fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        for part in bytes.chunks(CHUNK) {
-            if self.buffer.len() + part.len() > CHUNK {
+    pub fn write(&mut self, mut bytes: &[u8]) -> Result<(), CheckpointError> {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(CHUNK - self.used));
+            let at = self.first() + self.used;
+            self.memory[at..at + now.len()].copy_from_slice(now);
+            self.used += now.len();
+            if self.used == CHUNK {
                 self.flush()?;
             }
-            self.buffer.extend_from_slice(part);
+            bytes = later;
         }
         Ok(())
     }
 
     pub fn write_f32(&mut self, values: &[f32]) -> Result<(), CheckpointError> {
-        for part in values.chunks(CHUNK / 4) {
-            if self.buffer.len() + part.len() * 4 > CHUNK {
-                self.flush()?;
-            }
-            self.buffer.extend(part.iter().flat_map(|v| v.to_le_bytes()));
+        if cfg!(target_endian = "little") {
+            return self.write(bytemuck::cast_slice(values));
         }
-        Ok(())
+        values.iter().try_for_each(|value| self.write(&value.to_le_bytes()))
+    }
+
+    /// Where in the memory the chunk begins.
+    fn first(&self) -> usize {
+        self.memory.as_ptr().align_offset(BLOCK)
     }
 
     fn flush(&mut self) -> Result<(), CheckpointError> {
-        self.hasher.update(&self.buffer);
-        self.bytes += self.buffer.len() as u64;
-        let written = self.io.write(&mut self.file, &self.path, &self.buffer);
-        self.buffer.clear();
-        written.map_err(CheckpointError::io("write", &self.path))
+        let chunk = &self.memory[self.first()..][..self.used];
+        self.hasher.update(chunk);
+        let failed = |e| CheckpointError::io("write", &self.path)(e);
+        // The end of a file is no whole block.
+        if self.is_direct && !self.used.is_multiple_of(BLOCK) {
+            set_direct(&self.file, false).map_err(failed)?;
+            self.is_direct = false;
+        }
+        let written = match self.io.write(&mut self.file, &self.path, chunk) {
+            // A file system that wants larger blocks, or found out only now that it cannot.
+            Err(e) if self.is_direct && e.kind() == ErrorKind::InvalidInput => {
+                self.is_direct = false;
+                set_direct(&self.file, false)
+                    .and_then(|()| self.file.seek(SeekFrom::Start(self.bytes)))
+                    .and_then(|_| self.io.write(&mut self.file, &self.path, chunk))
+            }
+            written => written,
+        };
+        written.map_err(failed)?;
+        self.bytes += chunk.len() as u64;
+        self.used = 0;
+        Ok(())
     }
 
     /// Writes what is buffered and waits until the disk has it. Gives size and SHA-256.
     pub fn finish(mut self) -> Result<(u64, String), CheckpointError> {
-        if !self.buffer.is_empty() {
+        if self.used > 0 {
             self.flush()?;
         }
         self.io.sync_file(&self.file, &self.path).map_err(CheckpointError::io("flush to disk", &self.path))?;
         Ok((self.bytes, hex(&self.hasher.finalize())))
+    }
+}
+
+/// Lets writes to a file go past the page cache, or not.
+///
+/// # Errors
+/// A file system or an operating system without such writes.
+fn set_direct(file: &File, is_direct: bool) -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+        let mut flags = fcntl_getfl(file)?;
+        flags.set(OFlags::DIRECT, is_direct);
+        Ok(fcntl_setfl(file, flags)?)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (file, is_direct);
+        Err(ErrorKind::Unsupported.into())
     }
 }
 

@@ -58,7 +58,7 @@ impl Device {
     /// As [`Device::upload`].
     pub fn download<T: Element>(&self, buffer: BufferId, offset: usize, out: &mut [T]) {
         match self {
-            Device::Cpu(cpu) => out.copy_from_slice(&cpu.elements(buffer)[offset..offset + out.len()]),
+            Device::Cpu(cpu) => cpu.download(buffer, offset, out),
         }
     }
 }

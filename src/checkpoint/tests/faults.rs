@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::checkpoint::io::{Disk, Io};
+use crate::checkpoint::stream::Writer;
+use sha2::Digest;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -212,6 +214,31 @@ fn operations_are_in_the_order_that_survives_power_loss() {
             &format!("sync_dir {}", tmp.path().file_name().unwrap().to_string_lossy()),
         ]
     );
+}
+
+/// Several chunks and an end that is no whole block, written to a disk that refuses one of the writes as direct ones are refused, after it
+/// has taken half of it.
+#[test]
+fn a_disk_that_is_not_written_directly_gets_the_same_bytes() {
+    let tmp = tempfile::tempdir().unwrap();
+    let values: Vec<f32> = (0..700_001).map(|i| i as f32).collect();
+    let text = b"not a multiple of anything";
+    let due: Vec<u8> = text.iter().copied().chain(values.iter().flat_map(|v| v.to_le_bytes())).collect();
+    for at in [usize::MAX, 1, 2, 3] {
+        let io = Faulty::new(at, Fault::Error(ErrorKind::InvalidInput));
+        let path = tmp.path().join(format!("refuses-{at}"));
+        let mut file = Writer::create(&*io, &path).unwrap();
+        let written = file.write(text).and_then(|()| file.write_f32(&values)).and_then(|()| file.finish());
+        // The last write is an ordinary one: such an error is real there.
+        if at == 3 {
+            assert!(matches!(written, Err(CheckpointError::Io { .. })), "{written:?}");
+            continue;
+        }
+        let (bytes, sha256) = written.unwrap();
+        assert!(fs::read(&path).unwrap() == due, "refused at {at}");
+        assert_eq!((bytes, sha256), (due.len() as u64, crate::files::hex(&sha2::Sha256::digest(&due))));
+        assert_eq!(io.operations().len(), 5 + usize::from(at < 3), "{:?}", io.operations());
+    }
 }
 
 #[test]

@@ -6,6 +6,9 @@ use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::Cell;
 use std::ptr::NonNull;
 
+/// Elements that one thread copies at a time: so many that waking it does not matter.
+const COPY: usize = 1 << 18;
+
 /// One zeroed, aligned allocation.
 pub(super) struct Buffer {
     start: NonNull<u8>,
@@ -47,6 +50,12 @@ impl Cpu {
         let buffer = &self.buffers[id.0];
         // SAFETY: as in `elements`; `self` is borrowed mutably, so the slice is the only one.
         unsafe { std::slice::from_raw_parts_mut(buffer.start.as_ptr().cast(), buffer.layout.size() / size_of::<T>()) }
+    }
+
+    /// Copies elements from `offset` on out of a buffer, on all threads: one cannot use up the memory's bandwidth.
+    pub fn download<T: Element>(&self, id: BufferId, offset: usize, out: &mut [T]) {
+        let elements = &self.elements(id)[offset..offset + out.len()];
+        self.pool.for_chunks(out, COPY, |i, out, _| out.copy_from_slice(&elements[i * COPY..][..out.len()]));
     }
 
     /// The view of memory for one instruction.

@@ -108,7 +108,8 @@ impl<'a> Run<'a> {
             Ok(Some(Lead { run_dir, reports }))
         })?;
         let saver = saver(config, collective, options);
-        let saver = together(collective, saver)?;
+        let mut saver = together(collective, saver)?;
+        saver.prepare(&layout);
         Ok(Run {
             config,
             program,
