@@ -9,50 +9,70 @@
 //   gradient  T   [N, H, W, P] =, scale (out - target); channels from C on are 0. All NaN where the image's loss is past f32.
 //   partials  f64 [N, gridDim.x of mse_loss] =
 //   loss      f32 [N] =
+//   quartiles f64 [4, 2] =, sum and number of the losses whose t lies in each quarter of 0 to T - 1, added in the order of the images
 //
-// Squares are summed in f64, in an order that depends on the shape alone. In f32 the gradient's bits are the CPU's. Grid (groups, N); a thread
-// has four elements, those of one draw. Moves N H W (2 P sizeof T + C) bytes.
+// Squares are summed in f64, in an order that depends on the shape alone. In f32 the gradient's bits are the CPU's. Grid
+// (ceil(H W / (4 THREADS)), N); a thread has four pixels and draws their normals again. Moves N H W (2 P sizeof T + C) bytes.
 
-#include "pack.cuh"
 #include "pictures.cuh"
 #include "reduce.cuh"
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
+
+/// What is the same for all pixels of an image.
+struct Target {
+    float2 weights;
+    rng::Stream noise;
+    bool is_mirrored;
+    float scale;
+};
+
+/// The sum of squares of a thread's pixels.
+template <class T, int C>
+__device__ __forceinline__ double differences(const T *out, const uint8_t *pixels, T *gradient, const Image &image, const Target &target,
+                                              int first) {
+    const int channels = C ? C : image.channels;
+    PixelNormals epsilon(target.noise, static_cast<uint32_t>(first / PIXELS * channels));
+    double sum = 0.0;
+#pragma unroll
+    for (int i = 0; i < PIXELS; i++) {
+        if (first + i >= image.height * image.width)
+            return sum;
+        const uint8_t *x_0 = pixels + source(image, first + i, target.is_mirrored) * channels;
+        const size_t at = static_cast<size_t>(first + i) * image.padded;
+        PixelReader<T, C> from(out + at, image.padded);
+        PixelWriter<T, C> to(gradient + at, image.padded);
+#pragma unroll
+        for (int c = 0; c < channels; c++) {
+            const float data = __fmul_rn(target.weights.x, x_0_of(x_0[c]));
+            const float expected = __fadd_rn(data, __fmul_rn(target.weights.y, epsilon[i * channels + c]));
+            const float difference = __fsub_rn(from[c], expected);
+            to.set(c, __fmul_rn(target.scale, difference));
+            sum += double(difference) * double(difference);
+        }
+        to.finish(channels);
+    }
+    return sum;
+}
 
 template <class T>
 __device__ __forceinline__ void mse_loss(const T *out, const uint8_t *pixels, const uint32_t *indices, const uint32_t *t, const float2 *table,
                                          const uint32_t *clock, T *gradient, double *partials, uint64_t seed, const Image &image, float scale,
                                          bool flip) {
     const uint32_t j = blockIdx.y, step = clock[0], sample = clock[1] + j;
-    const bool is_mirrored = mirrored(flip, seed, sample, step);
-    const size_t area = image.area(), elements = area * image.channels;
-    const float2 target = table[t[j]];
-    pixels += (indices ? indices[j] : j) * elements;
+    const rng::Stream noise = rng::stream(seed, rng::NOISE, 0, sample, step);
+    const Target target = {table[t[j]], noise, mirrored(flip, seed, sample, step), scale};
+    const size_t area = image.area();
+    pixels += (indices ? indices[j] : j) * area * image.channels;
     out += j * area * image.padded;
     gradient += j * area * image.padded;
-
-    const uint32_t group = blockIdx.x * blockDim.x + threadIdx.x;
-    const float4 normals = rng::normals(rng::stream(seed, rng::NOISE, 0, sample, step), group);
-    const float epsilon[4] = {normals.x, normals.y, normals.z, normals.w};
+    const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * PIXELS;
     double sum = 0.0;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const size_t element = 4 * static_cast<size_t>(group) + k;
-        if (element >= elements)
-            break;
-        const size_t pixel = element / image.channels, channel = element % image.channels;
-        const float x_0 = x_0_of(pixels[source(image, pixel, is_mirrored) * image.channels + channel]);
-        const size_t at = pixel * image.padded + channel;
-        const float expected = __fadd_rn(__fmul_rn(target.x, x_0), __fmul_rn(target.y, epsilon[k]));
-        const float difference = __fsub_rn(widened(out[at]), expected);
-        gradient[at] = rounded<T>(__fmul_rn(scale, difference));
-        sum += double(difference) * double(difference);
-        if (channel + 1 == size_t(image.channels))
-            for (int c = image.channels; c < image.padded; c++)
-                gradient[pixel * image.padded + c] = rounded<T>(0.0f);
-    }
+    with_channels(image.channels, [&](auto channels) {
+        sum = differences<T, decltype(channels)::COUNT>(out, pixels, gradient, image, target, first);
+    });
     sum = block_sum<double, THREADS>(sum);
     if (threadIdx.x == 0)
         partials[static_cast<size_t>(j) * gridDim.x + blockIdx.x] = sum;
@@ -96,4 +116,26 @@ KERNEL(THREADS, mse_loss_total_f32, const double *partials, float *gradient, flo
 
 KERNEL(THREADS, mse_loss_total_bf16, const double *partials, bf16 *gradient, float *loss, uint32_t count, Image image) {
     mse_loss_total(partials, gradient, loss, count, image);
+}
+
+/// One block.
+KERNEL(THREADS, mse_loss_quartiles, const float *loss, const uint32_t *t, double *quartiles, uint32_t images, uint32_t timesteps) {
+    SHARED(float, losses, THREADS);
+    SHARED(uint32_t, quarters, THREADS);
+    double sum = 0.0, number = 0.0;
+    for (uint32_t first = 0; first < images; first += THREADS) {
+        const uint32_t mine = first + threadIdx.x;
+        if (mine < images) {
+            losses[threadIdx.x] = loss[mine];
+            quarters[threadIdx.x] = uint32_t(4 * uint64_t(t[mine]) / timesteps);
+        }
+        __syncthreads();
+        const uint32_t count = images - first < THREADS ? images - first : THREADS;
+        for (uint32_t i = 0; threadIdx.x < 4 && i < count; i++)
+            if (quarters[i] == threadIdx.x)
+                sum += double(losses[i]), number += 1.0;
+        __syncthreads();
+    }
+    if (threadIdx.x < 4)
+        quartiles[2 * threadIdx.x] = sum, quartiles[2 * threadIdx.x + 1] = number;
 }

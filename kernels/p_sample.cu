@@ -11,53 +11,101 @@
 //   input      T   [N, H W, P] =, x for the next step's network; channels from C on are 0
 //
 // z is drawn here, from seed, the image's index (first + n) and the timestep; not where sigma is 0. The bits of x are the CPU's. Grid
-// (groups, N); a thread has four elements, those of one draw. Moves N H W (8 C + 2 P sizeof T) bytes.
+// (ceil(H W / (4 THREADS)), N); a thread has four pixels. Moves N H W (8 C + 2 P sizeof T) bytes.
 
-#include "pack.cuh"
-#include "philox.cuh"
+#include "pictures.cuh"
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
+
+/// A row of the table.
+struct Step {
+    float a, b, c, d, c_x_0, c_x_t, c_epsilon, sigma, limit;
+};
 
 /// Keeps NaN, so that a diverged network is not hidden.
 __device__ __forceinline__ float clamped(float value, float limit) { return value < -limit ? -limit : value > limit ? limit : value; }
 
+__device__ __forceinline__ float reverse(const Step &s, float x_t, float out, float z) {
+    const float x_0 = clamped(__fadd_rn(__fmul_rn(s.a, x_t), __fmul_rn(s.b, out)), s.limit);
+    const float epsilon = __fadd_rn(__fmul_rn(s.c, x_t), __fmul_rn(s.d, out));
+    const float mean = __fadd_rn(__fadd_rn(__fmul_rn(s.c_x_0, x_0), __fmul_rn(s.c_x_t, x_t)), __fmul_rn(s.c_epsilon, epsilon));
+    return s.sigma != 0.0f ? __fadd_rn(mean, __fmul_rn(s.sigma, z)) : mean;
+}
+
+/// The four elements of a group of x, in one access where groups are aligned.
+struct Group {
+    __device__ __forceinline__ void load(const float *from, int count, bool is_aligned) {
+        if (is_aligned)
+            four = Pack<float>::load(from);
+        else
+            for (int k = 0; k < count; k++)
+                four.values[k] = from[k];
+    }
+    __device__ __forceinline__ void store(float *to, int count, bool is_aligned) const {
+        if (is_aligned)
+            four.store(to);
+        else
+            for (int k = 0; k < count; k++)
+                to[k] = four.values[k];
+    }
+    Pack<float> four;
+};
+
+template <class T, int C>
+__device__ __forceinline__ void p_sample_pixels(const T *out, float *x, T *input, const Step &step, const rng::Stream &noise, int first,
+                                                int pixels, int image_channels, int padded) {
+    const int channels = C ? C : image_channels;
+    const int count = pixels - first < PIXELS ? pixels - first : PIXELS;
+    // Of all images, if of one.
+    const bool is_aligned = pixels % PIXELS == 0;
+    PixelNormals normals(noise, static_cast<uint32_t>(first / PIXELS * channels));
+    x += static_cast<size_t>(first) * channels;
+    Group group;
+#pragma unroll
+    for (int i = 0; i < PIXELS; i++) {
+        if (i >= count)
+            return;
+        const size_t at = static_cast<size_t>(first + i) * padded;
+        PixelReader<T, C> from(out + at, padded);
+        PixelWriter<T, C> to(input + at, padded);
+#pragma unroll
+        for (int c = 0; c < channels; c++) {
+            const int element = i * channels + c, place = element % 4, left = count * channels - (element - place);
+            const int size = left < 4 ? left : 4;
+            if (place == 0)
+                group.load(x + element, size, is_aligned);
+            const float z = step.sigma != 0.0f ? normals[element] : 0.0f;
+            const float value = reverse(step, group.four.values[place], from[c], z);
+            group.four.values[place] = value;
+            to.set(c, value);
+            if (place + 1 == size)
+                group.store(x + element - place, size, is_aligned);
+        }
+        to.finish(channels);
+    }
+}
+
 template <class T>
 __device__ __forceinline__ void p_sample(const T *out, const float *table, const uint32_t *timesteps, const uint32_t *counter,
-                                         const uint32_t *seed, float *x, T *input, uint32_t first, uint32_t pixels, uint32_t channels,
+                                         const uint32_t *seed, float *x, T *input, uint32_t first_image, uint32_t pixels, uint32_t channels,
                                          uint32_t padded) {
-    const uint32_t n = blockIdx.y, step = counter[0], group = blockIdx.x * blockDim.x + threadIdx.x;
-    const float *row = table + 9 * static_cast<size_t>(step);
-    const float limit = row[8] > 0.0f ? row[8] : __uint_as_float(0x7F800000u), sigma = row[7];
-    const size_t elements = static_cast<size_t>(pixels) * channels;
-    x += n * elements;
+    const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * PIXELS;
+    if (first >= static_cast<int>(pixels))
+        return;
+    const uint32_t n = blockIdx.y, number = counter[0];
+    const float *row = table + 9 * static_cast<size_t>(number);
+    const float limit = row[8] > 0.0f ? row[8] : __uint_as_float(0x7F800000u);
+    const Step step = {row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], limit};
+    const uint64_t key = uint64_t(seed[1]) << 32 | seed[0];
+    const rng::Stream noise = rng::stream(key, rng::SAMPLE_NOISE, 0, first_image + n, timesteps[number]);
+    x += n * static_cast<size_t>(pixels) * channels;
     out += n * static_cast<size_t>(pixels) * padded;
     input += n * static_cast<size_t>(pixels) * padded;
-    float4 z = make_float4(0, 0, 0, 0);
-    if (sigma != 0.0f) {
-        const uint64_t key = uint64_t(seed[1]) << 32 | seed[0];
-        z = rng::normals(rng::stream(key, rng::SAMPLE_NOISE, 0, first + n, timesteps[step]), group);
-    }
-    const float noise[4] = {z.x, z.y, z.z, z.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const size_t element = 4 * static_cast<size_t>(group) + k;
-        if (element >= elements)
-            return;
-        const size_t pixel = element / channels, channel = element % channels;
-        const float x_t = x[element], o = widened(out[pixel * padded + channel]);
-        const float x_0 = clamped(__fadd_rn(__fmul_rn(row[0], x_t), __fmul_rn(row[1], o)), limit);
-        const float epsilon = __fadd_rn(__fmul_rn(row[2], x_t), __fmul_rn(row[3], o));
-        float value = __fadd_rn(__fadd_rn(__fmul_rn(row[4], x_0), __fmul_rn(row[5], x_t)), __fmul_rn(row[6], epsilon));
-        if (sigma != 0.0f)
-            value = __fadd_rn(value, __fmul_rn(sigma, noise[k]));
-        x[element] = value;
-        input[pixel * padded + channel] = rounded<T>(value);
-        if (channel + 1 == channels)
-            for (uint32_t c = channels; c < padded; c++)
-                input[pixel * padded + c] = rounded<T>(0.0f);
-    }
+    with_channels(channels, [&](auto known) {
+        p_sample_pixels<T, decltype(known)::COUNT>(out, x, input, step, noise, first, pixels, channels, padded);
+    });
 }
 
 } // namespace

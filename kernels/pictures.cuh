@@ -1,6 +1,7 @@
-// The pictures of a training batch, as q_sample and the loss read them.
+// Pictures, a few pixels for each thread: q_sample, the loss and p_sample.
 #pragma once
 
+#include "pack.cuh"
 #include "philox.cuh"
 
 /// Sizes of a picture, and the channels that its activations have.
@@ -24,4 +25,83 @@ __device__ __forceinline__ size_t source(const Image &image, size_t pixel, bool 
 /// x_0 = (2 pixel - 255)/255: the dividend is exact, so there is one rounding.
 __device__ __forceinline__ float x_0_of(uint8_t pixel) {
     return __fdiv_rn(__fadd_rn(__fmul_rn(2.0f, __uint2float_rn(pixel)), -255.0f), 255.0f);
+}
+
+/// Pixels of a thread. The normals of four pixels are those of C whole groups, C channels.
+constexpr int PIXELS = 4;
+
+/// Whether the C channels of a pixel stand in one pack of activations with `padded` channels. C = 0: as many as a picture has.
+template <class T, int C> __device__ __forceinline__ bool is_packed(int padded) {
+    return C > 0 && C <= Pack<T>::SIZE && padded % Pack<T>::SIZE == 0;
+}
+
+/// Reads the channels of a pixel of activations: in one access where they are packed.
+template <class T, int C> struct PixelReader {
+    __device__ __forceinline__ PixelReader(const T *from, int padded) : from(from), packed(is_packed<T, C>(padded)) {
+        if (packed)
+            pack = Pack<T>::load(from);
+    }
+    __device__ __forceinline__ float operator[](int c) const { return packed ? pack.values[C ? c : 0] : widened(from[c]); }
+
+  private:
+    const T *from;
+    bool packed;
+    Pack<T> pack;
+};
+
+/// Writes a pixel of activations, likewise, and zeros to the channels from C on.
+template <class T, int C> struct PixelWriter {
+    __device__ __forceinline__ PixelWriter(T *to, int padded) : to(to), padded(padded), packed(is_packed<T, C>(padded)) {}
+    __device__ __forceinline__ void set(int c, float value) {
+        if (packed)
+            pack.values[C ? c : 0] = value;
+        else
+            to[c] = rounded<T>(value);
+    }
+    /// To be called when all channels are set.
+    __device__ __forceinline__ void finish(int channels) {
+        if (!packed) {
+            for (int c = channels; c < padded; c++)
+                to[c] = rounded<T>(0.0f);
+            return;
+        }
+        pack.store(to);
+        for (int c = Pack<T>::SIZE; c < padded; c += Pack<T>::SIZE)
+            Pack<T>{}.store(to + c);
+    }
+
+  private:
+    T *to;
+    int padded;
+    bool packed;
+    Pack<T> pack{};
+};
+
+/// The normals of a thread's pixels, asked for element by element from 0 on.
+struct PixelNormals {
+    __device__ __forceinline__ PixelNormals(const rng::Stream &stream, uint32_t group) : stream(stream), group(group) {}
+    __device__ __forceinline__ float operator[](int element) {
+        if (element % 4 == 0)
+            four = rng::normals(stream, group + element / 4);
+        return element % 4 == 0 ? four.x : element % 4 == 1 ? four.y : element % 4 == 2 ? four.z : four.w;
+    }
+
+  private:
+    rng::Stream stream;
+    uint32_t group;
+    float4 four;
+};
+
+template <int C> struct Channels {
+    static constexpr int COUNT = C;
+};
+
+/// Calls `each` with the number of channels where it is known when compiling, else with 0.
+template <class F> __device__ __forceinline__ void with_channels(int channels, F each) {
+    if (channels == 1)
+        each(Channels<1>{});
+    else if (channels == 3)
+        each(Channels<3>{});
+    else
+        each(Channels<0>{});
 }

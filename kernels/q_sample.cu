@@ -11,52 +11,27 @@
 // those of the CPU. Grid (ceil(H W / (4 THREADS)), N); a thread has four pixels and draws the C groups of normals that are theirs.
 // Moves N H W (C + P sizeof T) bytes.
 
-#include "pack.cuh"
 #include "pictures.cuh"
 
 namespace {
 
 constexpr int THREADS = 128;
-constexpr int PIXELS = 4;
 
-/// With C channels, or as many as `image` says where C is 0.
 template <class T, int C>
 __device__ __forceinline__ void blend(const uint8_t *pixels, T *x_t, const Image &image, const rng::Stream &noise, float2 weights,
                                       bool is_mirrored, int first) {
     const int channels = C ? C : image.channels;
-    const int count = image.height * image.width;
-    float4 normals;
-    for (int i = 0; i < PIXELS && first + i < count; i++) {
+    PixelNormals epsilon(noise, static_cast<uint32_t>(first / PIXELS * channels));
+#pragma unroll
+    for (int i = 0; i < PIXELS; i++) {
+        if (first + i >= image.height * image.width)
+            return;
         const uint8_t *from = pixels + source(image, first + i, is_mirrored) * channels;
-        T *to = x_t + static_cast<size_t>(first + i) * image.padded;
-        float values[C ? C : 1];
+        PixelWriter<T, C> to(x_t + static_cast<size_t>(first + i) * image.padded, image.padded);
 #pragma unroll
-        for (int c = 0; c < channels; c++) {
-            int element = i * channels + c;
-            if (element % 4 == 0)
-                normals = rng::normals(noise, static_cast<uint32_t>(first / PIXELS * channels + element / 4));
-            float epsilon = element % 4 == 0 ? normals.x : element % 4 == 1 ? normals.y : element % 4 == 2 ? normals.z : normals.w;
-            float value = __fadd_rn(__fmul_rn(weights.x, x_0_of(from[c])), __fmul_rn(weights.y, epsilon));
-            if (C && C < Pack<T>::SIZE)
-                values[C ? c : 0] = value;
-            else
-                to[c] = rounded<T>(value);
-        }
-        if (C && C < Pack<T>::SIZE && image.padded % Pack<T>::SIZE == 0) {
-            Pack<T> pack{};
-#pragma unroll
-            for (int c = 0; c < C; c++)
-                pack.values[c] = values[c];
-            pack.store(to);
-            for (int c = Pack<T>::SIZE; c < image.padded; c += Pack<T>::SIZE)
-                Pack<T>{}.store(to + c);
-        } else {
-            if (C && C < Pack<T>::SIZE)
-                for (int c = 0; c < C; c++)
-                    to[c] = rounded<T>(values[C ? c : 0]);
-            for (int c = channels; c < image.padded; c++)
-                to[c] = rounded<T>(0.0f);
-        }
+        for (int c = 0; c < channels; c++)
+            to.set(c, __fadd_rn(__fmul_rn(weights.x, x_0_of(from[c])), __fmul_rn(weights.y, epsilon[i * channels + c])));
+        to.finish(channels);
     }
 }
 
@@ -73,12 +48,9 @@ __device__ __forceinline__ void q_sample(const uint8_t *pixels, const uint32_t *
     pixels += (indices ? indices[j] : j) * area * image.channels;
     x_t += j * area * image.padded;
     const rng::Stream noise = rng::stream(seed, rng::NOISE, 0, sample, step);
-    if (image.channels == 1)
-        blend<T, 1>(pixels, x_t, image, noise, table[mine], is_mirrored, first);
-    else if (image.channels == 3)
-        blend<T, 3>(pixels, x_t, image, noise, table[mine], is_mirrored, first);
-    else
-        blend<T, 0>(pixels, x_t, image, noise, table[mine], is_mirrored, first);
+    with_channels(image.channels, [&](auto channels) {
+        blend<T, decltype(channels)::COUNT>(pixels, x_t, image, noise, table[mine], is_mirrored, first);
+    });
 }
 
 } // namespace

@@ -7,9 +7,10 @@ use super::Common;
 use super::exit::Failure;
 use super::stdout::print;
 use crate::data::user_cache_dir;
+use crate::device::cuda::Image;
 use crate::simd::{self, Level};
 use crate::tape::human_bytes;
-use libraries::{Places, Search, find_nvcc};
+use libraries::{Places, Search};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -39,7 +40,6 @@ fn warning(subject: &'static str, found: impl Into<String>, advice: impl Into<St
 pub(super) fn run(common: &Common) -> Result<ExitCode, Failure> {
     let mut findings = vec![cores(), threads(common), vectors(), memory()];
     findings.extend(accelerator());
-    findings.push(nvcc());
     findings.push(current_dir());
     findings.push(cache_dir());
 
@@ -172,6 +172,7 @@ fn accelerator() -> Vec<Finding> {
             &["libnccl.so.2"],
             "install NCCL 2, and add its folder to LD_LIBRARY_PATH; one GPU works without",
         ),
+        kernels(Image::embedded(), has_gpu),
     ]
 }
 
@@ -181,17 +182,19 @@ fn driver_version(text: &str) -> Option<&str> {
     text.lines().next()?.split_whitespace().find(is_version)
 }
 
-fn nvcc() -> Finding {
-    match find_nvcc() {
-        Ok(Some(path)) => ok("nvcc", path.display().to_string()),
-        Ok(None) => {
-            ok("nvcc", "not in $NVCC, $CUDA_HOME/bin, PATH or /usr/local/cuda/bin; nothing is compiled with it yet")
+fn kernels(image: Option<Image>, has_gpu: bool) -> Finding {
+    let subject = "CUDA kernels";
+    match image {
+        Some(Image { fatbin, compiler, architectures }) => {
+            let size = human_bytes(fatbin.len() as u64);
+            ok(subject, format!("{architectures}, compiled by {compiler}, {size}"))
         }
-        Err(path) => warning(
-            "nvcc",
-            format!("NVCC={} is not a program", path.display()),
-            "let NVCC name nvcc itself, or unset it to have it searched",
+        None if has_gpu => warning(
+            subject,
+            "none: there was no nvcc where this program was built",
+            "install the CUDA toolkit 12.8 or later, or name its nvcc in NVCC, and build again",
         ),
+        None => ok(subject, "none: there was no nvcc where this program was built; not needed without a GPU"),
     }
 }
 
@@ -240,5 +243,14 @@ mod tests {
         let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build";
         assert_eq!(driver_version(open), Some("580.65.06"));
         assert_eq!(driver_version(""), None);
+    }
+
+    #[test]
+    fn kernels_are_missed_where_there_is_a_gpu() {
+        let image = Image { fatbin: &[0; 2048], compiler: "nvcc 13.0.88", architectures: "sm_80 compute_80" };
+        let Finding { found, advice, .. } = kernels(Some(image), true);
+        assert_eq!((&*found, advice), ("sm_80 compute_80, compiled by nvcc 13.0.88, 2.00 KiB", None));
+        assert!(kernels(None, true).advice.is_some_and(|advice| advice.contains("build again")));
+        assert!(kernels(None, false).advice.is_none());
     }
 }

@@ -6,11 +6,12 @@ use crate::values::{activations, f32_of, rounded};
 use ddpm_dist::device::cuda::{Launch, Precision};
 use ddpm_dist::ops::accumulate::{self, Accumulate};
 use ddpm_dist::ops::add::{self, Add};
+use ddpm_dist::ops::copy::{self, Copy};
 use ddpm_dist::ops::silu::{self, Silu, SiluGradient};
 use ddpm_dist::ops::upsample::{self, Upsample, UpsampleGradient};
 use ddpm_dist::tape::Op;
 
-const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
+pub const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 /// One element, fewer than a pack, whole packs, and one more; more than a block.
 const LENGTHS: [usize; 6] = [1, 3, 8, 64, 1025, 5000];
 
@@ -56,6 +57,13 @@ fn sums_are_those_of_the_cpu() {
             let op = Add { shape: [len].into() };
             same(both(op.clone(), add::cuda::launch(&op, precision), precision, &[len, len], len, false), precision);
         }
+    }
+    for (len, precision, adds) in
+        LENGTHS.iter().flat_map(|&len| BOTH.map(|p| [(len, p, false), (len, p, true)]).concat())
+    {
+        let op = Copy { shape: [len].into() };
+        let launch = copy::cuda::launch(&op, precision, adds);
+        same(both(op, launch, precision, &[len], len, adds), precision);
     }
     for len in LENGTHS {
         let op = Accumulate { sums: 1, elements: len };

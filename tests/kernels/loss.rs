@@ -1,12 +1,13 @@
 //! The loss, its gradient, and what happens past f32.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_with};
-use crate::values::{activations, bytes_of_f32, bytes_of_u32, f32_of, padded, pixels, rounded};
+use crate::sim::{Buffer, run_launch, run_with};
+use crate::values::{activations, bytes_of_f32, bytes_of_u32, f32_of, normals, padded, pixels, rounded};
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::diffusion::{DiffusionConfig, Objective, Schedule};
 use ddpm_dist::ops::loss::{MseLoss, cuda};
 use ddpm_dist::ops::q_sample::TrainingBatch;
+use ddpm_dist::train::Metrics;
 
 /// Gradient and losses of a kernel and of the CPU, for an output of the network that is given.
 fn check(batch: &TrainingBatch, channels: usize, objective: Objective, precision: Precision, out: [Vec<u8>; 2]) {
@@ -73,4 +74,21 @@ fn an_image_whose_loss_is_past_f32_has_a_gradient_of_nan() {
     let mut out = vec![0.5; batch.shape().len()];
     out[7] = 3e38;
     check(&batch, 8, Objective::Epsilon, Precision::F32, [bytes_of_f32(&out), bytes_of_f32(&out)]);
+}
+
+#[test]
+fn losses_by_quartile_are_those_of_the_host() {
+    for (images, timesteps) in [(1, 1000), (7, 1000), (300, 1000), (128, 4), (129, 3)] {
+        let losses: Vec<f32> = normals(9, images).into_iter().map(f32::abs).collect();
+        let t: Vec<u32> = (0..images as u32).map(|i| i.wrapping_mul(2_654_435_761) % timesteps).collect();
+        let inputs = [bytes_of_f32(&losses), bytes_of_u32(&t)].map(Buffer::Input);
+        let launch = cuda::quartiles(images, timesteps as usize);
+        let found = run_launch(&launch, &inputs, &[Buffer::Output(4 * 16)]).remove(0);
+        let found: Vec<f64> = found.as_chunks().0.iter().map(|bytes| f64::from_ne_bytes(*bytes)).collect();
+        let pairs = losses.into_iter().zip(t);
+        let expected = Metrics::new(pairs, timesteps as usize, [0.0, 1.0]).quartiles;
+        for (quarter, mean) in found.chunks_exact(2).zip(expected) {
+            assert_eq!((quarter[1] > 0.0).then(|| quarter[0] / quarter[1]), mean);
+        }
+    }
 }

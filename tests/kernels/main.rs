@@ -11,3 +11,4 @@ mod q_sample;
 mod sim;
 mod timestep_embedding;
 mod values;
+mod weights;

@@ -136,25 +136,6 @@ fn usable(path: &Path) -> Result<(), Fault> {
     }
 }
 
-/// `nvcc` as the build would find it: `$NVCC`, `$CUDA_HOME/bin`, the `PATH`, `/usr/local/cuda/bin`.
-///
-/// # Errors
-/// `$NVCC` names no program.
-pub(super) fn find_nvcc() -> Result<Option<PathBuf>, PathBuf> {
-    let var = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    if let Some(path) = var("NVCC").map(PathBuf::from) {
-        return if is_program(&path) { Ok(Some(path)) } else { Err(path) };
-    }
-    let home = var("CUDA_HOME").map(|home| PathBuf::from(home).join("bin"));
-    let path = var("PATH").unwrap_or_default();
-    let dirs = home.into_iter().chain(std::env::split_paths(&path)).chain(["/usr/local/cuda/bin".into()]);
-    Ok(dirs.map(|dir| dir.join("nvcc")).find(|path| is_program(path)))
-}
-
-fn is_program(path: &Path) -> bool {
-    path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

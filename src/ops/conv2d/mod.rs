@@ -1,6 +1,7 @@
 //! 3×3 convolution: stride 1 with one pixel of padding all round, or stride 2 padded at the bottom and on the right only.
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;

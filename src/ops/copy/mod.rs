@@ -1,6 +1,7 @@
 //! y = x, or y += x where y has a value already: gradients that a residual connection passes on.
 
 mod cpu;
+pub mod cuda;
 
 use crate::device::cpu::Launch;
 use crate::tape::{Gradient, Of, Op, Shape, Signature, Spec};

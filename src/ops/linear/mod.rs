@@ -4,6 +4,7 @@
 //! last columns the second.
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;

@@ -4,12 +4,12 @@ use super::MseLoss;
 use crate::device::cuda::{Argument, Launch, Precision};
 use crate::ops::q_sample::TrainingBatch;
 
-/// Threads of a block, which have four elements each.
-const THREADS: usize = 256;
+/// Threads of a block, which have four pixels each.
+const THREADS: usize = 128;
 
 /// Partial sums of an image, f64: the workspace has as many for each.
 pub fn partials(batch: &TrainingBatch) -> usize {
-    batch.elements().div_ceil(4 * THREADS)
+    (batch.height * batch.width).div_ceil(4 * THREADS)
 }
 
 /// The gradient and partial sums, then the losses. The network's output and its gradient have `padded` channels; images are taken from a
@@ -38,4 +38,11 @@ pub fn launches(op: &MseLoss, precision: Precision, padded: usize, is_indexed: b
         Launch::new("mse_loss", precision, [partials, images, 1], THREADS, first),
         Launch::new("mse_loss_total", precision, [images, 1, 1], THREADS, second),
     ]
+}
+
+/// Sum and number of the losses whose t lies in each quarter of 0 … T−1, f64 `[4, 2]`. Inputs: the losses of `images` images, and their t.
+pub fn quartiles(images: usize, timesteps: usize) -> Launch {
+    let buffers = [Argument::Input(0), Argument::Input(1), Argument::Output(0)];
+    let arguments = buffers.into_iter().chain([images, timesteps].map(Argument::u32)).collect();
+    Launch { kernel: "mse_loss_quartiles".into(), grid: [1; 3], block: [THREADS, 1, 1], shared: 0, arguments }
 }

@@ -3,8 +3,8 @@
 use super::PSample;
 use crate::device::cuda::{Argument, Launch, Precision};
 
-/// Threads of a block, which have four elements each.
-const THREADS: usize = 256;
+/// Threads of a block, which have four pixels each.
+const THREADS: usize = 128;
 
 /// One reverse step of a captured loop. Inputs: the network's output with `padded` channels; the table [S, 9] of all steps; their timesteps
 /// u32 [S]; the counter u32 [1]; the seed u32 [2]. Outputs: x f32 [N, …, C], updated, and the network's next input, with `padded` channels.
@@ -13,7 +13,7 @@ pub fn launch(op: &PSample, precision: Precision, padded: usize, first: u32) -> 
     let [images, height, width, channels] = op.shape.nhwc();
     let buffers = [0, 1, 2, 3, 4].map(Argument::Input).into_iter().chain([0, 1].map(Argument::Output));
     let numbers = [first as usize, height * width, channels, padded].map(Argument::u32);
-    let blocks = (height * width * channels).div_ceil(4 * THREADS);
+    let blocks = (height * width).div_ceil(4 * THREADS);
     Launch::new("p_sample", precision, [blocks, images, 1], THREADS, buffers.chain(numbers).collect())
 }
 
