@@ -1,5 +1,6 @@
 //! `plan`, `bench` and `doctor` as a user runs them.
 
+use ddpm_dist::device::cuda::Image;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
