@@ -90,7 +90,8 @@ fn kernels() -> Result<(), String> {
     for path in &sources {
         made_of += &fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
     }
-    if image.exists() && fs::read_to_string(&stamp).is_ok_and(|stamp| stamp == made_of) {
+    let is_there = fs::metadata(&image).is_ok_and(|image| image.len() > 0);
+    if is_there && fs::read_to_string(&stamp).is_ok_and(|stamp| stamp == made_of) {
         return Ok(());
     }
     write(&whole, &in_one_piece(&sources))?;

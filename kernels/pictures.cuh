@@ -89,7 +89,7 @@ struct PixelNormals {
   private:
     rng::Stream stream;
     uint32_t group;
-    float4 four;
+    float4 four = make_float4(0, 0, 0, 0);
 };
 
 template <int C> struct Channels {

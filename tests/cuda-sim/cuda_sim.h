@@ -136,11 +136,24 @@ struct Argument {
 /// A kernel by name, with its arguments unpacked.
 struct Kernel {
     unsigned max_threads;
-    unsigned arguments;
+    /// Bytes of each argument.
+    std::vector<size_t> sizes;
     /// Refuses arguments of other sizes than the kernel's.
     void (*call)(const std::vector<Argument> &);
 };
 std::map<std::string, Kernel> &kernels();
+
+/// A kernel's name, and what it is launched with.
+struct Launch {
+    std::string name;
+    uint3 grid, block;
+    unsigned shared;
+    std::vector<Argument> arguments;
+};
+/// Makes a launch the one that runs; refuses what a driver would.
+void prepare(const Launch &launch);
+/// Runs it once, threads in ascending order.
+void run_once();
 
 template <auto function, class... A, size_t... I>
 void call(const std::vector<Argument> &arguments, void (*)(A...), std::index_sequence<I...>) {
@@ -156,7 +169,7 @@ void call(const std::vector<Argument> &arguments, void (*)(A...), std::index_seq
 }
 
 template <auto function, class... A> Kernel describe(unsigned max_threads, void (*)(A...)) {
-    return {max_threads, sizeof...(A), [](const std::vector<Argument> &arguments) {
+    return {max_threads, {sizeof(A)...}, [](const std::vector<Argument> &arguments) {
                 call<function>(arguments, static_cast<void (*)(A...)>(function), std::index_sequence_for<A...>{});
             }};
 }

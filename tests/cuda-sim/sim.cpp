@@ -32,13 +32,6 @@ struct Thread {
     std::array<uint64_t, WARP> all;
 };
 
-struct Launch {
-    std::string name;
-    uint3 grid, block;
-    unsigned shared;
-    std::vector<Argument> arguments;
-};
-
 // One block at a time, one thread of it at a time.
 const Launch *launch;
 const Kernel *kernel;
@@ -236,6 +229,33 @@ std::map<std::string, Kernel> &kernels() {
     return all;
 }
 
+void prepare(const Launch &l) {
+    launch = &l;
+    auto found = kernels().find(l.name);
+    if (found == kernels().end())
+        refuse("there is no kernel of this name");
+    kernel = &found->second;
+    // CUDA Programming Guide, "Technical Specifications per Compute Capability".
+    const auto &[bx, by, bz] = l.block;
+    const auto &[gx, gy, gz] = l.grid;
+    uint64_t per_block = uint64_t(bx) * by * bz;
+    if (per_block == 0 || per_block > 1024 || bz > 64 || gx == 0 || gy == 0 || gz == 0 || gx > 0x7FFFFFFF || gy > 65535 || gz > 65535)
+        refuse("a launch of " + text(l.grid) + " blocks of " + text(l.block) + " threads is not possible");
+    if (per_block > kernel->max_threads)
+        refuse(std::to_string(per_block) + " threads a block, and its launch bound is " + std::to_string(kernel->max_threads));
+    if (l.shared > SHARED_LIMIT)
+        refuse(std::to_string(l.shared) + " bytes of shared memory, and a block has " + std::to_string(SHARED_LIMIT));
+    if (l.arguments.size() != kernel->sizes.size())
+        refuse(std::to_string(l.arguments.size()) + " arguments, and the kernel takes " + std::to_string(kernel->sizes.size()));
+}
+
+void run_once() {
+    // What a process has of memory that nobody has written, it has by chance.
+    poison = 0xA5;
+    run_grid(Order::Ascending, 1);
+}
+
+#ifndef CUDA_SIM_LIBRARY
 namespace {
 
 /// A buffer of the launch.
@@ -290,8 +310,10 @@ void compare(const std::vector<Buffer> &buffers, const Memory &expected, const M
 }
 
 } // namespace
+#endif
 } // namespace sim
 
+#ifndef CUDA_SIM_LIBRARY
 int main() {
     using namespace sim;
     constexpr unsigned char NAN_BYTES = 0xFF, SMALL_BYTES = 0x3B;
@@ -313,24 +335,7 @@ int main() {
         if (kind != 0)
             buffers.push_back({i, kind, content, bytes});
     }
-    launch = &l;
-    auto found = kernels().find(l.name);
-    if (found == kernels().end())
-        refuse("there is no kernel of this name");
-    kernel = &found->second;
-    // CUDA Programming Guide, "Technical Specifications per Compute Capability".
-    const auto &[bx, by, bz] = l.block;
-    const auto &[gx, gy, gz] = l.grid;
-    uint64_t per_block = uint64_t(bx) * by * bz;
-    if (per_block == 0 || per_block > 1024 || bz > 64 || gx == 0 || gy == 0 || gz == 0 || gx > 0x7FFFFFFF || gy > 65535 || gz > 65535)
-        refuse("a launch of " + text(l.grid) + " blocks of " + text(l.block) + " threads is not possible");
-    if (per_block > kernel->max_threads)
-        refuse(std::to_string(per_block) + " threads a block, and its launch bound is " + std::to_string(kernel->max_threads));
-    if (l.shared > SHARED_LIMIT)
-        refuse(std::to_string(l.shared) + " bytes of shared memory, and a block has " + std::to_string(SHARED_LIMIT));
-    if (count != kernel->arguments)
-        refuse(std::to_string(count) + " arguments, and the kernel takes " + std::to_string(kernel->arguments));
-
+    prepare(l);
     Memory first = run(l, buffers, Order::Ascending, NAN_BYTES);
     // One pattern in another place than the other's: nobody has written it.
     Memory second = run(l, buffers, Order::Ascending, SMALL_BYTES);
@@ -347,3 +352,4 @@ int main() {
             fwrite(first[i].data(), 1, first[i].size(), stdout);
     return 0;
 }
+#endif

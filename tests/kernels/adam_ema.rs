@@ -1,7 +1,7 @@
 //! `adam_ema` leaves the bits that the CPU leaves.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_launch};
+use crate::machine::{Buffer, run_launch};
 use crate::values::{bytes_of_f32, f32_of, normals, rounded};
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::ops::adam_ema::{AdamEma, Hyper, bias_correction, cuda};

@@ -1,7 +1,7 @@
 //! Kernels that have a thread for 16 bytes: what they compute in f32 and round once is the CPU's result, rounded.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_launch};
+use crate::machine::{Buffer, run_launch};
 use crate::values::{activations, f32_of, rounded};
 use ddpm_dist::device::cuda::{Launch, Precision};
 use ddpm_dist::ops::accumulate::{self, Accumulate};

@@ -1,6 +1,7 @@
 //! What the machine made of software is for: it finds each of the faults of tests/cuda-sim/planted.cu.
 
-use crate::sim::{Buffer, run_launch, try_launch};
+use crate::machine::Buffer;
+use crate::sim::try_launch;
 use crate::values::{bytes_of_f32, f32_of};
 use ddpm_dist::device::cuda::{Argument, Launch, Precision};
 
@@ -26,7 +27,7 @@ fn refusal(launch: &Launch) -> String {
 
 #[test]
 fn a_kernel_without_a_fault_runs() {
-    let found = run_launch(&planted("none"), &numbers(), &OUTPUT);
+    let found = try_launch(&planted("none"), &numbers(), &OUTPUT, &Buffer::Output(0)).unwrap();
     let halves: [f32; 2] = [(0..32).map(|i| i as f32 + 0.5).sum(), (32..64).map(|i| i as f32 + 0.5).sum()];
     for (i, sum) in f32_of(&found[0], Precision::F32).into_iter().enumerate() {
         assert_eq!(sum, halves[1 - i / 32], "thread {i} has the sum of the other half");

@@ -1,7 +1,7 @@
 //! `grad_norm` in two stages against the sum of squares in f64.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_with};
+use crate::machine::{Buffer, run_with};
 use crate::values::{bytes_of_f32, f32_of, normals};
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::ops::grad_norm::{GradNorm, cuda};

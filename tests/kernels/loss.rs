@@ -1,7 +1,7 @@
 //! The loss, its gradient, and what happens past f32.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_launch, run_with};
+use crate::machine::{Buffer, run_launch, run_with};
 use crate::values::{activations, bytes_of_f32, bytes_of_u32, f32_of, normals, padded, pixels, rounded};
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::diffusion::{DiffusionConfig, Objective, Schedule};

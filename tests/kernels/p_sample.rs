@@ -1,7 +1,7 @@
 //! Reverse steps, DDPM and DDIM, as a captured loop runs them.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_launch};
+use crate::machine::{Buffer, run_launch};
 use crate::values::{activations, bytes_of_f32, bytes_of_u32, f32_of, normals, padded, rounded};
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::diffusion::{DiffusionConfig, SamplerConfig, SamplerKind, SamplerTable, Schedule};

@@ -1,7 +1,7 @@
 //! `q_sample` draws the bits that the CPU draws.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_launch};
+use crate::machine::{Buffer, run_launch};
 use crate::values::{bytes_of_f32, bytes_of_u32, f32_of, pixels, rounded};
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::diffusion::{DiffusionConfig, Schedule};

@@ -1,7 +1,7 @@
 //! Sines and cosines of f64 angles, rounded once.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_launch};
+use crate::machine::{Buffer, run_launch};
 use crate::values::{bytes_of_u32, f32_of, rounded};
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::ops::timestep_embedding::{TimestepEmbedding, cuda};

@@ -1,7 +1,7 @@
 //! What surrounds the libraries' convolutions and products: bias gradients, casts, and weights in other layouts.
 
 use crate::elementwise::BOTH;
-use crate::sim::{Buffer, run_launch, run_with};
+use crate::machine::{Buffer, run_launch, run_with};
 use crate::values::{activations, bytes_of, bytes_of_f32, f32_of, normals, rounded};
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::ops::conv2d::cuda::{padded, transposed, unpadded};

@@ -1,7 +1,9 @@
-//! The CUDA device; so far the compiled kernels, and what an op asks of them: which one, how many threads, which arguments.
+//! The CUDA device; so far a GPU with the compiled kernels, and what an op asks of them: which one, how many threads, which arguments.
 
+mod gpu;
 mod image;
 mod launch;
 
+pub use gpu::{CudaError, Gpu, Memory};
 pub use image::Image;
 pub use launch::{Argument, Launch, Precision};

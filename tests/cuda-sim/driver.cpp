@@ -1,0 +1,219 @@
+// libcuda.so.1 of the machine made of software: the calls of the driver that this project makes. Memory of the device is the host's, and all
+// that is begun has ended when the call returns. A call that a real driver refuses is refused, with the rule beside it.
+
+#include "cuda_sim.h"
+
+#include <chrono>
+#include <cstdlib>
+#include <set>
+
+namespace {
+
+/// CUresult
+enum Result { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+
+/// What this machine is: the compute capability of an A100.
+constexpr int MAJOR = 8, MINOR = 0;
+
+bool is_initialised = false;
+int context_of_device;
+thread_local void *current_context = nullptr;
+std::set<void *> allocations;
+std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+
+struct Event {
+    std::chrono::steady_clock::time_point time;
+};
+
+/// A function, and the dynamic shared memory it may have: 48 KB unless it is given more (cuFuncSetAttribute).
+struct Function {
+    std::string name;
+    const sim::Kernel *kernel;
+    int dynamic = 48 << 10;
+};
+std::map<std::string, Function> functions;
+
+/// Every call but the first few needs a context on its thread.
+int with_context(auto call) { return current_context ? call() : int(INVALID_CONTEXT); }
+
+} // namespace
+
+extern "C" {
+int cuInit(unsigned flags) {
+    is_initialised = true;
+    return flags == 0 ? SUCCESS : INVALID_VALUE;
+}
+int cuDriverGetVersion(int *version) {
+    *version = 13000;
+    return SUCCESS;
+}
+int cuDeviceGetCount(int *count) {
+    *count = 1;
+    return is_initialised ? SUCCESS : NOT_INITIALIZED;
+}
+int cuDeviceGet(int *device, int ordinal) {
+    if (!is_initialised)
+        return NOT_INITIALIZED;
+    *device = ordinal;
+    return ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+}
+int cuDeviceGetName(char *name, int length, int) {
+    snprintf(name, length, "a machine made of software");
+    return SUCCESS;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int) {
+    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; of what else is asked it has nothing.
+    *value = attribute == 75 ? MAJOR : attribute == 76 ? MINOR : 0;
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void **context, int) {
+    *context = &context_of_device;
+    return is_initialised ? SUCCESS : NOT_INITIALIZED;
+}
+int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+int cuCtxSetCurrent(void *context) {
+    current_context = context;
+    return SUCCESS;
+}
+int cuCtxGetCurrent(void **context) {
+    *context = current_context;
+    return SUCCESS;
+}
+int cuCtxSynchronize() {
+    return with_context([] { return SUCCESS; });
+}
+
+int cuStreamCreate(void **stream, unsigned) {
+    return with_context([=] {
+        *stream = new char;
+        return SUCCESS;
+    });
+}
+int cuStreamSynchronize(void *) {
+    return with_context([] { return SUCCESS; });
+}
+int cuStreamDestroy_v2(void *stream) {
+    delete static_cast<char *>(stream);
+    return SUCCESS;
+}
+
+int cuEventCreate(void **event, unsigned) {
+    return with_context([=] {
+        *event = new Event{start};
+        return SUCCESS;
+    });
+}
+int cuEventRecord(void *event, void *) {
+    static_cast<Event *>(event)->time = std::chrono::steady_clock::now();
+    return SUCCESS;
+}
+int cuEventSynchronize(void *) { return SUCCESS; }
+int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
+    *milliseconds = std::chrono::duration<float, std::milli>(static_cast<Event *>(to)->time - static_cast<Event *>(from)->time).count();
+    return SUCCESS;
+}
+int cuEventDestroy_v2(void *event) {
+    delete static_cast<Event *>(event);
+    return SUCCESS;
+}
+
+int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
+    return with_context([=]() -> int {
+        // "If bytesize is 0, cuMemAlloc() returns CUDA_ERROR_INVALID_VALUE"; memory is aligned for any variable.
+        if (bytes == 0)
+            return INVALID_VALUE;
+        void *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+        if (!memory)
+            return OUT_OF_MEMORY;
+        allocations.insert(memory);
+        *address = reinterpret_cast<uint64_t>(memory);
+        return SUCCESS;
+    });
+}
+int cuMemFree_v2(uint64_t address) {
+    void *memory = reinterpret_cast<void *>(address);
+    if (!allocations.erase(memory))
+        return INVALID_VALUE;
+    free(memory);
+    return SUCCESS;
+}
+int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes) {
+    return with_context([=] {
+        memcpy(reinterpret_cast<void *>(to), from, bytes);
+        return SUCCESS;
+    });
+}
+int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
+    return with_context([=] {
+        memcpy(to, reinterpret_cast<void *>(from), bytes);
+        return SUCCESS;
+    });
+}
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
+    return with_context([=] {
+        memcpy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes);
+        return SUCCESS;
+    });
+}
+
+int cuModuleLoadData(void **module, const void *image) {
+    return with_context([=] {
+        // The kernels are in this library already. The magic number of a fatbin, "fatbinary.h" of the toolkit.
+        uint32_t magic;
+        memcpy(&magic, image, sizeof magic);
+        *module = new char;
+        return magic == 0xBA55ED50 ? SUCCESS : INVALID_VALUE;
+    });
+}
+int cuModuleUnload(void *module) {
+    delete static_cast<char *>(module);
+    return SUCCESS;
+}
+int cuModuleGetFunction(void **function, void *, const char *name) {
+    auto found = sim::kernels().find(name);
+    if (found == sim::kernels().end())
+        return NOT_FOUND;
+    *function = &functions.emplace(name, Function{name, &found->second}).first->second;
+    return SUCCESS;
+}
+int cuFuncSetAttribute(void *function, int attribute, int value) {
+    // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, at most what a block can have.
+    if (attribute != 8 || value > int(sim::SHARED_LIMIT))
+        return INVALID_VALUE;
+    static_cast<Function *>(function)->dynamic = value;
+    return SUCCESS;
+}
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *, void **parameters,
+                   void **) {
+    return with_context([=]() -> int {
+        const Function &f = *static_cast<Function *>(function);
+        if (int(shared) > f.dynamic)
+            return INVALID_VALUE;
+        sim::Launch launch{f.name, {gx, gy, gz}, {bx, by, bz}, shared, {}};
+        for (size_t i = 0; i < f.kernel->sizes.size(); i++) {
+            auto *bytes = static_cast<unsigned char *>(parameters[i]);
+            launch.arguments.push_back({std::vector<unsigned char>(bytes, bytes + f.kernel->sizes[i])});
+        }
+        sim::prepare(launch);
+        sim::run_once();
+        return SUCCESS;
+    });
+}
+
+int cuGetErrorName(int, const char **name) {
+    *name = "CUDA_ERROR";
+    return SUCCESS;
+}
+int cuGetErrorString(int result, const char **text) {
+    switch (result) {
+    case INVALID_VALUE: *text = "invalid argument"; break;
+    case OUT_OF_MEMORY: *text = "out of memory"; break;
+    case NOT_INITIALIZED: *text = "initialization error"; break;
+    case INVALID_DEVICE: *text = "invalid device ordinal"; break;
+    case INVALID_CONTEXT: *text = "invalid device context"; break;
+    case NOT_FOUND: *text = "named symbol not found"; break;
+    default: *text = "no error";
+    }
+    return SUCCESS;
+}
+}
