@@ -14,6 +14,7 @@ use ddpm_dist::device::cuda::{Argument, CudaError, Gpu, Memory};
 use ddpm_dist::rng::{Kind, Stream};
 use half::bf16;
 use std::error::Error;
+use std::process::ExitCode;
 use std::time::Duration;
 
 const WARM_UPS: usize = 3;
@@ -23,7 +24,17 @@ const COPY: usize = 2 << 30;
 /// Rows, columns and depth of the product that measures the matrix rate.
 const PRODUCT: usize = 8192;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match measure_all() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure_all() -> Result<(), Box<dyn Error>> {
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with("--")).unwrap_or_default();
     let mut gpu = Gpu::open(0)?;
     let bandwidth = copy_bandwidth(&mut gpu)?;
@@ -38,8 +49,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             None
         }
     };
+    let cases: Vec<Case> = cases::all().into_iter().filter(|case| case.name.contains(&filter)).collect();
+    if cases.is_empty() {
+        return Ok(());
+    }
     println!("\n| kernel | shape | µs | GB/s | of a copy | TFLOP/s | of a product |\n|---|---|---|---|---|---|---|");
-    for case in cases::all().iter().filter(|case| case.name.contains(&filter)) {
+    for case in &cases {
         let seconds = measure(&mut gpu, case)?.as_secs_f64();
         let per_second = |count: u64| count as f64 / seconds;
         let percent = |part: f64| format!("{:.0} %", 100.0 * part);

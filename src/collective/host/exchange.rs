@@ -145,9 +145,7 @@ impl<'a> Round<'a> {
                     CollectiveError::PeerLost { rank, operation }
                 }
             };
-            for out in &mut self.sends {
-                out.advance(self.mesh.stream(out.peer)).map_err(lost(out.peer))?;
-            }
+            // First what they have said: who has given up and gone takes nothing any more.
             for incoming in &mut self.receives {
                 match incoming.advance(self.mesh.stream(incoming.peer)) {
                     // It has waited, and gone: the time is up.
@@ -156,8 +154,16 @@ impl<'a> Round<'a> {
                 }
                 incoming.check(self.sequence, self.kind, self.about)?;
             }
-            self.sends.retain(|out| out.sent < HEADER + out.body.len());
-            self.receives.retain(|incoming| incoming.got < HEADER + incoming.body.len());
+            for out in &mut self.sends {
+                let peer = out.peer;
+                match out.advance(self.mesh.stream(peer)) {
+                    Err(_) if self.receives.iter().any(|incoming| incoming.peer == peer && incoming.waits) => {
+                        return Err(self.give_up());
+                    }
+                    advanced => advanced.map_err(lost(peer))?,
+                }
+            }
+            self.forget_the_done();
             if self.sends.is_empty() && self.receives.is_empty() {
                 return Ok(());
             }
@@ -167,6 +173,11 @@ impl<'a> Round<'a> {
             }
             self.poll(left).map_err(|source| CollectiveError::Io { operation: self.name(), source })?;
         }
+    }
+
+    fn forget_the_done(&mut self) {
+        self.sends.retain(|out| out.sent < HEADER + out.body.len());
+        self.receives.retain(|incoming| incoming.got < HEADER + incoming.body.len());
     }
 
     /// Waits until a socket is ready, or `left` is over.
@@ -181,6 +192,7 @@ impl<'a> Round<'a> {
     /// Names those whose message is missing; where none is, those who do not take ours. A rank that waits for another cannot have sent
     /// its message, so ranks that give up tell each other: who says nothing even then is the one that all wait for.
     fn give_up(mut self) -> CollectiveError {
+        self.forget_the_done();
         let word = header(self.sequence, Kind::Waits, 0);
         for peer in self.mesh.others() {
             let is_amid_a_message = self.sends.iter().any(|out| out.peer == peer && out.sent > 0);
