@@ -5,6 +5,7 @@ mod cpu;
 mod elementwise;
 mod faults;
 mod grad_norm;
+mod group_norm;
 mod loss;
 mod p_sample;
 mod q_sample;
