@@ -177,14 +177,14 @@ __device__ __forceinline__ void group_norm_apply(const Norm &norm, const Inputs<
 } // namespace
 
 RESIDENT_KERNEL(THREADS, 3, group_norm_f32, const float *x1, const float *x2, const float *gamma, const float *beta, const float *timestep,
-       const uint32_t *clock, float *y, float2 *statistics, Norm norm) {
+                const uint32_t *clock, float *y, float2 *statistics, Norm norm) {
     DYNAMIC_SHARED(memory);
     const Inputs<float> inputs{x1, x2, gamma, beta, timestep, clock};
     with_pack<float>(norm, [&](auto pack) { group_norm<float, pack.value>(norm, inputs, y, statistics, memory); });
 }
 
 RESIDENT_KERNEL(THREADS, 3, group_norm_bf16, const bf16 *x1, const bf16 *x2, const float *gamma, const float *beta, const bf16 *timestep,
-       const uint32_t *clock, bf16 *y, float2 *statistics, Norm norm) {
+                const uint32_t *clock, bf16 *y, float2 *statistics, Norm norm) {
     DYNAMIC_SHARED(memory);
     const Inputs<bf16> inputs{x1, x2, gamma, beta, timestep, clock};
     with_pack<bf16>(norm, [&](auto pack) { group_norm<bf16, pack.value>(norm, inputs, y, statistics, memory); });

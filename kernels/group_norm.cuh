@@ -16,6 +16,8 @@ constexpr uint32_t WARP = 32;
 /// Pixels that a thread reads before it works on the first of them, by where from.
 constexpr int FROM_CHIP = 1, FROM_GLOBAL = 4, PAIRS_FROM_GLOBAL = 2;
 
+static_assert(THREADS % WARP == 0, "a block has whole warps");
+
 /// The norm, and how an image is cut into blocks; `Cut::sizes` of cuda.rs.
 struct Norm {
     uint32_t images, pixels, channels1, channels2;
@@ -89,14 +91,14 @@ template <class T> struct Channels {
 /// Of a tensor that has all channels.
 template <class T, int W> __device__ __forceinline__ Channels<T> channels_of(const Norm &norm, const Place<W> &place, T *tensor) {
     const size_t stride = norm.channels();
-    return {tensor + place.image * norm.pixels * stride + place.channel, stride};
+    return {tensor + size_t(place.image) * norm.pixels * stride + place.channel, stride};
 }
 
 /// Of the concatenation of two.
 template <class T, int W> __device__ __forceinline__ Channels<T> channels_of(const Norm &norm, const Place<W> &place, T *one, T *two) {
     const bool is_second = place.channel >= norm.channels1;
     const size_t stride = is_second ? norm.channels2 : norm.channels1;
-    T *image = (is_second ? two : one) + place.image * norm.pixels * stride;
+    T *image = (is_second ? two : one) + size_t(place.image) * norm.pixels * stride;
     return {image + place.channel - (is_second ? norm.channels1 : 0), stride};
 }
 

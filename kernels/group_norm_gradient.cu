@@ -237,9 +237,8 @@ __device__ __forceinline__ void group_norm_gradient_apply(const Norm &norm, cons
 } // namespace
 
 RESIDENT_KERNEL(THREADS, 3, group_norm_gradient_f32, const float *x1, const float *x2, const float *gamma, const float *beta,
-       const float *timestep, const uint32_t *clock, const float *dy, const float2 *statistics, float *dx1, float *dx2, float *d_timestep,
-       float *workspace,
-       Norm norm, uint32_t adds1, uint32_t adds2) {
+                const float *timestep, const uint32_t *clock, const float *dy, const float2 *statistics, float *dx1, float *dx2,
+                float *d_timestep, float *workspace, Norm norm, uint32_t adds1, uint32_t adds2) {
     DYNAMIC_SHARED(memory);
     const Inputs<float> inputs{x1, x2, gamma, beta, timestep, clock};
     const Backward<float> backward(norm, dy, statistics, workspace);
@@ -250,9 +249,8 @@ RESIDENT_KERNEL(THREADS, 3, group_norm_gradient_f32, const float *x1, const floa
 }
 
 RESIDENT_KERNEL(THREADS, 2, group_norm_gradient_bf16, const bf16 *x1, const bf16 *x2, const float *gamma, const float *beta,
-       const bf16 *timestep, const uint32_t *clock, const bf16 *dy, const float2 *statistics, bf16 *dx1, bf16 *dx2, bf16 *d_timestep,
-       float *workspace, Norm norm,
-       uint32_t adds1, uint32_t adds2) {
+                const bf16 *timestep, const uint32_t *clock, const bf16 *dy, const float2 *statistics, bf16 *dx1, bf16 *dx2,
+                bf16 *d_timestep, float *workspace, Norm norm, uint32_t adds1, uint32_t adds2) {
     DYNAMIC_SHARED(memory);
     const Inputs<bf16> inputs{x1, x2, gamma, beta, timestep, clock};
     const Backward<bf16> backward(norm, dy, statistics, workspace);
@@ -278,16 +276,16 @@ KERNEL(THREADS, group_norm_gradient_sums_bf16, const bf16 *x1, const bf16 *x2, c
     with_pack<bf16>(norm, [&](auto pack) { group_norm_gradient_sums<bf16, pack.value>(norm, inputs, backward, memory); });
 }
 
-KERNEL(THREADS, group_norm_gradient_coefficients_f32, const float *gamma, const float *timestep, const float2 *statistics,
-       float *d_timestep, float *workspace, Norm norm) {
+RESIDENT_KERNEL(THREADS, 4, group_norm_gradient_coefficients_f32, const float *gamma, const float *timestep, const float2 *statistics,
+                float *d_timestep, float *workspace, Norm norm) {
     DYNAMIC_SHARED(memory);
     const Inputs<float> inputs{nullptr, nullptr, gamma, nullptr, timestep, nullptr};
     const Backward<float> backward(norm, nullptr, statistics, workspace);
     group_norm_gradient_coefficients(norm, inputs, backward, d_timestep, memory);
 }
 
-KERNEL(THREADS, group_norm_gradient_coefficients_bf16, const float *gamma, const bf16 *timestep, const float2 *statistics, bf16 *d_timestep,
-       float *workspace, Norm norm) {
+RESIDENT_KERNEL(THREADS, 4, group_norm_gradient_coefficients_bf16, const float *gamma, const bf16 *timestep, const float2 *statistics,
+                bf16 *d_timestep, float *workspace, Norm norm) {
     DYNAMIC_SHARED(memory);
     const Inputs<bf16> inputs{nullptr, nullptr, gamma, nullptr, timestep, nullptr};
     const Backward<bf16> backward(norm, nullptr, statistics, workspace);
@@ -320,7 +318,7 @@ KERNEL(THREADS, group_norm_parameters, const float *workspace, float *d_gamma, f
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, parameter = blockIdx.x * WARP + lane;
     double sum = 0.0;
     if (parameter < 2 * channels)
-#pragma unroll 4
+#pragma unroll 8
         for (uint32_t image = warp; image < images; image += WARPS)
             sum += workspace[size_t(image) * 2 * channels + parameter];
     partials[threadIdx.x] = sum;
