@@ -11,15 +11,22 @@ template <> __device__ __forceinline__ bf16 rounded<bf16>(float value) { return 
 __device__ __forceinline__ float widened(float value) { return value; }
 __device__ __forceinline__ float widened(bf16 value) { return __bfloat162float(value); }
 
-/// As many neighbours as 16 bytes hold: 4 of f32, 8 of bf16.
-template <class T> struct Pack {
-    static constexpr int SIZE = 16 / sizeof(T);
+/// So many bytes, read or written at once.
+template <int BYTES> struct WordOf;
+template <> struct WordOf<16> { using Type = uint4; };
+template <> struct WordOf<4> { using Type = uint32_t; };
+template <> struct WordOf<2> { using Type = uint16_t; };
+
+/// Neighbours: as many as 16 bytes hold, 4 of f32 or 8 of bf16, or one.
+template <class T, int COUNT = 16 / sizeof(T)> struct Pack {
+    static constexpr int SIZE = COUNT;
+    /// The neighbours as memory holds them.
+    using Word = typename WordOf<SIZE * sizeof(T)>::Type;
     float values[SIZE];
 
-    /// From an address that 16 divides.
-    __device__ __forceinline__ static Pack load(const T *from) {
+    __device__ __forceinline__ static Pack of(Word word) {
         Raw raw;
-        raw.word = *reinterpret_cast<const uint4 *>(from);
+        raw.word = word;
         Pack pack;
 #pragma unroll
         for (int i = 0; i < SIZE; i++)
@@ -27,18 +34,24 @@ template <class T> struct Pack {
         return pack;
     }
 
-    /// To such an address.
-    __device__ __forceinline__ void store(T *to) const {
+    __device__ __forceinline__ Word word() const {
         Raw raw;
 #pragma unroll
         for (int i = 0; i < SIZE; i++)
             raw.elements[i] = rounded<T>(values[i]);
-        *reinterpret_cast<uint4 *>(to) = raw.word;
+        return raw.word;
     }
+
+    /// From an address that the size of a word divides.
+    __device__ __forceinline__ static Word read(const T *from) { return *reinterpret_cast<const Word *>(from); }
+    __device__ __forceinline__ static Pack load(const T *from) { return of(read(from)); }
+
+    /// To such an address.
+    __device__ __forceinline__ void store(T *to) const { *reinterpret_cast<Word *>(to) = word(); }
 
   private:
     union Raw {
-        uint4 word;
+        Word word;
         T elements[SIZE];
         __device__ Raw() {}
     };

@@ -8,6 +8,7 @@ mod elementwise;
 mod faults;
 mod gpu;
 mod grad_norm;
+mod group_norm;
 mod loss;
 mod machine;
 mod p_sample;

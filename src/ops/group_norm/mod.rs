@@ -2,6 +2,7 @@
 //! the timestep term before it, SiLU and dropout after it.
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;
@@ -60,7 +61,8 @@ pub struct GroupNorm {
 /// Inputs: dy, all inputs of the norm, and its statistics.
 #[derive(Clone, Debug)]
 pub struct GroupNormGradient {
-    norm: GroupNorm,
+    /// The norm.
+    pub norm: GroupNorm,
 }
 
 /// How [`group_norm`] normalises.
