@@ -9,6 +9,8 @@
 #define KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
 /// An array that the threads of a block share. Its content is undefined until they write it.
 #define SHARED(type, name, count) __shared__ type name[count]
+/// The bytes that the launch adds to them, likewise; 16 divides the address.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 #else
 #include "cuda_sim.h"
@@ -20,4 +22,5 @@
 #define SHARED(type, name, count)                                                                                                          \
     static const char name##_tag = 0;                                                                                                      \
     auto &name = *static_cast<type(*)[count]>(sim::shared(&name##_tag, sizeof(type[count])))
+#define DYNAMIC_SHARED(name) unsigned char *const name = static_cast<unsigned char *>(sim::dynamic_shared())
 #endif

@@ -22,6 +22,19 @@ namespace {
 enum class Order { Ascending, Descending, Shuffled };
 enum class State : uint8_t { Ready, AtBarrier, Together, Left };
 
+/// A copy to shared memory that has not landed.
+struct Copy {
+    unsigned char *to;
+    const unsigned char *from;
+    unsigned bytes, there;
+    unsigned group;
+
+    void land() const {
+        memset(to, 0, bytes);
+        memcpy(to, from, there);
+    }
+};
+
 /// A thread of the block that runs.
 struct Thread {
     uint3 index;
@@ -30,6 +43,9 @@ struct Thread {
     unsigned mask, detail;
     uint64_t mine;
     std::array<uint64_t, WARP> all;
+    void (*act)(const std::array<uint64_t, WARP> &) = nullptr;
+    std::vector<Copy> copies;
+    unsigned groups = 0;
 };
 
 struct Launch {
@@ -48,9 +64,12 @@ Context scheduler;
 size_t current;
 uint3 current_block;
 unsigned char poison;
-std::map<const void *, std::unique_ptr<unsigned char[]>> shared_arrays;
-std::unique_ptr<unsigned char[]> dynamic;
+std::map<const void *, std::vector<unsigned char>> shared_arrays;
+std::vector<unsigned char> dynamic;
 size_t shared_bytes;
+// When an asynchronous copy lands: in ascending order at the wait, in descending at once, else at one of the two by chance.
+Order current_order;
+std::mt19937 chance;
 
 std::string text(const uint3 &v) { return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")"; }
 std::string name_of(size_t thread) { return "thread " + text(threads[thread].index); }
@@ -64,7 +83,7 @@ std::string place(size_t number) {
     case State::Left: return "has left the kernel";
     case State::Together: break;
     }
-    static const char *const names[] = {"__syncwarp", "a shuffle", "a vote"};
+    static const char *const names[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma"};
     char mask[16];
     snprintf(mask, sizeof mask, "%08x", t.mask);
     return std::string("is at ") + names[int(t.what)] + " with mask " + mask;
@@ -106,7 +125,7 @@ bool release() {
                 continue;
             auto has_come = [&](size_t other) {
                 const Thread &o = threads[first + other];
-                return o.state == State::Together && o.what == t.what && o.mask == t.mask && o.detail == t.detail;
+                return o.state == State::Together && o.what == t.what && o.mask == t.mask && o.detail == t.detail && o.act == t.act;
             };
             bool all = true;
             for (size_t other = 0; other < WARP; other++)
@@ -122,6 +141,8 @@ bool release() {
             for (size_t other = 0; other < lanes; other++)
                 if (mask >> other & 1)
                     threads[first + other].all = values, threads[first + other].state = State::Ready;
+            if (t.act)
+                t.act(values);
             any = true;
         }
     }
@@ -142,7 +163,7 @@ bool release() {
                 if (first + lane >= threads.size())
                     refuse(name_of(i) + " " + place(i) + ", which names lane " + std::to_string(lane) + ": the block has no such thread");
                 const Thread &o = threads[first + lane];
-                if (o.state != State::Together || o.what != t.what || o.mask != t.mask || o.detail != t.detail)
+                if (o.state != State::Together || o.what != t.what || o.mask != t.mask || o.detail != t.detail || o.act != t.act)
                     refuse(name_of(i) + " " + place(i) + ", while " + name_of(first + lane) + " " + place(first + lane));
             }
         }
@@ -166,7 +187,10 @@ void run_block(Order order, unsigned seed) {
     }
     shared_arrays.clear();
     shared_bytes = launch->shared;
-    dynamic.reset(poisoned(launch->shared));
+    dynamic.assign(launch->shared, poison);
+    dynamic.shrink_to_fit();
+    current_order = order;
+    chance.seed(seed);
     std::vector<size_t> turn(count);
     std::iota(turn.begin(), turn.end(), size_t(0));
     std::mt19937 random(seed);
@@ -214,22 +238,64 @@ void barrier() { yield(State::AtBarrier); }
 
 const std::array<uint64_t, WARP> &exchange(Together what, unsigned mask, uint64_t mine, unsigned detail) {
     Thread &t = threads[current];
-    t.what = what, t.mask = mask, t.mine = mine, t.detail = detail;
+    t.what = what, t.mask = mask, t.mine = mine, t.detail = detail, t.act = nullptr;
     yield(State::Together);
     return threads[current].all;
 }
 
+void as_one(Together what, uint64_t mine, void (*act)(const std::array<uint64_t, WARP> &)) {
+    Thread &t = threads[current];
+    t.what = what, t.mask = ~0u, t.mine = mine, t.detail = 0, t.act = act;
+    yield(State::Together);
+}
+
+void begin_copy(void *to, const void *from, unsigned bytes, unsigned there) {
+    must_be_shared(to, bytes, bytes);
+    if (reinterpret_cast<uintptr_t>(from) % bytes != 0)
+        refuse("an asynchronous copy of " + std::to_string(bytes) + " bytes from an address that they do not divide");
+    Thread &t = threads[current];
+    const Copy copy{static_cast<unsigned char *>(to), static_cast<const unsigned char *>(from), bytes, there, t.groups};
+    if (current_order == Order::Descending || (current_order == Order::Shuffled && chance() % 2))
+        copy.land();
+    else
+        t.copies.push_back(copy);
+}
+
+void commit_copies() { threads[current].groups++; }
+
+void wait_for_copies(unsigned left) {
+    Thread &t = threads[current];
+    auto is_awaited = [&](const Copy &copy) { return copy.group + left < t.groups; };
+    auto rest = std::stable_partition(t.copies.begin(), t.copies.end(), is_awaited);
+    std::for_each(t.copies.begin(), rest, [](const Copy &copy) { copy.land(); });
+    t.copies.erase(t.copies.begin(), rest);
+}
+
+void must_be_shared(const void *address, size_t bytes, size_t alignment) {
+    auto holds = [&](const std::vector<unsigned char> &array) {
+        auto *begin = static_cast<const unsigned char *>(address);
+        return begin >= array.data() && begin + bytes <= array.data() + array.size();
+    };
+    bool is_held = holds(dynamic);
+    for (const auto &[tag, array] : shared_arrays)
+        is_held = is_held || holds(array);
+    if (!is_held)
+        refuse(name_of(current) + " gives an address that is not shared memory of its block");
+    if (reinterpret_cast<uintptr_t>(address) % alignment != 0)
+        refuse(name_of(current) + " gives a misaligned address of shared memory");
+}
+
 void *shared(const void *tag, size_t bytes) {
     auto &array = shared_arrays[tag];
-    if (!array) {
+    if (array.empty()) {
         shared_bytes += bytes;
         if (shared_bytes > SHARED_LIMIT)
             refuse(std::to_string(shared_bytes) + " bytes of shared memory, and a block has " + std::to_string(SHARED_LIMIT));
-        array.reset(poisoned(bytes));
+        array.assign(bytes, poison);
     }
-    return array.get();
+    return array.data();
 }
-void *dynamic_shared() { return dynamic.get(); }
+void *dynamic_shared() { return dynamic.data(); }
 
 std::map<std::string, Kernel> &kernels() {
     static std::map<std::string, Kernel> all;
