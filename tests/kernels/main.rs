@@ -1,6 +1,7 @@
 //! Each kernel of kernels/ against the CPU's op of the same name, on a machine made of software (tests/cuda-sim).
 
 mod adam_ema;
+mod attention;
 mod cpu;
 mod elementwise;
 mod faults;
