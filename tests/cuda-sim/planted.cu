@@ -29,6 +29,14 @@ KERNEL(64, planted_no_barrier, const float *x, float *y) {
     y[threadIdx.x] = s[63 - threadIdx.x];
 }
 
+// The vote waits for a thread's own warp only.
+KERNEL(64, planted_vote_for_barrier, const float *x, float *y) {
+    SHARED(float, s, 64);
+    s[threadIdx.x] = x[threadIdx.x];
+    if (__any_sync(~0u, 1))
+        y[threadIdx.x] = s[63 - threadIdx.x];
+}
+
 // The second round overwrites what a slower thread has not read yet.
 KERNEL(64, planted_no_second_barrier, const float *x, float *y) {
     SHARED(float, s, 64);

@@ -1,8 +1,8 @@
 // The machine: reads one launch, runs it in several ways that must all give the same, and writes what its buffers hold.
 //
-// Threads run in ascending, descending and shuffled order, and memory that nobody has written holds one of two patterns: a kernel whose
-// result depends on either has a race (a missing barrier), reads what is undefined, or leaves part of its output unwritten. Buffers are
-// allocations of their own, so that AddressSanitizer sees every access beside them.
+// Threads run in ascending order, warp after warp, in descending order, and shuffled, all warps side by side; memory that nobody has
+// written holds one of two patterns: a kernel whose result depends on either has a race (a missing barrier), reads what is undefined, or
+// leaves part of its output unwritten. Buffers are allocations of their own, so that AddressSanitizer sees every access beside them.
 //
 // Input (little-endian): name, grid[3], block[3], shared bytes, number of arguments; each argument is a kind (0 value, 1 input, 2 output,
 // 3 updated in place), its bytes, and for all but outputs their content. Strings and contents begin with their length (u64).
@@ -106,45 +106,44 @@ unsigned char *poisoned(size_t bytes) {
     return memory;
 }
 
-/// Lets the threads go on whose partners have all come. Gives whether there are any.
-bool release() {
-    size_t at_barrier = 0, left = 0;
-    for (const Thread &t : threads)
-        at_barrier += t.state == State::AtBarrier, left += t.state == State::Left;
-    if (at_barrier == threads.size()) {
-        for (Thread &t : threads)
-            t.state = State::Ready;
-        return true;
-    }
+/// Lets the threads go on if all are at the barrier. Gives whether they are.
+bool release_block() {
+    if (!std::all_of(threads.begin(), threads.end(), [](const Thread &t) { return t.state == State::AtBarrier; }))
+        return false;
+    for (Thread &t : threads)
+        t.state = State::Ready;
+    return true;
+}
+
+/// Lets the threads of the warp that begins with `first` go on whose partners have all come. Gives whether there are any.
+bool release_warp(size_t first) {
     bool any = false;
-    for (size_t first = 0; first < threads.size(); first += WARP) {
-        size_t lanes = std::min<size_t>(WARP, threads.size() - first);
-        for (size_t lane = 0; lane < lanes; lane++) {
-            const Thread &t = threads[first + lane];
-            if (t.state != State::Together)
-                continue;
-            auto has_come = [&](size_t other) {
-                const Thread &o = threads[first + other];
-                return o.state == State::Together && o.what == t.what && o.mask == t.mask && o.detail == t.detail && o.act == t.act;
-            };
-            bool all = true;
-            for (size_t other = 0; other < WARP; other++)
-                if (t.mask >> other & 1)
-                    all = all && other < lanes && has_come(other);
-            if (!all)
-                continue;
-            unsigned mask = t.mask;
-            std::array<uint64_t, WARP> values{};
-            for (size_t other = 0; other < lanes; other++)
-                if (mask >> other & 1)
-                    values[other] = threads[first + other].mine;
-            for (size_t other = 0; other < lanes; other++)
-                if (mask >> other & 1)
-                    threads[first + other].all = values, threads[first + other].state = State::Ready;
-            if (t.act)
-                t.act(values);
-            any = true;
-        }
+    size_t lanes = std::min<size_t>(WARP, threads.size() - first);
+    for (size_t lane = 0; lane < lanes; lane++) {
+        const Thread &t = threads[first + lane];
+        if (t.state != State::Together)
+            continue;
+        auto has_come = [&](size_t other) {
+            const Thread &o = threads[first + other];
+            return o.state == State::Together && o.what == t.what && o.mask == t.mask && o.detail == t.detail && o.act == t.act;
+        };
+        bool all = true;
+        for (size_t other = 0; other < WARP; other++)
+            if (t.mask >> other & 1)
+                all = all && other < lanes && has_come(other);
+        if (!all)
+            continue;
+        unsigned mask = t.mask;
+        std::array<uint64_t, WARP> values{};
+        for (size_t other = 0; other < lanes; other++)
+            if (mask >> other & 1)
+                values[other] = threads[first + other].mine;
+        for (size_t other = 0; other < lanes; other++)
+            if (mask >> other & 1)
+                threads[first + other].all = values, threads[first + other].state = State::Ready;
+        if (t.act)
+            t.act(values);
+        any = true;
     }
     return any;
 }
@@ -191,24 +190,40 @@ void run_block(Order order, unsigned seed) {
     dynamic.shrink_to_fit();
     current_order = order;
     chance.seed(seed);
-    std::vector<size_t> turn(count);
+    std::vector<size_t> turn(count), warps((count + WARP - 1) / WARP);
     std::iota(turn.begin(), turn.end(), size_t(0));
-    std::mt19937 random(seed);
+    std::iota(warps.begin(), warps.end(), size_t(0));
     if (order == Order::Descending)
-        std::reverse(turn.begin(), turn.end());
+        std::reverse(turn.begin(), turn.end()), std::reverse(warps.begin(), warps.end());
+    auto resume = [&](size_t i) {
+        if (threads[i].state != State::Ready)
+            return false;
+        current = i;
+        fibres[i]->resume(scheduler);
+        return true;
+    };
     while (true) {
-        if (order == Order::Shuffled)
-            std::shuffle(turn.begin(), turn.end(), random);
         bool ran = false;
-        for (size_t i : turn)
-            if (threads[i].state == State::Ready) {
-                current = i;
-                fibres[i]->resume(scheduler);
-                ran = true;
+        if (order == Order::Shuffled) {
+            std::shuffle(turn.begin(), turn.end(), chance);
+            for (size_t i : turn)
+                ran = resume(i) || ran;
+            for (size_t warp : warps)
+                release_warp(warp * WARP);
+        } else {
+            // A warp goes as far as it can before the next one begins.
+            for (size_t warp : warps) {
+                const size_t first = std::min(warp * WARP, count), last = std::min(first + WARP, count);
+                auto begin = turn.begin() + (order == Order::Descending ? count - last : first);
+                do
+                    for (size_t i = 0; i < last - first; i++)
+                        ran = resume(begin[i]) || ran;
+                while (release_warp(first));
             }
+        }
         if (std::all_of(threads.begin(), threads.end(), [](const Thread &t) { return t.state == State::Left; }))
             return;
-        if (!release() && !ran)
+        if (!release_block() && !ran)
             stuck();
     }
 }

@@ -42,6 +42,7 @@ fn each_planted_fault_is_found() {
         ("read_beyond", "heap-buffer-overflow"),
         ("shared_beyond", "index 64 out of bounds"),
         ("no_barrier", UNWRITTEN),
+        ("vote_for_barrier", UNWRITTEN),
         ("no_second_barrier", "argument 1 depends on the order in which threads run: a barrier is missing"),
         ("barrier_of_a_part", "is at __syncthreads, while thread (32, 0, 0) has left the kernel"),
         ("shuffle_of_a_part", "is at a shuffle with mask ffffffff, while thread (16, 0, 0) has left the kernel"),
