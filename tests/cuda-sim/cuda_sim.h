@@ -1,7 +1,8 @@
 // The words of CUDA for the host's C++ compiler: with this header the `.cu` files of kernels/ are programs for a machine made of software.
 //
 // A thread is a fibre, a warp 32 of them, a block the fibres that one thread of the system runs in turn. What waits for others
-// (`__syncthreads`, `__syncwarp`, shuffles, votes) gives the processor back; what CUDA leaves undefined there ends the program with a message.
+// (`__syncthreads`, `__syncwarp`, shuffles, votes, what a warp does as one) gives the processor back; what CUDA leaves undefined there ends
+// the program with a message.
 #pragma once
 
 #include <array>
@@ -93,9 +94,22 @@ const uint3 &grid_size();
 void barrier();
 
 /// What the threads of a warp do together.
-enum class Together : uint8_t { Sync, Shuffle, Vote };
+enum class Together : uint8_t { Sync, Shuffle, Vote, LoadMatrices, MultiplyMatrices };
 /// Gives each lane of `mask` the values of all: `mine` of lane l in place l. `detail` must be the same at all (which kind of vote, say).
 const std::array<uint64_t, WARP> &exchange(Together what, unsigned mask, uint64_t mine, unsigned detail);
+
+/// What a whole warp does as one: `act` is called once, when all 32 lanes have come, with what each has given.
+void as_one(Together what, uint64_t mine, void (*act)(const std::array<uint64_t, WARP> &));
+
+/// Begins to copy `bytes` to shared memory, `there` of them from `from` and the rest zeros. They land between now and the wait: that
+/// differs from run to run.
+void begin_copy(void *to, const void *from, unsigned bytes, unsigned there);
+/// Makes a group of the copies that this thread has begun since the last one.
+void commit_copies();
+/// Waits until all but the last `left` groups of this thread have landed.
+void wait_for_copies(unsigned left);
+/// Refuses an address that is not shared memory of the block, or that `alignment` does not divide.
+void must_be_shared(const void *address, size_t bytes, size_t alignment);
 
 /// Memory that the block's threads share: the same for the same `tag`.
 void *shared(const void *tag, size_t bytes);

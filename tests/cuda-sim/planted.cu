@@ -1,6 +1,6 @@
 // Kernels with one fault each, which the machine must find; and one without, which it must not.
 
-#include "cuda.cuh"
+#include "mma.cuh"
 
 KERNEL(64, planted_none, const float *x, float *y) {
     SHARED(float, s, 64);
@@ -27,6 +27,14 @@ KERNEL(64, planted_no_barrier, const float *x, float *y) {
     SHARED(float, s, 64);
     s[threadIdx.x] = x[threadIdx.x];
     y[threadIdx.x] = s[63 - threadIdx.x];
+}
+
+// The vote waits for a thread's own warp only.
+KERNEL(64, planted_vote_for_barrier, const float *x, float *y) {
+    SHARED(float, s, 64);
+    s[threadIdx.x] = x[threadIdx.x];
+    if (__any_sync(~0u, 1))
+        y[threadIdx.x] = s[63 - threadIdx.x];
 }
 
 // The second round overwrites what a slower thread has not read yet.
@@ -97,4 +105,79 @@ KERNEL(64, planted_written_input, float *x, float *y) {
 KERNEL(64, planted_race_of_blocks, const float *x, float *y) {
     // Every block writes the same places.
     y[threadIdx.x] = x[threadIdx.x] + float(blockIdx.x);
+}
+
+namespace {
+
+/// 16 bytes of x for each of the first threads.
+void begin_copy(float *to, const float *x) {
+    if (threadIdx.x < 16)
+        mma::begin_copy(reinterpret_cast<bf16 *>(to + 4 * threadIdx.x), reinterpret_cast<const bf16 *>(x), true);
+}
+
+} // namespace
+
+KERNEL(64, planted_copy_without_wait, const float *x, float *y) {
+    SHARED(float, s, 64);
+    begin_copy(s, x + 4 * threadIdx.x);
+    mma::commit_copies();
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x];
+}
+
+KERNEL(64, planted_copy_without_commit, const float *x, float *y) {
+    SHARED(float, s, 64);
+    begin_copy(s, x + 4 * threadIdx.x);
+    mma::wait_for_copies<0>();
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x];
+}
+
+KERNEL(64, planted_copy_of_others, const float *x, float *y) {
+    SHARED(float, s, 64);
+    begin_copy(s, x + 4 * threadIdx.x);
+    mma::commit_copies();
+    mma::wait_for_copies<0>();
+    y[threadIdx.x] = s[63 - threadIdx.x];
+}
+
+// The second copy begins while slower threads still read the first.
+KERNEL(64, planted_copy_too_early, const float *x, float *y) {
+    SHARED(float, s, 64);
+    begin_copy(s, x + 4 * threadIdx.x);
+    mma::commit_copies();
+    mma::wait_for_copies<0>();
+    __syncthreads();
+    begin_copy(s, x + 60 - 4 * threadIdx.x);
+    mma::commit_copies();
+    y[threadIdx.x] = s[63 - threadIdx.x];
+    mma::wait_for_copies<0>();
+}
+
+KERNEL(64, planted_copy_misaligned, const float *x, float *y) {
+    SHARED(float, s, 68);
+    begin_copy(s + 1, x + 4 * threadIdx.x);
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+KERNEL(64, planted_mma_of_a_part, const float *x, float *y) {
+    float c[4] = {x[threadIdx.x], 0, 0, 0};
+    const uint32_t a[4] = {}, b[2] = {};
+    if (threadIdx.x % 32 < 16)
+        mma::multiply(c, a, b);
+    y[threadIdx.x] = c[0];
+}
+
+KERNEL(64, planted_ldmatrix_of_global, const float *x, float *y) {
+    uint32_t matrices[4];
+    mma::load(matrices, reinterpret_cast<const bf16 *>(x + 4 * (threadIdx.x % 16)));
+    y[threadIdx.x] = __uint_as_float(matrices[0]);
+}
+
+// One warp of a block of 48 threads is half there.
+KERNEL(64, planted_mma_of_half_a_warp, const float *x, float *y) {
+    float c[4] = {x[threadIdx.x], 0, 0, 0};
+    const uint32_t a[4] = {}, b[2] = {};
+    mma::multiply(c, a, b);
+    y[threadIdx.x] = c[0];
 }

@@ -1,8 +1,8 @@
 // The machine: reads one launch, runs it in several ways that must all give the same, and writes what its buffers hold.
 //
-// Threads run in ascending, descending and shuffled order, and memory that nobody has written holds one of two patterns: a kernel whose
-// result depends on either has a race (a missing barrier), reads what is undefined, or leaves part of its output unwritten. Buffers are
-// allocations of their own, so that AddressSanitizer sees every access beside them.
+// Threads run in ascending order, warp after warp, in descending order, and shuffled, all warps side by side; memory that nobody has
+// written holds one of two patterns: a kernel whose result depends on either has a race (a missing barrier), reads what is undefined, or
+// leaves part of its output unwritten. Buffers are allocations of their own, so that AddressSanitizer sees every access beside them.
 //
 // Input (little-endian): name, grid[3], block[3], shared bytes, number of arguments; each argument is a kind (0 value, 1 input, 2 output,
 // 3 updated in place), its bytes, and for all but outputs their content. Strings and contents begin with their length (u64).
@@ -22,6 +22,19 @@ namespace {
 enum class Order { Ascending, Descending, Shuffled };
 enum class State : uint8_t { Ready, AtBarrier, Together, Left };
 
+/// A copy to shared memory that has not landed.
+struct Copy {
+    unsigned char *to;
+    const unsigned char *from;
+    unsigned bytes, there;
+    unsigned group;
+
+    void land() const {
+        memset(to, 0, bytes);
+        memcpy(to, from, there);
+    }
+};
+
 /// A thread of the block that runs.
 struct Thread {
     uint3 index;
@@ -30,6 +43,9 @@ struct Thread {
     unsigned mask, detail;
     uint64_t mine;
     std::array<uint64_t, WARP> all;
+    void (*act)(const std::array<uint64_t, WARP> &) = nullptr;
+    std::vector<Copy> copies;
+    unsigned groups = 0;
 };
 
 // One block at a time, one thread of it at a time.
@@ -41,9 +57,12 @@ Context scheduler;
 size_t current;
 uint3 current_block;
 unsigned char poison;
-std::map<const void *, std::unique_ptr<unsigned char[]>> shared_arrays;
-std::unique_ptr<unsigned char[]> dynamic;
+std::map<const void *, std::vector<unsigned char>> shared_arrays;
+std::vector<unsigned char> dynamic;
 size_t shared_bytes;
+// When an asynchronous copy lands: in ascending order at the wait, in descending at once, else at one of the two by chance.
+Order current_order;
+std::mt19937 chance;
 
 std::string text(const uint3 &v) { return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")"; }
 std::string name_of(size_t thread) { return "thread " + text(threads[thread].index); }
@@ -57,7 +76,7 @@ std::string place(size_t number) {
     case State::Left: return "has left the kernel";
     case State::Together: break;
     }
-    static const char *const names[] = {"__syncwarp", "a shuffle", "a vote"};
+    static const char *const names[] = {"__syncwarp", "a shuffle", "a vote", "ldmatrix", "mma"};
     char mask[16];
     snprintf(mask, sizeof mask, "%08x", t.mask);
     return std::string("is at ") + names[int(t.what)] + " with mask " + mask;
@@ -80,43 +99,44 @@ unsigned char *poisoned(size_t bytes) {
     return memory;
 }
 
-/// Lets the threads go on whose partners have all come. Gives whether there are any.
-bool release() {
-    size_t at_barrier = 0, left = 0;
-    for (const Thread &t : threads)
-        at_barrier += t.state == State::AtBarrier, left += t.state == State::Left;
-    if (at_barrier == threads.size()) {
-        for (Thread &t : threads)
-            t.state = State::Ready;
-        return true;
-    }
+/// Lets the threads go on if all are at the barrier. Gives whether they are.
+bool release_block() {
+    if (!std::all_of(threads.begin(), threads.end(), [](const Thread &t) { return t.state == State::AtBarrier; }))
+        return false;
+    for (Thread &t : threads)
+        t.state = State::Ready;
+    return true;
+}
+
+/// Lets the threads of the warp that begins with `first` go on whose partners have all come. Gives whether there are any.
+bool release_warp(size_t first) {
     bool any = false;
-    for (size_t first = 0; first < threads.size(); first += WARP) {
-        size_t lanes = std::min<size_t>(WARP, threads.size() - first);
-        for (size_t lane = 0; lane < lanes; lane++) {
-            const Thread &t = threads[first + lane];
-            if (t.state != State::Together)
-                continue;
-            auto has_come = [&](size_t other) {
-                const Thread &o = threads[first + other];
-                return o.state == State::Together && o.what == t.what && o.mask == t.mask && o.detail == t.detail;
-            };
-            bool all = true;
-            for (size_t other = 0; other < WARP; other++)
-                if (t.mask >> other & 1)
-                    all = all && other < lanes && has_come(other);
-            if (!all)
-                continue;
-            unsigned mask = t.mask;
-            std::array<uint64_t, WARP> values{};
-            for (size_t other = 0; other < lanes; other++)
-                if (mask >> other & 1)
-                    values[other] = threads[first + other].mine;
-            for (size_t other = 0; other < lanes; other++)
-                if (mask >> other & 1)
-                    threads[first + other].all = values, threads[first + other].state = State::Ready;
-            any = true;
-        }
+    size_t lanes = std::min<size_t>(WARP, threads.size() - first);
+    for (size_t lane = 0; lane < lanes; lane++) {
+        const Thread &t = threads[first + lane];
+        if (t.state != State::Together)
+            continue;
+        auto has_come = [&](size_t other) {
+            const Thread &o = threads[first + other];
+            return o.state == State::Together && o.what == t.what && o.mask == t.mask && o.detail == t.detail && o.act == t.act;
+        };
+        bool all = true;
+        for (size_t other = 0; other < WARP; other++)
+            if (t.mask >> other & 1)
+                all = all && other < lanes && has_come(other);
+        if (!all)
+            continue;
+        unsigned mask = t.mask;
+        std::array<uint64_t, WARP> values{};
+        for (size_t other = 0; other < lanes; other++)
+            if (mask >> other & 1)
+                values[other] = threads[first + other].mine;
+        for (size_t other = 0; other < lanes; other++)
+            if (mask >> other & 1)
+                threads[first + other].all = values, threads[first + other].state = State::Ready;
+        if (t.act)
+            t.act(values);
+        any = true;
     }
     return any;
 }
@@ -135,7 +155,7 @@ bool release() {
                 if (first + lane >= threads.size())
                     refuse(name_of(i) + " " + place(i) + ", which names lane " + std::to_string(lane) + ": the block has no such thread");
                 const Thread &o = threads[first + lane];
-                if (o.state != State::Together || o.what != t.what || o.mask != t.mask || o.detail != t.detail)
+                if (o.state != State::Together || o.what != t.what || o.mask != t.mask || o.detail != t.detail || o.act != t.act)
                     refuse(name_of(i) + " " + place(i) + ", while " + name_of(first + lane) + " " + place(first + lane));
             }
         }
@@ -159,25 +179,44 @@ void run_block(Order order, unsigned seed) {
     }
     shared_arrays.clear();
     shared_bytes = launch->shared;
-    dynamic.reset(poisoned(launch->shared));
-    std::vector<size_t> turn(count);
+    dynamic.assign(launch->shared, poison);
+    dynamic.shrink_to_fit();
+    current_order = order;
+    chance.seed(seed);
+    std::vector<size_t> turn(count), warps((count + WARP - 1) / WARP);
     std::iota(turn.begin(), turn.end(), size_t(0));
-    std::mt19937 random(seed);
+    std::iota(warps.begin(), warps.end(), size_t(0));
     if (order == Order::Descending)
-        std::reverse(turn.begin(), turn.end());
+        std::reverse(turn.begin(), turn.end()), std::reverse(warps.begin(), warps.end());
+    auto resume = [&](size_t i) {
+        if (threads[i].state != State::Ready)
+            return false;
+        current = i;
+        fibres[i]->resume(scheduler);
+        return true;
+    };
     while (true) {
-        if (order == Order::Shuffled)
-            std::shuffle(turn.begin(), turn.end(), random);
         bool ran = false;
-        for (size_t i : turn)
-            if (threads[i].state == State::Ready) {
-                current = i;
-                fibres[i]->resume(scheduler);
-                ran = true;
+        if (order == Order::Shuffled) {
+            std::shuffle(turn.begin(), turn.end(), chance);
+            for (size_t i : turn)
+                ran = resume(i) || ran;
+            for (size_t warp : warps)
+                release_warp(warp * WARP);
+        } else {
+            // A warp goes as far as it can before the next one begins.
+            for (size_t warp : warps) {
+                const size_t first = std::min(warp * WARP, count), last = std::min(first + WARP, count);
+                auto begin = turn.begin() + (order == Order::Descending ? count - last : first);
+                do
+                    for (size_t i = 0; i < last - first; i++)
+                        ran = resume(begin[i]) || ran;
+                while (release_warp(first));
             }
+        }
         if (std::all_of(threads.begin(), threads.end(), [](const Thread &t) { return t.state == State::Left; }))
             return;
-        if (!release() && !ran)
+        if (!release_block() && !ran)
             stuck();
     }
 }
@@ -207,22 +246,64 @@ void barrier() { yield(State::AtBarrier); }
 
 const std::array<uint64_t, WARP> &exchange(Together what, unsigned mask, uint64_t mine, unsigned detail) {
     Thread &t = threads[current];
-    t.what = what, t.mask = mask, t.mine = mine, t.detail = detail;
+    t.what = what, t.mask = mask, t.mine = mine, t.detail = detail, t.act = nullptr;
     yield(State::Together);
     return threads[current].all;
 }
 
+void as_one(Together what, uint64_t mine, void (*act)(const std::array<uint64_t, WARP> &)) {
+    Thread &t = threads[current];
+    t.what = what, t.mask = ~0u, t.mine = mine, t.detail = 0, t.act = act;
+    yield(State::Together);
+}
+
+void begin_copy(void *to, const void *from, unsigned bytes, unsigned there) {
+    must_be_shared(to, bytes, bytes);
+    if (reinterpret_cast<uintptr_t>(from) % bytes != 0)
+        refuse("an asynchronous copy of " + std::to_string(bytes) + " bytes from an address that they do not divide");
+    Thread &t = threads[current];
+    const Copy copy{static_cast<unsigned char *>(to), static_cast<const unsigned char *>(from), bytes, there, t.groups};
+    if (current_order == Order::Descending || (current_order == Order::Shuffled && chance() % 2))
+        copy.land();
+    else
+        t.copies.push_back(copy);
+}
+
+void commit_copies() { threads[current].groups++; }
+
+void wait_for_copies(unsigned left) {
+    Thread &t = threads[current];
+    auto is_awaited = [&](const Copy &copy) { return copy.group + left < t.groups; };
+    auto rest = std::stable_partition(t.copies.begin(), t.copies.end(), is_awaited);
+    std::for_each(t.copies.begin(), rest, [](const Copy &copy) { copy.land(); });
+    t.copies.erase(t.copies.begin(), rest);
+}
+
+void must_be_shared(const void *address, size_t bytes, size_t alignment) {
+    auto holds = [&](const std::vector<unsigned char> &array) {
+        auto *begin = static_cast<const unsigned char *>(address);
+        return begin >= array.data() && begin + bytes <= array.data() + array.size();
+    };
+    bool is_held = holds(dynamic);
+    for (const auto &[tag, array] : shared_arrays)
+        is_held = is_held || holds(array);
+    if (!is_held)
+        refuse(name_of(current) + " gives an address that is not shared memory of its block");
+    if (reinterpret_cast<uintptr_t>(address) % alignment != 0)
+        refuse(name_of(current) + " gives a misaligned address of shared memory");
+}
+
 void *shared(const void *tag, size_t bytes) {
     auto &array = shared_arrays[tag];
-    if (!array) {
+    if (array.empty()) {
         shared_bytes += bytes;
         if (shared_bytes > SHARED_LIMIT)
             refuse(std::to_string(shared_bytes) + " bytes of shared memory, and a block has " + std::to_string(SHARED_LIMIT));
-        array.reset(poisoned(bytes));
+        array.assign(bytes, poison);
     }
-    return array.get();
+    return array.data();
 }
-void *dynamic_shared() { return dynamic.get(); }
+void *dynamic_shared() { return dynamic.data(); }
 
 std::map<std::string, Kernel> &kernels() {
     static std::map<std::string, Kernel> all;

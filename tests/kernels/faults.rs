@@ -43,6 +43,7 @@ fn each_planted_fault_is_found() {
         ("read_beyond", "heap-buffer-overflow"),
         ("shared_beyond", "index 64 out of bounds"),
         ("no_barrier", UNWRITTEN),
+        ("vote_for_barrier", UNWRITTEN),
         ("no_second_barrier", "argument 1 depends on the order in which threads run: a barrier is missing"),
         ("barrier_of_a_part", "is at __syncthreads, while thread (32, 0, 0) has left the kernel"),
         ("shuffle_of_a_part", "is at a shuffle with mask ffffffff, while thread (16, 0, 0) has left the kernel"),
@@ -53,10 +54,23 @@ fn each_planted_fault_is_found() {
         ("unwritten_output", "byte 160 of argument 1, an output, is not written"),
         ("misaligned", "misaligned address"),
         ("written_input", "argument 0 is an input, and was written"),
+        ("copy_without_wait", UNWRITTEN),
+        ("copy_without_commit", UNWRITTEN),
+        ("copy_of_others", UNWRITTEN),
+        ("copy_too_early", "argument 1 depends on the order in which threads run: a barrier is missing"),
+        ("copy_misaligned", "thread (0, 0, 0) gives a misaligned address of shared memory"),
+        ("mma_of_a_part", "is at mma with mask ffffffff, while thread (16, 0, 0) has left the kernel"),
+        ("ldmatrix_of_global", "gives an address that is not shared memory of its block"),
     ] {
         let error = refusal(&planted(name));
         assert!(error.contains(words), "{name}: {error}");
     }
+    let half = Launch { block: [48, 1, 1], ..planted("mma_of_half_a_warp") };
+    let error = refusal(&half);
+    assert!(
+        error.contains("is at mma with mask ffffffff, which names lane 16: the block has no such thread"),
+        "{error}"
+    );
     let race = Launch { grid: [2, 1, 1], ..planted("race_of_blocks") };
     let error = refusal(&race);
     assert!(error.contains("depends on the order in which threads run"), "{error}");

@@ -1,7 +1,7 @@
 //! Group normalisation and its gradient, in one pass and in two.
 
 use crate::cpu::on_cpu;
-use crate::sim::{Buffer, run_with};
+use crate::machine::{Buffer, run_with};
 use crate::values::{bytes_of, bytes_of_f32, bytes_of_u32, f32_of, normals, rounded};
 use ddpm_dist::device::cuda::{Argument, Launch, Precision};
 use ddpm_dist::ops::group_norm::cuda::{self, Passes};

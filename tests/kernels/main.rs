@@ -2,6 +2,7 @@
 //! `DDPM_DIST_KERNELS=gpu` on a GPU.
 
 mod adam_ema;
+mod attention;
 mod cpu;
 mod driver;
 mod elementwise;

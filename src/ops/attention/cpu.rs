@@ -16,11 +16,6 @@ const BLOCK: usize = 1 << 16;
 const MIN_QUERIES: usize = 64;
 
 impl Attention {
-    /// Channels of a head.
-    fn head_channels(&self) -> usize {
-        self.channels() / self.heads
-    }
-
     /// Distance between rows of scores.
     fn row(&self) -> usize {
         self.tokens().next_multiple_of(LANES)
@@ -29,11 +24,6 @@ impl Attention {
     /// Queries of a block, by shape alone.
     fn block_queries(&self) -> usize {
         (BLOCK / self.row()).max(MIN_QUERIES).min(self.tokens())
-    }
-
-    /// 1/√d
-    fn scale(&self) -> f32 {
-        (1.0 / (self.head_channels() as f64).sqrt()) as f32
     }
 }
 

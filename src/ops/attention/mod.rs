@@ -2,6 +2,7 @@
 //! backward pass computes the scores again (Dao et al. 2022).
 
 mod cpu;
+pub mod cuda;
 
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,8 @@ pub struct Attention {
 /// Gradient of [`Attention`] with respect to q, k and v. Inputs: q, k, v; o; the logarithms; do.
 #[derive(Clone, Debug)]
 pub struct AttentionGradient {
-    attention: Attention,
+    /// Whose gradient it is.
+    pub attention: Attention,
 }
 
 /// Puts self-attention on the tape; `qkv` is `[N, …, 3C]`, the result `[N, …, C]`.
@@ -57,6 +59,16 @@ impl Attention {
     /// C
     fn channels(&self) -> usize {
         self.shape.rows_and_columns().1
+    }
+
+    /// Channels of a head.
+    fn head_channels(&self) -> usize {
+        self.channels() / self.heads
+    }
+
+    /// 1/√d
+    fn scale(&self) -> f32 {
+        (1.0 / (self.head_channels() as f64).sqrt()) as f32
     }
 
     /// Number of scores.
@@ -95,12 +107,12 @@ impl Op for Attention {
 
     fn flops(&self) -> u64 {
         // q·k and p·v with 2 for each channel of the head; the maximum, the difference, e^x as one, and the sum.
-        self.scores() * (4 * (self.channels() / self.heads) as u64 + 4)
+        self.scores() * (4 * self.head_channels() as u64 + 4)
     }
 
     fn products(&self) -> u64 {
         // q·kᵀ and p·v.
-        self.scores() * 4 * (self.channels() / self.heads) as u64
+        self.scores() * 4 * self.head_channels() as u64
     }
 
     fn gradient(&self, gradient: &mut Gradient<'_>) {
@@ -133,7 +145,7 @@ impl Op for AttentionGradient {
     fn flops(&self) -> u64 {
         // The scores again, dp, dv, dk and dq with 2 for each channel of the head; difference, e^x, and dp's way through the softmax.
         let attention = &self.attention;
-        let products = attention.scores() * (10 * (attention.channels() / attention.heads) as u64 + 4);
+        let products = attention.scores() * (10 * attention.head_channels() as u64 + 4);
         products + 2 * attention.shape.len() as u64
     }
 
