@@ -92,16 +92,16 @@ struct PixelNormals {
     float4 four = make_float4(0, 0, 0, 0);
 };
 
-template <int C> struct Channels {
+template <int C> struct KnownChannels {
     static constexpr int COUNT = C;
 };
 
 /// Calls `each` with the number of channels where it is known when compiling, else with 0.
 template <class F> __device__ __forceinline__ void with_channels(int channels, F each) {
     if (channels == 1)
-        each(Channels<1>{});
+        each(KnownChannels<1>{});
     else if (channels == 3)
-        each(Channels<3>{});
+        each(KnownChannels<3>{});
     else
-        each(Channels<0>{});
+        each(KnownChannels<0>{});
 }
