@@ -371,8 +371,14 @@ fn a_mean_far_from_zero_costs_no_digits() {
 #[test]
 fn norms_of_32_pixels_are_read_once_and_those_of_256_twice() {
     let of = |pixels, channels, precision| {
-        let op = norm(([128, pixels, pixels], channels, 32), ALL);
-        [cuda::forward_passes(&op, precision), cuda::backward_passes(&GroupNormGradient { norm: op }, precision)]
+        let norm = norm(([128, pixels, pixels], channels, 32), ALL);
+        let gradient = GroupNormGradient { norm: norm.clone() };
+        let launches = [cuda::launches(&norm, precision), cuda::gradient_launches(&gradient, precision, 0)].concat();
+        // Shared memory of a block, and blocks along y and z, as far as an A100 has them.
+        assert!(
+            launches.iter().all(|launch| launch.shared <= 163 << 10 && launch.grid[1].max(launch.grid[2]) < 1 << 16)
+        );
+        [cuda::forward_passes(&norm, precision), cuda::backward_passes(&gradient, precision)]
     };
     for precision in BOTH {
         for pixels in [32, 16, 8, 4] {
