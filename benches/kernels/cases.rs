@@ -3,6 +3,8 @@
 use ddpm_dist::device::cuda::{Launch, Precision};
 use ddpm_dist::diffusion::{DiffusionConfig, SamplerConfig, SamplerTable, Schedule};
 use ddpm_dist::ops::add::{self, Add};
+use ddpm_dist::ops::attention::{self, Attention, AttentionGradient};
+use ddpm_dist::ops::group_norm::{self, Columns, Dropout, GroupNorm, GroupNormGradient};
 use ddpm_dist::ops::loss::{self, MseLoss};
 use ddpm_dist::ops::p_sample::{self, PSample};
 use ddpm_dist::ops::q_sample::{self, TrainingBatch};
@@ -40,6 +42,17 @@ pub struct Case {
 
 /// Largest activation of the CIFAR-10 model at a batch of 128, and of the 256² model at 16.
 const ACTIVATIONS: [[usize; 4]; 2] = [[128, 32, 32, 128], [16, 256, 256, 128]];
+/// Norms: sizes, channels of both sources, and whether a timestep term and dropout are there. The largest of each model, the widest with two
+/// sources, and one whose slab needs two passes.
+const NORMS: [([usize; 3], [usize; 2], bool); 5] = [
+    ([128, 32, 32], [128, 0], false),
+    ([512, 32, 32], [128, 0], true),
+    ([128, 16, 16], [256, 256], false),
+    ([16, 256, 256], [128, 0], false),
+    ([16, 128, 128], [128, 128], true),
+];
+/// Attentions: images, tokens, channels of the one head. Those of the models, then others that benches/pytorch/attention.py has too.
+const ATTENTIONS: [[usize; 3]; 4] = [[128, 256, 256], [16, 256, 512], [16, 1024, 64], [4, 4096, 128]];
 /// Their pictures; more of them in the last one, so that 256 MB are moved.
 const PICTURES: [[usize; 4]; 3] = [[128, 32, 32, 3], [16, 256, 256, 3], [256, 256, 256, 3]];
 /// Their parameters.
@@ -49,8 +62,11 @@ const BF16: Precision = Precision::Bf16;
 
 pub fn all() -> Vec<Case> {
     let activations = ACTIVATIONS.into_iter().flat_map(of_activations);
+    let norms = NORMS.into_iter().flat_map(of_norm);
+    let attentions = ATTENTIONS.into_iter().flat_map(of_attention);
     let pictures = PICTURES.into_iter().flat_map(of_pictures);
-    activations.chain(pictures).chain(PARAMETERS.into_iter().flat_map(of_parameters)).collect()
+    let parameters = PARAMETERS.into_iter().flat_map(of_parameters);
+    activations.chain(norms).chain(attentions).chain(pictures).chain(parameters).collect()
 }
 
 fn named<const N: usize>(shape: [usize; N]) -> String {
@@ -96,6 +112,93 @@ fn of_activations(shape @ [images, height, width, channels]: [usize; 4]) -> Vec<
             outputs: vec![Content::F32(channels)],
             scratch: 4 * linear::cuda::pieces(rows) * channels,
             ..case("bias_gradient_bf16", linear::cuda::bias_gradient([rows, channels], BF16, false).into(), &[len], 0)
+        },
+    ]
+}
+
+/// A norm with SiLU, and its gradient.
+fn of_norm((size, channels, is_full): ([usize; 3], [usize; 2], bool)) -> Vec<Case> {
+    let [images, pixels, total] = [size[0], size.iter().product(), channels[0] + channels[1]];
+    let op = GroupNorm {
+        size,
+        channels,
+        groups: 32,
+        eps: 1e-6,
+        silu: true,
+        timestep: is_full.then_some(Columns { offset: 0, total }),
+        dropout: is_full.then_some(Dropout { probability: 0.1, seed: 1, layer: 3 }),
+    };
+    let sources = channels.into_iter().filter(|&c| c > 0).map(move |c| pixels * c);
+    let inputs = || -> Vec<Content> {
+        let parameters = [(); 2].map(|()| Content::F32(total));
+        let more = is_full.then(|| [Content::Bf16(images * total), words([7, 0, 0, 0])]);
+        sources.clone().map(Content::Bf16).chain(parameters).chain(more.into_iter().flatten()).collect()
+    };
+    let statistics = || Content::F32(images * 32 * 2);
+    let activations = 2 * (pixels * total) as u64;
+    let text = |parts: &str| format!("{}×{}{parts}", named(size), channels.map(|c| c.to_string()).join("+"));
+    let shape = text(if is_full { ", timestep and dropout" } else { "" });
+    let gradient = GroupNormGradient { norm: op.clone() };
+    let [forward, backward] =
+        [group_norm::cuda::forward_passes(&op, BF16), group_norm::cuda::backward_passes(&gradient, BF16)];
+    let of_parameters = [(); 2].map(|()| Content::F32(total));
+    let of_timestep = is_full.then_some(Content::Bf16(images * total));
+    vec![
+        Case {
+            name: "group_norm_bf16".into(),
+            shape: shape.clone(),
+            launches: group_norm::cuda::launches(&op, BF16),
+            inputs: inputs(),
+            outputs: vec![Content::Bf16(pixels * total), statistics()],
+            scratch: group_norm::cuda::workspace(&op, forward),
+            bytes: 2 * activations,
+            products: 0,
+        },
+        Case {
+            name: "group_norm_gradient_bf16".into(),
+            shape,
+            launches: group_norm::cuda::gradient_launches(&gradient, BF16, 0),
+            inputs: [Content::Bf16(pixels * total)].into_iter().chain(inputs()).chain([statistics()]).collect(),
+            outputs: sources.clone().map(Content::Bf16).chain(of_parameters).chain(of_timestep).collect(),
+            scratch: group_norm::cuda::gradient_workspace(&gradient, backward),
+            bytes: 3 * activations,
+            products: 0,
+        },
+    ]
+}
+
+/// Attention with one head, and its gradient.
+fn of_attention(shape @ [images, tokens, channels]: [usize; 3]) -> Vec<Case> {
+    let op = Attention { shape: shape.into(), heads: 1 };
+    let (elements, rows) = (images * tokens * channels, images * tokens);
+    // q kᵀ and p v; backward both scores again, dp, dq, dk and dv.
+    let product = 2 * (rows * tokens * channels) as u64;
+    let gradient = AttentionGradient { attention: op.clone() };
+    vec![
+        Case {
+            name: "attention_bf16".into(),
+            shape: named(shape),
+            launches: vec![attention::cuda::launch(&op, BF16)],
+            inputs: vec![Content::Bf16(3 * elements)],
+            outputs: vec![Content::Bf16(elements), Content::F32(rows)],
+            scratch: 0,
+            bytes: 8 * elements as u64,
+            products: 2 * product,
+        },
+        Case {
+            name: "attention_gradient_bf16".into(),
+            shape: named(shape),
+            launches: attention::cuda::launches_gradient(&gradient, BF16, false).into(),
+            inputs: vec![
+                Content::Bf16(3 * elements),
+                Content::Bf16(elements),
+                Content::F32(rows),
+                Content::Bf16(elements),
+            ],
+            outputs: vec![Content::Bf16(3 * elements)],
+            scratch: 4 * attention::cuda::dots(&gradient),
+            bytes: 16 * elements as u64,
+            products: 7 * product,
         },
     ]
 }

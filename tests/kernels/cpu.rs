@@ -20,7 +20,7 @@ pub fn on_cpu(op: impl Op, inputs: &[Vec<u8>], updated: &[Vec<u8>]) -> Vec<Vec<u
     };
     let ins = io("input", &signature.inputs, inputs);
     let outs = io("output", &signature.outputs, updated);
-    tape.push_into(Arc::new(op), &ins, &outs, updated.len() as u32);
+    tape.push_into(Arc::new(op), &ins, &outs, (1 << updated.len()) - 1);
     let program = plan(&tape, None, None);
     let mut device = Device::Cpu(Cpu::new(2));
     let [buffer, arena] = [program.io_bytes, program.arena_bytes].map(|bytes| device.allocate(bytes).unwrap());
