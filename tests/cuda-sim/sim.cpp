@@ -93,12 +93,6 @@ void body() {
     yield(State::Left);
 }
 
-unsigned char *poisoned(size_t bytes) {
-    auto *memory = new unsigned char[bytes];
-    memset(memory, poison, bytes);
-    return memory;
-}
-
 /// Lets the threads go on if all are at the barrier. Gives whether they are.
 bool release_block() {
     if (!std::all_of(threads.begin(), threads.end(), [](const Thread &t) { return t.state == State::AtBarrier; }))
@@ -338,6 +332,12 @@ void run_once() {
 
 #ifndef CUDA_SIM_LIBRARY
 namespace {
+
+unsigned char *poisoned(size_t bytes) {
+    auto *memory = new unsigned char[bytes];
+    memset(memory, poison, bytes);
+    return memory;
+}
 
 /// A buffer of the launch.
 struct Buffer {
