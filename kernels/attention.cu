@@ -20,6 +20,7 @@
 // again for each tile comes from the second-level cache.
 
 #include "attention.cuh"
+#include "copy_async.cuh"
 #include "mma.cuh"
 
 namespace {
@@ -95,7 +96,7 @@ __device__ __forceinline__ void begin_tile(bf16 *tile, const bf16 *from, size_t 
     // Not unrolled: addresses would take the registers of the sums.
 #pragma unroll 1
     for (; row < ROWS; row += STEP, tile += STEP * T::PITCH, from += STEP * stride)
-        mma::begin_copy(tile, from, row < left && channel < channels);
+        copy_async(reinterpret_cast<uint4 *>(tile), reinterpret_cast<const uint4 *>(from), row < left && channel < channels);
 }
 
 /// acc += a b': D channels of the warp's rows of two tiles.
@@ -213,7 +214,7 @@ __device__ __forceinline__ void forward(const bf16 *qkv, bf16 *o, float *log_sum
 
     begin_tile<T, T::OWN>(q, all_q + part.first * wide, wide, part.left, channels);
     begin_tile<T, T::OTHER>(k, all_k, wide, tokens, channels);
-    mma::commit_copies();
+    commit_copies();
     typename T::Outputs acc = {};
     float maxima[T::M][2], sums[T::M][2];
 #pragma unroll
@@ -223,10 +224,10 @@ __device__ __forceinline__ void forward(const bf16 *qkv, bf16 *o, float *log_sum
             maxima[m][half] = -INFINITY, sums[m][half] = 0.0f;
 
     for (int first = 0; first < tokens; first += T::OTHER) {
-        mma::wait_for_copies<0>();
+        wait_for_copies<0>();
         __syncthreads();
         begin_tile<T, T::OTHER>(v, all_v + first * wide, wide, tokens - first, channels);
-        mma::commit_copies();
+        commit_copies();
         typename T::Scores s = {};
         score<T>(s, q, k, at);
 
@@ -254,7 +255,7 @@ __device__ __forceinline__ void forward(const bf16 *qkv, bf16 *o, float *log_sum
         __syncthreads();
         if (first + T::OTHER < tokens)
             begin_tile<T, T::OTHER>(k, all_k + (first + T::OTHER) * wide, wide, tokens - first - T::OTHER, channels);
-        mma::commit_copies();
+        commit_copies();
 
 #pragma unroll
         for (int m = 0; m < T::M; m++)
@@ -279,7 +280,7 @@ __device__ __forceinline__ void forward(const bf16 *qkv, bf16 *o, float *log_sum
                     }
             }
         round_to<T>(p, s, at);
-        mma::wait_for_copies<1>();
+        wait_for_copies<1>();
         __syncthreads();
         weigh<T>(acc, p, v, at);
     }
@@ -329,7 +330,7 @@ __device__ __forceinline__ void gradient_of_q(const bf16 *qkv, const float *log_
     begin_tile<T, T::OWN>(q, all_q + part.first * wide, wide, part.left, channels);
     begin_tile<T, T::OWN>(d_own, d_o + part.o + part.first * width, width, part.left, channels);
     begin_tile<T, T::OTHER>(v, all_v, wide, tokens, channels);
-    mma::commit_copies();
+    commit_copies();
     float logs[T::M][2], dot[T::M][2], factors[T::M][2];
 #pragma unroll
     for (int m = 0; m < T::M; m++)
@@ -343,17 +344,17 @@ __device__ __forceinline__ void gradient_of_q(const bf16 *qkv, const float *log_
     typename T::Outputs acc = {};
 
     for (int first = 0; first < tokens; first += T::OTHER) {
-        mma::wait_for_copies<0>();
+        wait_for_copies<0>();
         __syncthreads();
         begin_tile<T, T::OTHER>(k, all_k + first * wide, wide, tokens - first, channels);
-        mma::commit_copies();
+        commit_copies();
         typename T::Scores s = {}, d_s = {};
         score<T>(d_s, d_own, v, at);
-        mma::wait_for_copies<0>();
+        wait_for_copies<0>();
         __syncthreads();
         if (first + T::OTHER < tokens)
             begin_tile<T, T::OTHER>(v, all_v + (first + T::OTHER) * wide, wide, tokens - first - T::OTHER, channels);
-        mma::commit_copies();
+        commit_copies();
         score<T>(s, q, k, at);
 
         const bool is_whole = first + T::OTHER <= tokens;
@@ -395,14 +396,14 @@ __device__ __forceinline__ void gradient_of_k_and_v(const bf16 *qkv, const float
     begin_tile<T, T::OWN>(k, all_k + part.first * wide, wide, part.left, channels);
     begin_tile<T, T::OWN>(v, all_v + part.first * wide, wide, part.left, channels);
     begin_tile<T, T::OTHER>(d_other, all_d_o, width, tokens, channels);
-    mma::commit_copies();
+    commit_copies();
     typename T::Outputs of_k = {}, of_v = {};
 
     for (int first = 0; first < tokens; first += T::OTHER) {
-        mma::wait_for_copies<0>();
+        wait_for_copies<0>();
         __syncthreads();
         begin_tile<T, T::OTHER>(q, all_q + first * wide, wide, tokens - first, channels);
-        mma::commit_copies();
+        commit_copies();
         // A thread's query: one that is not there has no probabilities.
         const int query = first + threadIdx.x;
         const bool is_there = threadIdx.x < T::OTHER && query < tokens;
@@ -411,7 +412,7 @@ __device__ __forceinline__ void gradient_of_k_and_v(const bf16 *qkv, const float
         score<T>(d_s, v, d_other, at);
         if (threadIdx.x < T::OTHER)
             logs[threadIdx.x] = log_of, dot[threadIdx.x] = dot_of;
-        mma::wait_for_copies<0>();
+        wait_for_copies<0>();
         __syncthreads();
         score<T>(s, k, q, at);
 #pragma unroll
@@ -431,7 +432,7 @@ __device__ __forceinline__ void gradient_of_k_and_v(const bf16 *qkv, const float
         __syncthreads();
         if (first + T::OTHER < tokens)
             begin_tile<T, T::OTHER>(d_other, all_d_o + (first + T::OTHER) * width, width, tokens - first - T::OTHER, channels);
-        mma::commit_copies();
+        commit_copies();
         weigh<T>(of_k, d_scores, q, at);
     }
 
@@ -464,3 +465,4 @@ ATTENTION(64)
 ATTENTION(128)
 ATTENTION(256)
 ATTENTION(512)
+#undef ATTENTION

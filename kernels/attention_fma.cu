@@ -335,3 +335,4 @@ __device__ __forceinline__ void dots_of(const T *o, const T *d_o, float *dots, c
 
 ATTENTION(float, f32)
 ATTENTION(bf16, bf16)
+#undef ATTENTION

@@ -1,6 +1,5 @@
-// Instructions of the tensor cores and of the asynchronous copies (sm_80 and later), a function each. Where the host's compiler builds the
-// file for tests each has a twin in plain C++: what a warp does as one takes all of its 32 lanes, and copies land at the wait at the
-// latest.
+// Instructions of the tensor cores (sm_80 and later), a function each. Where the host's compiler builds the file for tests each has a twin in
+// plain C++, which takes all 32 lanes of a warp.
 #pragma once
 
 #include "pack.cuh"
@@ -46,17 +45,6 @@ __device__ __forceinline__ uint32_t pair(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
-
-/// Begins to copy 16 bytes to shared memory, or as many zeros if they are not there. Nobody reads `to` before this thread has waited.
-__device__ __forceinline__ void begin_copy(bf16 *to, const bf16 *from, bool is_there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(is_there ? 16 : 0) : "memory");
-}
-
-/// Makes a group of the copies that this thread has begun since the last one.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-/// Waits for this thread's groups of copies but the last LEFT; what others have copied is there after a barrier.
-template <int LEFT> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 #else
 
@@ -113,9 +101,6 @@ inline void load(uint32_t (&to)[4], const bf16 *row) { load_matrices<4, false>(t
 inline void load(uint32_t (&to)[2], const bf16 *row) { load_matrices<2, false>(to, row); }
 inline void load_transposed(uint32_t (&to)[4], const bf16 *row) { load_matrices<4, true>(to, row); }
 inline uint32_t pair(float low, float high) { return rounded<bf16>(low).bits | uint32_t(rounded<bf16>(high).bits) << 16; }
-inline void begin_copy(bf16 *to, const bf16 *from, bool is_there) { sim::begin_copy(to, from, 16, is_there ? 16 : 0); }
-inline void commit_copies() { sim::commit_copies(); }
-template <int LEFT> void wait_for_copies() { sim::wait_for_copies(LEFT); }
 
 #endif
 

@@ -1,5 +1,6 @@
 // Kernels with one fault each, which the machine must find; and one without, which it must not.
 
+#include "copy_async.cuh"
 #include "mma.cuh"
 
 KERNEL(64, planted_none, const float *x, float *y) {
@@ -112,7 +113,7 @@ namespace {
 /// 16 bytes of x for each of the first threads.
 void begin_copy(float *to, const float *x) {
     if (threadIdx.x < 16)
-        mma::begin_copy(reinterpret_cast<bf16 *>(to + 4 * threadIdx.x), reinterpret_cast<const bf16 *>(x), true);
+        copy_async(reinterpret_cast<uint4 *>(to + 4 * threadIdx.x), reinterpret_cast<const uint4 *>(x));
 }
 
 } // namespace
@@ -120,7 +121,7 @@ void begin_copy(float *to, const float *x) {
 KERNEL(64, planted_copy_without_wait, const float *x, float *y) {
     SHARED(float, s, 64);
     begin_copy(s, x + 4 * threadIdx.x);
-    mma::commit_copies();
+    commit_copies();
     __syncthreads();
     y[threadIdx.x] = s[threadIdx.x];
 }
@@ -128,7 +129,7 @@ KERNEL(64, planted_copy_without_wait, const float *x, float *y) {
 KERNEL(64, planted_copy_without_commit, const float *x, float *y) {
     SHARED(float, s, 64);
     begin_copy(s, x + 4 * threadIdx.x);
-    mma::wait_for_copies<0>();
+    wait_for_copies<0>();
     __syncthreads();
     y[threadIdx.x] = s[threadIdx.x];
 }
@@ -136,8 +137,8 @@ KERNEL(64, planted_copy_without_commit, const float *x, float *y) {
 KERNEL(64, planted_copy_of_others, const float *x, float *y) {
     SHARED(float, s, 64);
     begin_copy(s, x + 4 * threadIdx.x);
-    mma::commit_copies();
-    mma::wait_for_copies<0>();
+    commit_copies();
+    wait_for_copies<0>();
     y[threadIdx.x] = s[63 - threadIdx.x];
 }
 
@@ -145,13 +146,13 @@ KERNEL(64, planted_copy_of_others, const float *x, float *y) {
 KERNEL(64, planted_copy_too_early, const float *x, float *y) {
     SHARED(float, s, 64);
     begin_copy(s, x + 4 * threadIdx.x);
-    mma::commit_copies();
-    mma::wait_for_copies<0>();
+    commit_copies();
+    wait_for_copies<0>();
     __syncthreads();
     begin_copy(s, x + 60 - 4 * threadIdx.x);
-    mma::commit_copies();
+    commit_copies();
     y[threadIdx.x] = s[63 - threadIdx.x];
-    mma::wait_for_copies<0>();
+    wait_for_copies<0>();
 }
 
 KERNEL(64, planted_copy_misaligned, const float *x, float *y) {
