@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
-/// What kernels are compiled for: A100 (and RTX 30 and 40), H100 and H200, B200.
+/// What kernels are compiled for: A100, H100 and H200, B200. Smaller cards of these generations have less shared memory than some launches
+/// ask for.
 const ARCHITECTURES: [&str; 3] = ["80", "90a", "100"];
 /// Of its PTX a driver makes kernels for GPUs that come later.
 const LATER: &str = "100";

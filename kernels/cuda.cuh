@@ -9,8 +9,8 @@
 #define KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
 /// Likewise; a multiprocessor has registers for so many blocks at a time.
 #define RESIDENT_KERNEL(threads, blocks, name, ...) extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
-/// An array that the threads of a block share. Its content is undefined until they write it.
-#define SHARED(type, name, count) __shared__ type name[count]
+/// An array that the threads of a block share, aligned for 16-byte accesses. Its content is undefined until they write it.
+#define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 /// The bytes that the launch adds to them, likewise; 16 divides the address.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 

@@ -24,19 +24,21 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
 __device__ __forceinline__ void load(uint32_t (&to)[4], const bf16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row)));
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 
 /// Two of them; the addresses of lanes 0 to 15 count.
 __device__ __forceinline__ void load(uint32_t (&to)[2], const bf16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(shared_address(row)));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "r"(shared_address(row)) : "memory");
 }
 
 /// Four of them, transposed: a lane gets (2 (lane % 4), lane / 4) and the one below.
 __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const bf16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row)));
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 
 /// Two numbers rounded to bf16, `low` in the lower half.

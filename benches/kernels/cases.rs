@@ -2,15 +2,17 @@
 
 use ddpm_dist::device::cuda::{Launch, Precision};
 use ddpm_dist::diffusion::{DiffusionConfig, SamplerConfig, SamplerTable, Schedule};
+use ddpm_dist::ops::accumulate::{self, Accumulate};
 use ddpm_dist::ops::add::{self, Add};
 use ddpm_dist::ops::attention::{self, Attention, AttentionGradient};
+use ddpm_dist::ops::copy::{self, Copy};
 use ddpm_dist::ops::group_norm::{self, Columns, Dropout, GroupNorm, GroupNormGradient};
 use ddpm_dist::ops::loss::{self, MseLoss};
 use ddpm_dist::ops::p_sample::{self, PSample};
 use ddpm_dist::ops::q_sample::{self, TrainingBatch};
 use ddpm_dist::ops::silu::{self, Silu, SiluGradient};
 use ddpm_dist::ops::upsample::{self, Upsample, UpsampleGradient};
-use ddpm_dist::ops::{adam_ema, copy, grad_norm, linear};
+use ddpm_dist::ops::{adam_ema, grad_norm, linear};
 
 /// What a buffer holds.
 pub enum Content {
@@ -18,6 +20,8 @@ pub enum Content {
     F32(usize),
     /// The same.
     Bf16(usize),
+    /// So many squares of them, f32.
+    Squares(usize),
     /// So many random bytes.
     Bytes(usize),
     /// These.
@@ -109,6 +113,12 @@ fn of_activations(shape @ [images, height, width, channels]: [usize; 4]) -> Vec<
             ..case("cast_to_bf16", vec![copy::cuda::cast(len, BF16)], &[], len)
         },
         Case {
+            outputs: vec![Content::F32(len)],
+            bytes: 6 * len as u64,
+            ..case("cast_to_f32", vec![copy::cuda::cast(len, Precision::F32)], &[len], 0)
+        },
+        case("copy_bf16", vec![copy::cuda::launch(&Copy { shape: shape.into() }, BF16, false)], &[len], len),
+        Case {
             outputs: vec![Content::F32(channels)],
             scratch: 4 * linear::cuda::pieces(rows) * channels,
             ..case("bias_gradient_bf16", linear::cuda::bias_gradient([rows, channels], BF16, false).into(), &[len], 0)
@@ -171,7 +181,7 @@ fn of_norm((size, channels, is_full): ([usize; 3], [usize; 2], bool)) -> Vec<Cas
 fn of_attention(shape @ [images, tokens, channels]: [usize; 3]) -> Vec<Case> {
     let op = Attention { shape: shape.into(), heads: 1 };
     let (elements, rows) = (images * tokens * channels, images * tokens);
-    // q kᵀ and p v; backward both scores again, dp, dq, dk and dv.
+    // q kᵀ and p v; backward dp, dv, dq, dk and the scores.
     let product = 2 * (rows * tokens * channels) as u64;
     let gradient = AttentionGradient { attention: op.clone() };
     vec![
@@ -198,7 +208,8 @@ fn of_attention(shape @ [images, tokens, channels]: [usize; 3]) -> Vec<Case> {
             outputs: vec![Content::Bf16(3 * elements)],
             scratch: 4 * attention::cuda::dots(&gradient),
             bytes: 16 * elements as u64,
-            products: 7 * product,
+            // As is usual, without the scores that are computed again.
+            products: 5 * product,
         },
     ]
 }
@@ -287,7 +298,7 @@ fn of_parameters(len: usize) -> Vec<Case> {
         bytes: bytes as u64,
         products: 0,
     };
-    let [weights, m, v, ema] = [(); 4].map(|()| Content::F32(len));
+    let ([weights, m, ema], v) = ([(); 3].map(|()| Content::F32(len)), Content::Squares(len));
     vec![
         case(
             "adam_ema",
@@ -296,6 +307,14 @@ fn of_parameters(len: usize) -> Vec<Case> {
             vec![weights, m, v, ema, Content::Bf16(len)],
             0,
             38 * len,
+        ),
+        case(
+            "accumulate",
+            accumulate::cuda::launches(&Accumulate { sums: 1, elements: len }),
+            vec![Content::F32(len)],
+            vec![Content::F32(len)],
+            0,
+            12 * len,
         ),
         case(
             "grad_norm_partial",

@@ -19,6 +19,8 @@ use std::time::Duration;
 
 const WARM_UPS: usize = 3;
 const ROUNDS: usize = 21;
+/// Repetitions between two readings of the GPU's clock: what the host does before the first of them counts little.
+const REPETITIONS: u32 = 20;
 /// Bytes of the copy that measures bandwidth.
 const COPY: usize = 2 << 30;
 /// Rows, columns and depth of the product that measures the matrix rate.
@@ -75,13 +77,17 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
+fn repeat<E>(mut work: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+    (0..REPETITIONS).try_for_each(|_| work())
+}
+
 /// Bytes read and written in a second.
 fn copy_bandwidth(gpu: &mut Gpu) -> Result<f64, CudaError> {
     let [from, to] = [gpu.allocate(COPY)?, gpu.allocate(COPY)?];
     gpu.upload(from, &random(&Content::Bytes(COPY)))?;
     let mut times = Vec::new();
     for _ in 0..WARM_UPS + ROUNDS {
-        times.push(gpu.time(|gpu| gpu.copy(from, to))?);
+        times.push(gpu.time(|gpu| repeat(|| gpu.copy(from, to)))? / REPETITIONS);
     }
     gpu.free(from)?;
     gpu.free(to)?;
@@ -123,9 +129,9 @@ fn matrix_rate(gpu: &Gpu) -> Result<f64, Box<dyn Error>> {
     for _ in 0..WARM_UPS + ROUNDS {
         let start = stream.record_event(flags)?;
         // SAFETY: the matrices have the sizes that the configuration names.
-        unsafe { library.matmul(config(), &a, &b, &mut c, None, None) }.map_err(|e| e.to_string())?;
+        repeat(|| unsafe { library.matmul(config(), &a, &b, &mut c, None, None) }).map_err(|e| e.to_string())?;
         let end = stream.record_event(flags)?;
-        times.push(Duration::from_secs_f64(f64::from(start.elapsed_ms(&end)?) / 1e3));
+        times.push(Duration::from_secs_f64(f64::from(start.elapsed_ms(&end)?) / 1e3) / REPETITIONS);
     }
     Ok(2.0 * (PRODUCT as f64).powi(3) / median(times.split_off(WARM_UPS)).as_secs_f64())
 }
@@ -153,9 +159,9 @@ fn measure(gpu: &mut Gpu, case: &Case) -> Result<Duration, CudaError> {
     for _ in 0..WARM_UPS + ROUNDS {
         let work = |gpu: &mut Gpu| {
             // SAFETY: the case gives each buffer the size that its launches ask for.
-            case.launches.iter().try_for_each(|launch| unsafe { gpu.launch(launch, address) })
+            repeat(|| case.launches.iter().try_for_each(|launch| unsafe { gpu.launch(launch, address) }))
         };
-        times.push(gpu.time(work)?);
+        times.push(gpu.time(work)? / REPETITIONS);
     }
     for memory in inputs.into_iter().chain(outputs).chain([scratch]) {
         gpu.free(memory)?;
@@ -181,6 +187,9 @@ fn random(content: &Content) -> Vec<u8> {
         Content::F32(len) => repeated(normals(3, PERIOD).iter().flat_map(|x| x.to_ne_bytes()).collect(), 4 * len),
         Content::Bf16(len) => {
             repeated(normals(4, PERIOD).iter().flat_map(|x| bf16::from_f32(*x).to_ne_bytes()).collect(), 2 * len)
+        }
+        Content::Squares(len) => {
+            repeated(normals(6, PERIOD).iter().flat_map(|x| (x * x).to_ne_bytes()).collect(), 4 * len)
         }
         Content::Bytes(len) => repeated(normals(5, PERIOD).iter().map(|x| x.to_bits() as u8).collect(), *len),
         Content::Exactly(bytes) => bytes.clone(),

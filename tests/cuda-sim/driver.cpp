@@ -137,7 +137,7 @@ int cuMemFree_v2(uint64_t address) {
     free(memory);
     return SUCCESS;
 }
-int cuMemcpyHtoD_v2(uint64_t to, const void *from, size_t bytes) {
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *) {
     return with_context([=] {
         memcpy(reinterpret_cast<void *>(to), from, bytes);
         return SUCCESS;

@@ -18,8 +18,10 @@ fn kernels_run_through_a_driver() {
     }
     let folder = tempfile::tempdir().unwrap();
     build_driver(folder.path());
+    // The name that is looked for first: no other driver is to be found before this one.
+    std::os::unix::fs::symlink("libcuda.so.1", folder.path().join("libcuda.so")).unwrap();
     let mut again = Command::new(std::env::current_exe().unwrap());
-    again.args(["--skip", "faults::", "--skip", "driver::"]);
+    again.args(["--skip", "faults::", "--skip", "driver::", "--skip", "many_tokens"]);
     let output = again.env("DDPM_DIST_KERNELS", "gpu").env("LD_LIBRARY_PATH", folder.path()).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && said.contains("test result: ok"), "{said}");

@@ -24,8 +24,9 @@ const OF_MODELS: [Shape; 7] = [
     ([1, 4, 4], [64, 64], 4),
 ];
 
-/// Groups of one channel and of three; three packs a pixel; channels that no pack divides; one pixel; more channels than a tile.
-const ODD: [Shape; 9] = [
+/// More images than a thread sums; groups of one channel and of three; three packs a pixel; channels that no pack divides; one pixel; more channels than a tile.
+const ODD: [Shape; 10] = [
+    ([19, 2, 2], [8, 0], 2),
     ([2, 5, 3], [6, 0], 6),
     ([1, 5, 3], [9, 6], 5),
     ([2, 5, 3], [24, 0], 3),

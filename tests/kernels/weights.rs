@@ -12,7 +12,7 @@ use ddpm_dist::ops::linear::cuda::{bias_gradient, pieces};
 fn bias_gradients_are_sums_of_rows() {
     // One image's time embedding, the models' widths, a padded picture, odd ones, several pieces and a last one that is short.
     for shape @ [rows, channels] in
-        [[1, 512], [64, 128], [16, 256], [49, 8], [3, 5], [300, 24], [77, 3], [513, 264], [1, 1]]
+        [[1, 512], [64, 128], [16, 256], [49, 8], [3, 5], [300, 24], [77, 3], [513, 264], [10_000, 8], [1, 1]]
     {
         for precision in BOTH {
             for adds in [false, true] {

@@ -145,7 +145,9 @@ impl<'a> Round<'a> {
                     CollectiveError::PeerLost { rank, operation }
                 }
             };
-            // First what they have said: who has given up and gone takes nothing any more.
+            for out in &mut self.sends {
+                out.advance(self.mesh.stream(out.peer)).map_err(lost(out.peer))?;
+            }
             for incoming in &mut self.receives {
                 match incoming.advance(self.mesh.stream(incoming.peer)) {
                     // It has waited, and gone: the time is up.
@@ -153,15 +155,6 @@ impl<'a> Round<'a> {
                     advanced => advanced.map_err(lost(incoming.peer))?,
                 }
                 incoming.check(self.sequence, self.kind, self.about)?;
-            }
-            for out in &mut self.sends {
-                let peer = out.peer;
-                match out.advance(self.mesh.stream(peer)) {
-                    Err(_) if self.receives.iter().any(|incoming| incoming.peer == peer && incoming.waits) => {
-                        return Err(self.give_up());
-                    }
-                    advanced => advanced.map_err(lost(peer))?,
-                }
             }
             self.forget_the_done();
             if self.sends.is_empty() && self.receives.is_empty() {

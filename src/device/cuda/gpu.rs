@@ -138,9 +138,12 @@ impl Gpu {
     /// If it is too small.
     pub fn upload(&self, memory: Memory, bytes: &[u8]) -> Result<(), CudaError> {
         assert!(bytes.len() <= memory.bytes, "{} bytes into {}", bytes.len(), memory.bytes);
-        self.synchronize()?;
-        // SAFETY: both sides are that long.
-        unsafe { result::memcpy_htod_sync(memory.address as CUdeviceptr, bytes) }.map_err(cannot("copy to the GPU"))
+        self.bind()?;
+        // In the stream's order: the call without one may return before the bytes are there, and this stream would not wait for them.
+        // SAFETY: both sides are that long, and the bytes live until the copy has ended.
+        unsafe { result::memcpy_htod_async(memory.address as CUdeviceptr, bytes, self.stream.cu_stream()) }
+            .map_err(cannot("copy to the GPU"))?;
+        self.synchronize()
     }
 
     /// All bytes of a memory.
@@ -176,6 +179,9 @@ impl Gpu {
     /// # Errors
     /// A kernel that is not there, or a launch that the driver refuses. What a kernel does wrong comes with a later call.
     ///
+    /// # Panics
+    /// If the grid has more than 65535 blocks along y or z: ops put images there, and no card has room for so many.
+    ///
     /// # Safety
     /// The addresses are those of memory of this GPU, as long as the launch makes of it, until it has ended.
     pub unsafe fn launch(&mut self, launch: &Launch, address: impl Fn(&Argument) -> u64) -> Result<(), CudaError> {
@@ -191,6 +197,8 @@ impl Gpu {
             })
             .collect();
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| value.as_mut_ptr().cast()).collect();
+        let [_, y, z] = launch.grid;
+        assert!(y.max(z) <= 65_535, "{}: a grid of {:?}", launch.kernel, launch.grid);
         let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x as u32, y as u32, z as u32));
         // SAFETY: the arguments are those that the op's `cuda.rs` says the kernel takes, copied by the driver before it returns.
         unsafe {

@@ -7,7 +7,7 @@ use crate::rng::Keep;
 /// Most threads of a block.
 const THREADS: usize = 256;
 const WARP: usize = 32;
-/// Shared memory that a block can have on every architecture.
+/// Shared memory that a block can have on every card that kernels are compiled for.
 const SHARED_LIMIT: usize = 163 << 10;
 /// As much as lets a multiprocessor of an H100 hold three blocks: one computes while others read.
 const SHARED_OF_THREE: usize = 74 << 10;
