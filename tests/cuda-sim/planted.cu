@@ -24,6 +24,15 @@ KERNEL(64, planted_shared_beyond, const float *x, float *y) {
     y[threadIdx.x] = x[threadIdx.x] + s[threadIdx.x == 0];
 }
 
+// Of what the launch has asked for, 16 bytes at a time.
+KERNEL(64, planted_dynamic_shared_beyond, const float *x, float *y) {
+    DYNAMIC_SHARED(memory);
+    float4 *s = reinterpret_cast<float4 *>(memory);
+    s[threadIdx.x + 1] = make_float4(x[threadIdx.x], 0, 0, 0);
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x + 1].x;
+}
+
 KERNEL(64, planted_no_barrier, const float *x, float *y) {
     SHARED(float, s, 64);
     s[threadIdx.x] = x[threadIdx.x];

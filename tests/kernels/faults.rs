@@ -65,6 +65,9 @@ fn each_planted_fault_is_found() {
         let error = refusal(&planted(name));
         assert!(error.contains(words), "{name}: {error}");
     }
+    let beyond = Launch { shared: 64 * 16, ..planted("dynamic_shared_beyond") };
+    let error = refusal(&beyond);
+    assert!(error.contains("heap-buffer-overflow"), "{error}");
     let half = Launch { block: [48, 1, 1], ..planted("mma_of_half_a_warp") };
     let error = refusal(&half);
     assert!(

@@ -10,7 +10,14 @@ use ddpm_dist::ops::q_sample::TrainingBatch;
 use ddpm_dist::train::Metrics;
 
 /// Gradient and losses of a kernel and of the CPU, for an output of the network that is given.
-fn check(batch: &TrainingBatch, channels: usize, objective: Objective, precision: Precision, out: [Vec<u8>; 2]) {
+fn check(
+    batch: &TrainingBatch,
+    channels: usize,
+    objective: Objective,
+    precision: Precision,
+    is_indexed: bool,
+    out: [Vec<u8>; 2],
+) {
     let TrainingBatch { images, height, width, .. } = *batch;
     let schedule = Schedule::new(&DiffusionConfig { objective, ..DiffusionConfig::default() }).unwrap();
     let table = bytes_of_f32(schedule.target_table().as_flattened());
@@ -22,10 +29,15 @@ fn check(batch: &TrainingBatch, channels: usize, objective: Objective, precision
     let expected = on_cpu(op.clone(), &inputs, &[]);
 
     let [_, pictures, t, table, clock] = inputs;
-    let inputs =
-        [padded(&on_device, batch.channels, channels, precision), pictures, t, table, clock].map(Buffer::Input);
+    // Where images are taken from a data set they stand in it the other way round.
+    let indices: Vec<u32> = (0..images as u32).rev().collect();
+    let image = batch.elements();
+    let data_set = indices.iter().flat_map(|&i| &pictures[i as usize * image..][..image]).copied().collect();
+    let pictures = if is_indexed { data_set } else { pictures };
+    let out = padded(&on_device, batch.channels, channels, precision);
+    let inputs = [out, pictures, t, table, clock, bytes_of_u32(&indices)].map(Buffer::Input);
     let bytes = images * height * width * channels * precision.bytes();
-    let [first, second] = cuda::launches(&op, precision, channels, false);
+    let [first, second] = cuda::launches(&op, precision, channels, is_indexed);
     let workspace = Buffer::Output(8 * images * cuda::partials(batch));
     let [gradient, partials] = &run_with(&first, &inputs, &[Buffer::Output(bytes)], &workspace)[..] else {
         panic!("two outputs")
@@ -62,7 +74,9 @@ fn losses_and_gradients_are_those_of_the_cpu() {
         let batch = batch(shape);
         for objective in [Objective::Epsilon, Objective::X0, Objective::V] {
             for precision in [Precision::F32, Precision::Bf16] {
-                check(&batch, padded, objective, precision, activations(8, batch.shape().len(), precision));
+                // Both ways, by turns.
+                let is_indexed = (precision == Precision::Bf16) != (objective == Objective::V);
+                check(&batch, padded, objective, precision, is_indexed, activations(8, batch.shape().len(), precision));
             }
         }
     }
@@ -73,7 +87,7 @@ fn an_image_whose_loss_is_past_f32_has_a_gradient_of_nan() {
     let batch = batch([2, 4, 4, 3]);
     let mut out = vec![0.5; batch.shape().len()];
     out[7] = 3e38;
-    check(&batch, 8, Objective::Epsilon, Precision::F32, [bytes_of_f32(&out), bytes_of_f32(&out)]);
+    check(&batch, 8, Objective::Epsilon, Precision::F32, false, [bytes_of_f32(&out), bytes_of_f32(&out)]);
 }
 
 #[test]

@@ -12,10 +12,16 @@ fn reverse_steps_are_those_of_the_cpu() {
     let schedule = Schedule::new(&DiffusionConfig::default()).unwrap();
     let (seed, first) = (0x1234_5678_9ABC_DEF0u64, 1000);
     let seed = bytes_of_u32(&[seed as u32, (seed >> 32) as u32]);
-    for (sampler, eta) in [(SamplerKind::Ddpm, 0.0), (SamplerKind::Ddim, 0.0), (SamplerKind::Ddim, 0.7)] {
+    for (sampler, eta, is_clipped) in [
+        (SamplerKind::Ddpm, 0.0, true),
+        (SamplerKind::Ddpm, 0.0, false),
+        (SamplerKind::Ddim, 0.0, true),
+        (SamplerKind::Ddim, 0.7, true),
+    ] {
         let choice = SamplerConfig { sampler, eta, steps: 10, ..SamplerConfig::default() };
         let table = SamplerTable::new(&schedule, &choice).unwrap();
-        let rows: Vec<[f32; 9]> = table.steps.iter().map(|step| row(step, table.clip)).collect();
+        let clip = if is_clipped { table.clip } else { f64::INFINITY };
+        let rows: Vec<[f32; 9]> = table.steps.iter().map(|step| row(step, clip)).collect();
         let timesteps: Vec<u32> = table.steps.iter().map(|step| step.timestep).collect();
         for ([images, height, width, channels], with) in [([2, 8, 8, 3], 8), ([3, 7, 5, 1], 8), ([1, 33, 40, 2], 2)] {
             let op = PSample { shape: [images, height, width, channels].into() };
