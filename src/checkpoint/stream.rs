@@ -132,7 +132,7 @@ impl<'a> Writer<'a> {
 ///
 /// # Errors
 /// A file system or an operating system without such writes.
-fn set_direct(file: &File, is_direct: bool) -> std::io::Result<()> {
+pub(super) fn set_direct(file: &File, is_direct: bool) -> std::io::Result<()> {
     #[cfg(target_os = "linux")]
     {
         use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::checkpoint::io::{Disk, Io};
-use crate::checkpoint::stream::Writer;
+use crate::checkpoint::stream::{Writer, set_direct};
 use sha2::Digest;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -221,6 +221,10 @@ fn operations_are_in_the_order_that_survives_power_loss() {
 #[test]
 fn a_disk_that_is_not_written_directly_gets_the_same_bytes() {
     let tmp = tempfile::tempdir().unwrap();
+    let is_direct = set_direct(&tempfile::tempfile_in(tmp.path()).unwrap(), true).is_ok();
+    if !is_direct {
+        eprintln!("NOT TESTED: writes past the page cache, which the file system of {} has not", tmp.path().display());
+    }
     let values: Vec<f32> = (0..700_001).map(|i| i as f32).collect();
     let text = b"not a multiple of anything";
     let due: Vec<u8> = text.iter().copied().chain(values.iter().flat_map(|v| v.to_le_bytes())).collect();
@@ -229,8 +233,8 @@ fn a_disk_that_is_not_written_directly_gets_the_same_bytes() {
         let path = tmp.path().join(format!("refuses-{at}"));
         let mut file = Writer::create(&*io, &path).unwrap();
         let written = file.write(text).and_then(|()| file.write_f32(&values)).and_then(|()| file.finish());
-        // The last write is an ordinary one: such an error is real there.
-        if at == 3 {
+        // Such an error is real where a write is an ordinary one, as the last always is.
+        if at == 3 || (at < 3 && !is_direct) {
             assert!(matches!(written, Err(CheckpointError::Io { .. })), "{written:?}");
             continue;
         }
