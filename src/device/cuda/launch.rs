@@ -1,7 +1,7 @@
 //! A kernel's launch, as an op describes it: a real driver runs it, and so does the machine made of software that tests use.
 
 /// Type of the activations that a kernel reads and writes; statistics, parameters and sums are f32 in either case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// 32 bits.
     F32,

@@ -3,7 +3,9 @@
 mod gpu;
 mod image;
 mod launch;
+mod work;
 
 pub use gpu::{CudaError, Gpu, Memory};
 pub use image::Image;
 pub use launch::{Argument, Launch, Precision};
+pub use work::{Convolution, ConvolutionShape, MatrixShape, Pass, Place, Product, ProductShape, Step, Work};

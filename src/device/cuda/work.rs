@@ -1,0 +1,145 @@
+//! What an op asks of a GPU: kernels of this program, convolutions of cuDNN and matrix products of cuBLASLt, one after another.
+
+use super::{Argument, Launch, Precision};
+
+/// How an op is computed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Work {
+    /// In this order.
+    pub steps: Vec<Step>,
+    /// Bytes of workspace in the arena.
+    pub scratch: usize,
+}
+
+/// A part of an op's work.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// A kernel of this program.
+    Kernel(Launch),
+    /// Of cuDNN.
+    Convolution(Convolution),
+    /// Of cuBLASLt.
+    Product(Product),
+}
+
+/// What a convolution gives; the other two tensors are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// y.
+    Forward,
+    /// x's gradient, from y's.
+    InputGradient,
+    /// The weights' gradient, from y's; f32.
+    WeightGradient,
+}
+
+/// Sizes of a convolution (a cross-correlation, as all networks have it) of x `[N, H, W, C]` with weights `[O, F, F, C]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConvolutionShape {
+    /// What it gives.
+    pub pass: Pass,
+    /// N.
+    pub images: usize,
+    /// H and W of x.
+    pub size: [usize; 2],
+    /// C.
+    pub channels: usize,
+    /// O, channels of y.
+    pub out: usize,
+    /// F, rows and columns of the filter.
+    pub filter: usize,
+    /// Pixels from one place of the filter to the next.
+    pub stride: usize,
+    /// Zeros before the first and after the last row and column of x.
+    pub padding: [usize; 2],
+    /// Of x, y and the weights; sums are f32 in either case.
+    pub precision: Precision,
+    /// Whether a bias `[O]` of that precision is added to y.
+    pub has_bias: bool,
+    /// Whether a tensor of y's shape is added to y.
+    pub has_residual: bool,
+    /// Whether a gradient is added to what is there.
+    pub adds: bool,
+}
+
+impl ConvolutionShape {
+    /// H and W of y.
+    pub fn out_size(&self) -> [usize; 2] {
+        self.size.map(|size| (size + self.padding[0] + self.padding[1] - self.filter) / self.stride + 1)
+    }
+}
+
+/// A convolution and its operands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Convolution {
+    /// Its sizes.
+    pub shape: ConvolutionShape,
+    /// x or its gradient.
+    pub x: Argument,
+    /// The weights or their gradient.
+    pub weight: Argument,
+    /// y or its gradient.
+    pub y: Argument,
+    /// The bias where there is one, else [`Argument::Null`].
+    pub bias: Argument,
+    /// The residual, likewise.
+    pub residual: Argument,
+}
+
+/// How a matrix stands in memory, row by row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MatrixShape {
+    /// Whether the product takes its transpose.
+    pub is_transposed: bool,
+    /// Elements from one of its rows (not those of its transpose) to the next.
+    pub stride: usize,
+    /// Type of its elements.
+    pub precision: Precision,
+}
+
+/// Sizes of a product c `[M, N]` = a `[M, K]` · b `[K, N]` (+ bias) (+ addend); sums are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProductShape {
+    /// M.
+    pub rows: usize,
+    /// N.
+    pub columns: usize,
+    /// K.
+    pub depth: usize,
+    /// The first factor, as it is or transposed.
+    pub a: MatrixShape,
+    /// The second.
+    pub b: MatrixShape,
+    /// The result, never transposed; an addend stands in memory as it does.
+    pub c: MatrixShape,
+    /// Whether a bias `[N]` of c's precision is added to each row.
+    pub has_bias: bool,
+    /// Whether a matrix is added, which may be c itself.
+    pub has_addend: bool,
+}
+
+/// A place in memory: so many elements after the beginning of an operand.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// The operand.
+    pub operand: Argument,
+    /// Elements before it.
+    pub offset: usize,
+}
+
+/// A product and its operands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Product {
+    /// Its sizes.
+    pub shape: ProductShape,
+    /// The first factor.
+    pub a: Place,
+    /// The second.
+    pub b: Place,
+    /// The result.
+    pub c: Place,
+    /// The bias where there is one, else [`Argument::Null`].
+    pub bias: Argument,
+    /// The addend, likewise.
+    pub addend: Argument,
+}
