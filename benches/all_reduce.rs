@@ -79,7 +79,7 @@ fn work(rank: usize, port: u16, plan: Plan) -> Result<(), Box<dyn Error>> {
     {
         let (mut times, mut computed) = (Vec::new(), 0.0);
         for _ in 0..rounds + 2 {
-            device.upload(buffer, 0, &vec![rank as f32 + 1.0; floats]);
+            device.upload(buffer, 0, &vec![rank as f32 + 1.0; floats]).unwrap();
             if times.len() == 2 {
                 computed = 0.0;
             }
@@ -92,7 +92,7 @@ fn work(rank: usize, port: u16, plan: Plan) -> Result<(), Box<dyn Error>> {
             times.push(slowest);
         }
         let mut sums = vec![0.0f32; floats];
-        device.download(buffer, 0, &mut sums);
+        device.download(buffer, 0, &mut sums).unwrap();
         let expected = (size * (size + 1) / 2) as f32;
         assert!(sums.iter().all(|x| *x == expected), "the sums are wrong");
         // The first rounds take their memory from the system.

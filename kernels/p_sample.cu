@@ -5,10 +5,11 @@
 //   out        T   [N, H W, P], the network's output; channels from C on are not read
 //   table      f32 [S, 9], a row for each step: a, b, c, d, c_x0, c_xt, c_eps, sigma, clip (0 or infinity: none)
 //   timesteps  u32 [S]
-//   counter    u32 [1], which of the S steps this is; `p_sample_advance` counts on, so that a captured graph is replayed for all
-//   seed       u32 [2], low word, high word
+//   clock      u32 [4]: which of the S steps this is, index of the first image, seed's low word, its high word
 //   x          f32 [N, H W, C], updated
 //   input      T   [N, H W, P] =, x for the next step's network; channels from C on are 0
+//
+// p_sample_advance counts the clock on and writes the next step's timestep for each image, so that a captured graph is replayed for all steps.
 //
 // z is drawn here, from seed, the image's index (first + n) and the timestep; not where sigma is 0. The bits of x are the CPU's. Grid
 // (ceil(H W / (4 THREADS)), N); a thread has four pixels. Moves N H W (8 C + 2 P sizeof T) bytes.
@@ -88,18 +89,17 @@ __device__ __forceinline__ void p_sample_pixels(const T *out, float *x, T *input
 }
 
 template <class T>
-__device__ __forceinline__ void p_sample(const T *out, const float *table, const uint32_t *timesteps, const uint32_t *counter,
-                                         const uint32_t *seed, float *x, T *input, uint32_t first_image, uint32_t pixels, uint32_t channels,
-                                         uint32_t padded) {
+__device__ __forceinline__ void p_sample(const T *out, const float *table, const uint32_t *timesteps, const uint32_t *clock, float *x,
+                                         T *input, uint32_t pixels, uint32_t channels, uint32_t padded) {
     const int first = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * PIXELS;
     if (first >= static_cast<int>(pixels))
         return;
-    const uint32_t n = blockIdx.y, number = counter[0];
+    const uint32_t n = blockIdx.y, number = clock[0];
     const float *row = table + 9 * static_cast<size_t>(number);
     const float limit = row[8] > 0.0f ? row[8] : __uint_as_float(0x7F800000u);
     const Step step = {row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], limit};
-    const uint64_t key = uint64_t(seed[1]) << 32 | seed[0];
-    const rng::Stream noise = rng::stream(key, rng::SAMPLE_NOISE, 0, first_image + n, timesteps[number]);
+    const uint64_t key = uint64_t(clock[3]) << 32 | clock[2];
+    const rng::Stream noise = rng::stream(key, rng::SAMPLE_NOISE, 0, clock[1] + n, timesteps[number]);
     x += n * static_cast<size_t>(pixels) * channels;
     out += n * static_cast<size_t>(pixels) * padded;
     input += n * static_cast<size_t>(pixels) * padded;
@@ -110,14 +110,22 @@ __device__ __forceinline__ void p_sample(const T *out, const float *table, const
 
 } // namespace
 
-KERNEL(THREADS, p_sample_f32, const float *out, const float *table, const uint32_t *timesteps, const uint32_t *counter, const uint32_t *seed,
-       float *x, float *input, uint32_t first, uint32_t pixels, uint32_t channels, uint32_t padded) {
-    p_sample(out, table, timesteps, counter, seed, x, input, first, pixels, channels, padded);
+KERNEL(THREADS, p_sample_f32, const float *out, const float *table, const uint32_t *timesteps, const uint32_t *clock, float *x, float *input,
+       uint32_t pixels, uint32_t channels, uint32_t padded) {
+    p_sample(out, table, timesteps, clock, x, input, pixels, channels, padded);
 }
 
-KERNEL(THREADS, p_sample_bf16, const bf16 *out, const float *table, const uint32_t *timesteps, const uint32_t *counter, const uint32_t *seed,
-       float *x, bf16 *input, uint32_t first, uint32_t pixels, uint32_t channels, uint32_t padded) {
-    p_sample(out, table, timesteps, counter, seed, x, input, first, pixels, channels, padded);
+KERNEL(THREADS, p_sample_bf16, const bf16 *out, const float *table, const uint32_t *timesteps, const uint32_t *clock, float *x, bf16 *input,
+       uint32_t pixels, uint32_t channels, uint32_t padded) {
+    p_sample(out, table, timesteps, clock, x, input, pixels, channels, padded);
 }
 
-KERNEL(1, p_sample_advance, uint32_t *counter) { counter[0] += 1; }
+// One block. After the last step it leaves that one's timestep.
+KERNEL(THREADS, p_sample_advance, const uint32_t *timesteps, uint32_t *clock, uint32_t *t, uint32_t steps, uint32_t images) {
+    const uint32_t next = clock[0] + 1;
+    for (uint32_t n = threadIdx.x; n < images; n += blockDim.x)
+        t[n] = timesteps[next < steps ? next : steps - 1];
+    __syncthreads();
+    if (threadIdx.x == 0)
+        clock[0] = next;
+}

@@ -1,7 +1,8 @@
 //! The configs that ship: each loads, describes a network that exists, and is the model it claims to be.
 
+use ddpm_dist::device::Target;
 use ddpm_dist::diffusion::{Schedule, Variance};
-use ddpm_dist::sample::reverse_step_program;
+use ddpm_dist::sample::ReverseStep;
 use ddpm_dist::train::Config;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,9 @@ fn model_of(config: &Config) -> (usize, u64) {
     if let Err(error) = config.model.validate(size.height, size.width) {
         panic!("{error}");
     }
-    let summary = reverse_step_program(&config.model, [size.height, size.width], 1, None).summary();
+    let size = [size.height, size.width];
+    let step = ReverseStep { model: &config.model, size, batch: 1, steps: 1, layout: None };
+    let summary = step.program(Target::default()).summary();
     (summary.parameters, summary.forward_flops)
 }
 

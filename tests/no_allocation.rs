@@ -1,9 +1,9 @@
 //! A training step and a sampling step allocate nothing once the first ones have run.
 
 use ddpm_dist::collective::Solo;
-use ddpm_dist::device::{Device, cpu::Cpu};
+use ddpm_dist::device::{Device, Precision, cpu::Cpu};
 use ddpm_dist::diffusion::{SamplerConfig, SamplerTable, Schedule};
-use ddpm_dist::sample::{Progress, Request, ReverseProcess, SampleError, Sampler};
+use ddpm_dist::sample::{Progress, Request, ReverseProcess, ReverseStep, SampleError, Sampler};
 use ddpm_dist::train::{Config, Shards, Share, Trainer};
 use ddpm_dist::unet::UnetConfig;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -85,7 +85,8 @@ fn steps_allocate_nothing() {
         assert!(finite);
 
         // The loop of a sampler, from the end of one step to the end of the next, a new batch begun in between.
-        let sampler = Sampler::new(&mut device, &config.model, size, 2, None).unwrap();
+        let reverse_step = ReverseStep { model: &config.model, size, batch: 2, steps: 5, layout: None };
+        let sampler = Sampler::new(&mut device, &reverse_step, Precision::F32).unwrap();
         let weights = device.allocate(sampler.layout().len() * 4).unwrap();
         let choice = SamplerConfig { steps: 5, ..SamplerConfig::default() };
         let table = SamplerTable::new(&schedule, &choice).unwrap();

@@ -270,14 +270,8 @@ fn of_pictures(shape @ [images, height, width, channels]: [usize; 4]) -> Vec<Cas
         ),
         case(
             "p_sample_bf16",
-            vec![p_sample::cuda::launch(&PSample { shape: shape.into() }, BF16, PADDED, 0)],
-            vec![
-                Content::Bf16(PADDED * pixels),
-                floats(rows.as_flattened()),
-                words(timesteps),
-                words([3]),
-                words([1, 0]),
-            ],
+            vec![p_sample::cuda::launch(&PSample { shape: shape.into(), steps: rows.len() }, BF16, PADDED)],
+            vec![Content::Bf16(PADDED * pixels), floats(rows.as_flattened()), words(timesteps), words([3, 0, 1, 0])],
             vec![Content::F32(elements), Content::Bf16(PADDED * pixels)],
             0,
             8 * elements + 4 * PADDED * pixels,
@@ -310,7 +304,7 @@ fn of_parameters(len: usize) -> Vec<Case> {
         ),
         case(
             "accumulate",
-            accumulate::cuda::launches(&Accumulate { sums: 1, elements: len }),
+            accumulate::cuda::launches(&Accumulate { sums: 1, elements: len }, len),
             vec![Content::F32(len)],
             vec![Content::F32(len)],
             0,

@@ -5,7 +5,6 @@ use super::ranks::Ranks;
 use super::stdout::{json, print, table};
 use super::{Common, ConfigArguments, Stop};
 use crate::config::to_toml;
-use crate::device::Device;
 use crate::files::{Durability, digest};
 use crate::machine::this_program;
 use crate::report::{ReportError, write_atomically};
@@ -93,8 +92,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         ranks.same_everywhere(&format!("config {config}, {}", this_program().or_fail(Code::Failed)?))?;
     }
     let mut device = ranks.device(common);
-    let Device::Cpu(cpu) = &device;
-    let threads = cpu.pool().threads();
+    let threads = device.threads();
     let (warmup, steps) = (u64::from(arguments.warmup), u64::from(arguments.steps));
 
     let bar = console.bar("measuring steps", warmup + steps);

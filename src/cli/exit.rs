@@ -144,9 +144,10 @@ impl Display for Failure {
 
 /// The exit code of a program that stopped: the others were lost, unless it is this rank's own system that refused.
 pub fn code_of_run(error: &RunError) -> Code {
-    match error.collective() {
-        Some(CollectiveError::Io { .. } | CollectiveError::TooLong { .. }) => Code::Failed,
-        _ => Code::PeerLost,
+    match error {
+        RunError::Device(_) | RunError::Collective(CollectiveError::Device(_)) => Code::Device,
+        RunError::Collective(CollectiveError::Io { .. } | CollectiveError::TooLong { .. }) => Code::Failed,
+        RunError::Collective(_) => Code::PeerLost,
     }
 }
 

@@ -5,13 +5,14 @@ use super::ranks::Ranks;
 use super::source::Source;
 use super::{Common, Stop};
 use crate::checkpoint::Want;
+use crate::device::Precision;
 use crate::diffusion::{DiffusionConfig, SamplerConfig, SamplerKind, SamplerTable, Schedule};
 use crate::files::digest;
 use crate::machine::this_program;
 use crate::report::{
     GridOptions, ImageStream, Images, OutputFormat, ReportError, check_output, read_npy, write_images,
 };
-use crate::sample::{Finished, Request, ReverseProcess, SampleError, Sampler, room_for};
+use crate::sample::{Finished, Request, ReverseProcess, ReverseStep, SampleError, Sampler, room_for};
 use crate::train::{checksum, layout_for_checkpoints};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -79,14 +80,15 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     };
 
     let mut device = ranks.device(common);
-    let sampler = Sampler::new(&mut device, &source.model, size, batch, None)?;
+    let step = ReverseStep { model: &source.model, size, batch, steps: table.steps.len(), layout: None };
+    let sampler = Sampler::new(&mut device, &step, Precision::F32)?;
     let layout = layout_for_checkpoints(sampler.layout()).or_fail(Code::State)?;
     let weights = device.allocate(layout.elements() * size_of::<f32>()).map_err(SampleError::from)?;
-    device.upload(weights, 0, &source.flat(&layout)?);
+    device.upload(weights, 0, &source.flat(&layout)?).map_err(SampleError::from)?;
     if ranks.number() > 1 {
         // A run that trains meanwhile may show them different checkpoints, and each node its own file system.
         let step = source.step().map_or_else(String::new, |step| format!(" of step {step}"));
-        let checksum = checksum(&device, &[weights], layout.elements());
+        let checksum = checksum(&device, &[weights], layout.elements()).map_err(SampleError::from)?;
         let process = digest(format!("{table:?} {noise:?}").as_bytes());
         ranks.same_everywhere(&format!(
             "weights{step} (checksum {checksum:016x}), {count} images of seed {} in {} steps (sampler and noise {process}), {}",

@@ -144,7 +144,7 @@ impl Collective for Fake {
         self.clock.pass(done.saturating_sub(from));
         let until = self.clock.now();
         let factor = self.size as f32;
-        device.upload_with(buffer, range.clone(), |values: &mut [f32]| values.iter_mut().for_each(|x| *x *= factor));
+        device.upload_with(buffer, range.clone(), |values: &mut [f32]| values.iter_mut().for_each(|x| *x *= factor))?;
         self.events.push(Event::Waited { range, from, until });
         Ok(())
     }

@@ -12,7 +12,7 @@ pub use activity::{Activity, Operation, Progress, Record};
 pub use timed::Timed;
 pub use tree::sum_along_tree;
 
-use crate::device::{BufferId, Device};
+use crate::device::{BufferId, Device, DeviceError};
 use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
@@ -71,6 +71,9 @@ pub enum CollectiveError {
         /// Why.
         source: std::io::Error,
     },
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// An earlier operation failed, after which there are no more.
     #[error("the ranks have parted after an earlier error")]
     Ended,

@@ -1,5 +1,8 @@
 //! What a program knows of memory: element types, regions, slots.
 
+use super::cuda::CudaError;
+use half::bf16;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Every buffer, tensor and arena slot starts at a multiple of this many bytes.
@@ -10,6 +13,8 @@ pub const ALIGNMENT: usize = 256;
 pub enum DType {
     /// 32-bit float.
     F32,
+    /// Its upper 16 bits.
+    Bf16,
     /// Unsigned integer: timesteps, counters.
     U32,
     /// Pixels.
@@ -21,6 +26,7 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             DType::F32 | DType::U32 => 4,
+            DType::Bf16 => 2,
             DType::U8 => 1,
         }
     }
@@ -29,9 +35,41 @@ impl DType {
     pub fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",
+            DType::Bf16 => "bf16",
             DType::U32 => "u32",
             DType::U8 => "u8",
         }
+    }
+}
+
+/// Type of activations and of the weights that they meet; statistics, master weights, gradients and sums are f32 in either case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32 bits.
+    #[default]
+    F32,
+    /// The upper 16 bits of an f32.
+    Bf16,
+}
+
+impl Precision {
+    /// The matching element type.
+    pub fn dtype(self) -> DType {
+        match self {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::Bf16,
+        }
+    }
+
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        self.dtype().size()
+    }
+
+    /// As configs name it.
+    pub fn name(self) -> &'static str {
+        self.dtype().name()
     }
 }
 
@@ -39,7 +77,7 @@ impl DType {
 ///
 /// # Safety
 /// Implemented only for plain numbers, for which that holds.
-pub unsafe trait Element: Copy + Send + Sync + 'static {
+pub unsafe trait Element: Copy + Default + Send + Sync + 'static {
     /// The matching element type.
     const DTYPE: DType;
 }
@@ -47,6 +85,10 @@ pub unsafe trait Element: Copy + Send + Sync + 'static {
 // SAFETY: plain numbers without padding, valid for every bit pattern.
 unsafe impl Element for f32 {
     const DTYPE: DType = DType::F32;
+}
+// SAFETY: as above.
+unsafe impl Element for bf16 {
+    const DTYPE: DType = DType::Bf16;
 }
 // SAFETY: as above.
 unsafe impl Element for u32 {
@@ -70,6 +112,8 @@ pub enum Region {
     Moment2,
     /// Moving average of the parameters, at the same offsets.
     Ema,
+    /// Copy of the parameters for products in bf16: the same elements at half the offsets.
+    Compute,
     /// Temporaries, whose slots are reused within a program.
     Arena,
     /// Inputs written and results read by the host between runs.
@@ -78,7 +122,7 @@ pub enum Region {
 
 impl Region {
     /// Number of regions.
-    pub const COUNT: usize = 7;
+    pub const COUNT: usize = 8;
 
     /// Name in listings.
     pub fn name(self) -> &'static str {
@@ -88,6 +132,7 @@ impl Region {
             Region::Moment1 => "moment1",
             Region::Moment2 => "moment2",
             Region::Ema => "ema",
+            Region::Compute => "compute",
             Region::Arena => "arena",
             Region::Io => "io",
         }
@@ -155,4 +200,10 @@ pub enum DeviceError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// A type of numbers that the device does not compute in.
+    #[error("CPU cores compute in f32 only, and the program is for {precision}: set `train.precision` to \"f32\"", precision = .0.name())]
+    Precision(Precision),
+    /// What keeps a GPU from working.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 }

@@ -7,58 +7,130 @@ pub mod cpu;
 pub mod cuda;
 mod memory;
 
-pub use memory::{ALIGNMENT, Binding, BufferId, DType, DeviceError, Element, Region, Slot};
+pub use memory::{ALIGNMENT, Binding, BufferId, DType, DeviceError, Element, Precision, Region, Slot};
 
 use std::ops::Range;
+
+/// Kinds of devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// CPU cores.
+    #[default]
+    Cpu,
+    /// A GPU of NVIDIA.
+    Cuda,
+}
+
+/// What a program is made for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Where it runs.
+    pub kind: DeviceKind,
+    /// What it computes in.
+    pub precision: Precision,
+}
 
 /// A place where programs run.
 pub enum Device {
     /// CPU cores of this machine.
     Cpu(cpu::Cpu),
+    /// A GPU.
+    Cuda(Box<cuda::Cuda>),
 }
 
 impl Device {
-    /// `cpu` or, later, the name of an accelerator, for manifests and logs.
-    pub fn kind(&self) -> String {
+    /// Its kind.
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Device::Cpu(_) => DeviceKind::Cpu,
+            Device::Cuda(_) => DeviceKind::Cuda,
+        }
+    }
+
+    /// What a program for this device and a precision is made for.
+    pub fn target(&self, precision: Precision) -> Target {
+        Target { kind: self.kind(), precision }
+    }
+
+    /// `cpu (avx512)` or `cuda (NVIDIA H200)`, for manifests and logs.
+    pub fn name(&self) -> String {
         match self {
             Device::Cpu(_) => format!("cpu ({})", crate::simd::level().name()),
+            Device::Cuda(cuda) => format!("cuda ({})", cuda.name()),
         }
     }
 
     /// Allocates a zeroed buffer aligned to [`ALIGNMENT`] bytes.
+    ///
+    /// # Errors
+    /// Too little memory.
     pub fn allocate(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
         match self {
             Device::Cpu(cpu) => cpu.allocate(bytes),
+            Device::Cuda(cuda) => cuda.allocate(bytes),
         }
     }
 
     /// Copies `data` into `buffer` from element `offset` on.
     ///
+    /// # Errors
+    /// What went wrong on a GPU, now or before.
+    ///
     /// # Panics
     /// If the range lies outside the buffer: offsets come from the planner, not from a user.
-    pub fn upload<T: Element>(&mut self, buffer: BufferId, offset: usize, data: &[T]) {
+    pub fn upload<T: Element>(&mut self, buffer: BufferId, offset: usize, data: &[T]) -> Result<(), DeviceError> {
         match self {
             Device::Cpu(cpu) => cpu.elements_mut(buffer)[offset..offset + data.len()].copy_from_slice(data),
+            Device::Cuda(cuda) => cuda.upload(buffer, offset, data)?,
         }
+        Ok(())
     }
 
-    /// Lets `fill` write the elements of `range` of `buffer`: for what does not lie in one piece, or where no reference to it may be had.
+    /// Lets `fill` change the elements of `range` of `buffer`: for what does not lie in one piece, or where no reference to it may be had.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
     ///
     /// # Panics
     /// As [`Device::upload`].
-    pub fn upload_with<T: Element>(&mut self, buffer: BufferId, range: Range<usize>, fill: impl FnOnce(&mut [T])) {
+    pub fn upload_with<T: Element>(
+        &mut self,
+        buffer: BufferId,
+        range: Range<usize>,
+        fill: impl FnOnce(&mut [T]),
+    ) -> Result<(), DeviceError> {
         match self {
             Device::Cpu(cpu) => fill(&mut cpu.elements_mut(buffer)[range]),
+            Device::Cuda(cuda) => {
+                let mut elements = vec![T::default(); range.len()];
+                cuda.download(buffer, range.start, &mut elements)?;
+                fill(&mut elements);
+                cuda.upload(buffer, range.start, &elements)?;
+            }
         }
+        Ok(())
     }
 
     /// Copies elements from `offset` on out of `buffer`.
     ///
+    /// # Errors
+    /// As [`Device::upload`].
+    ///
     /// # Panics
     /// As [`Device::upload`].
-    pub fn download<T: Element>(&self, buffer: BufferId, offset: usize, out: &mut [T]) {
+    pub fn download<T: Element>(&self, buffer: BufferId, offset: usize, out: &mut [T]) -> Result<(), DeviceError> {
         match self {
             Device::Cpu(cpu) => cpu.download(buffer, offset, out),
+            Device::Cuda(cuda) => cuda.download(buffer, offset, out)?,
+        }
+        Ok(())
+    }
+
+    /// Threads that compute; one begins all work on a GPU.
+    pub fn threads(&self) -> usize {
+        match self {
+            Device::Cpu(cpu) => cpu.pool().threads(),
+            Device::Cuda(_) => 1,
         }
     }
 }

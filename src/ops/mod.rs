@@ -7,6 +7,7 @@ pub mod accumulate;
 pub mod adam_ema;
 pub mod add;
 pub mod attention;
+pub mod cast;
 pub mod conv2d;
 pub mod copy;
 pub mod grad_norm;

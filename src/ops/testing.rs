@@ -2,8 +2,8 @@
 
 use super::copy::Copy;
 use crate::collective::Solo;
-use crate::device::{Binding, DType, Device, Element, Region, cpu::Cpu};
-use crate::tape::{Program, Shape, Spec, Tape, Var, plan};
+use crate::device::{Binding, DType, Device, Element, Precision, Region, cpu::Cpu};
+use crate::tape::{Loaded, Program, Shape, Spec, Tape, Var, plan};
 use std::sync::Arc;
 
 /// Standard normal numbers that depend on `seed` alone.
@@ -85,7 +85,7 @@ impl Case {
 
     fn execute(&self, dy: Option<&[f32]>, build: impl FnOnce(&mut Tape, &[Var]) -> Var) -> Outcome {
         let mut tape = Tape::new();
-        let is_param = |i: &Input| i.spec.dtype == DType::F32;
+        let is_param = |i: &Input| i.spec.dtype(Precision::F32) == DType::F32;
         let shape = |i: &Input| i.spec.shape.clone().unwrap();
         let vars: Vec<Var> = self
             .inputs
@@ -102,10 +102,10 @@ impl Case {
         }
         let mut planned = Planned::new(&tape, self.threads);
         for input in &self.inputs {
-            match input.spec.dtype {
+            match input.spec.dtype(Precision::F32) {
                 DType::F32 => planned.set_part(Region::Weights, &input.name, &input.f32),
                 DType::U32 => planned.set(&input.name, &input.u32),
-                DType::U8 => unreachable!("pixels go through `Planned`"),
+                DType::U8 | DType::Bf16 => unreachable!("pixels go through `Planned`"),
             }
         }
         if let Some(dy) = dy {
@@ -121,14 +121,15 @@ impl Case {
 
 /// A tape as a program on a device, with a buffer behind every region. All memory is NaN until it is set.
 pub struct Planned {
-    pub program: Program,
+    pub program: Arc<Program>,
     device: Device,
     binding: Binding,
+    loaded: Loaded,
 }
 
 impl Planned {
     pub fn new(tape: &Tape, threads: usize) -> Planned {
-        let program = plan(tape, None, None);
+        let program = Arc::new(plan(tape, None, None));
         let mut device = Device::Cpu(Cpu::new(threads));
         let mut binding = Binding::default();
         let flat = program.layout.len() * 4;
@@ -142,21 +143,22 @@ impl Planned {
             (Region::Io, program.io_bytes),
         ] {
             let buffer = device.allocate(bytes).unwrap();
-            device.upload(buffer, 0, &vec![f32::NAN; bytes / 4]);
+            device.upload(buffer, 0, &vec![f32::NAN; bytes / 4]).unwrap();
             binding = binding.with(region, buffer);
         }
-        Planned { program, device, binding }
+        let loaded = program.load(&mut device, binding).unwrap();
+        Planned { program, device, binding, loaded }
     }
 
     pub fn run(&mut self) {
-        self.program.run(&mut self.device, &self.binding, &mut Solo).unwrap();
+        self.loaded.run(&mut self.device, &mut Solo).unwrap();
     }
 
     /// Writes an input by name.
     pub fn set<T: Element>(&mut self, name: &str, data: &[T]) {
         let slot = self.program.io(name);
         assert_eq!((slot.dtype, slot.len), (T::DTYPE, data.len()), "{name}");
-        self.device.upload(self.binding.get(Region::Io).unwrap(), slot.offset / size_of::<T>(), data);
+        self.device.upload(self.binding.get(Region::Io).unwrap(), slot.offset / size_of::<T>(), data).unwrap();
     }
 
     /// Reads an output by name.
@@ -164,7 +166,7 @@ impl Planned {
         let slot = self.program.io(name);
         assert_eq!(slot.dtype, T::DTYPE, "{name}");
         let mut data = vec![T::default(); slot.len];
-        self.device.download(self.binding.get(Region::Io).unwrap(), slot.offset / size_of::<T>(), &mut data);
+        self.device.download(self.binding.get(Region::Io).unwrap(), slot.offset / size_of::<T>(), &mut data).unwrap();
         data
     }
 
@@ -172,7 +174,7 @@ impl Planned {
     pub fn set_part(&mut self, region: Region, name: &str, data: &[f32]) {
         let range = self.program.layout.get(name).unwrap().range.clone();
         assert_eq!(range.len(), data.len(), "{name}");
-        self.device.upload(self.binding.get(region).unwrap(), range.start, data);
+        self.device.upload(self.binding.get(region).unwrap(), range.start, data).unwrap();
     }
 
     /// Reads a parameter's place in a flat buffer.
@@ -183,13 +185,13 @@ impl Planned {
     /// Writes all of a flat buffer.
     pub fn set_flat(&mut self, region: Region, data: &[f32]) {
         assert_eq!(data.len(), self.program.layout.len());
-        self.device.upload(self.binding.get(region).unwrap(), 0, data);
+        self.device.upload(self.binding.get(region).unwrap(), 0, data).unwrap();
     }
 
     /// Reads all of a flat buffer.
     pub fn flat(&self, region: Region) -> Vec<f32> {
         let mut data = vec![0.0; self.program.layout.len()];
-        self.device.download(self.binding.get(region).unwrap(), 0, &mut data);
+        self.device.download(self.binding.get(region).unwrap(), 0, &mut data).unwrap();
         data
     }
 }

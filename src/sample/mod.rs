@@ -9,12 +9,15 @@ mod tests;
 pub use config::SampleConfig;
 
 use crate::collective::{Collective, CollectiveError, Solo};
-use crate::device::{Binding, BufferId, Device, DeviceError, Region, Slot};
+use crate::device::{Binding, BufferId, Device, DeviceError, Element, Precision, Region, Slot, Target};
 use crate::diffusion::SamplerTable;
-use crate::ops::p_sample::{StepInputs, p_sample, row};
+use crate::ops::cast::ComputeCopy;
+use crate::ops::p_sample::{State, StepInputs, p_sample, row};
 use crate::rng::{Kind, Stream};
-use crate::tape::{ParamLayout, Program, RunError, Spec, Tape, plan};
+use crate::tape::{Loaded, ParamLayout, Program, RunError, Spec, Tape, plan};
 use crate::unet::{UnetConfig, unet};
+use half::bf16;
+use std::sync::Arc;
 use thiserror::Error;
 
 /// Why images could not be made.
@@ -80,8 +83,12 @@ impl SampleError {
 impl From<DeviceError> for SampleError {
     /// The device's error with the advice that helps here: it is not the training batch that is too large.
     fn from(error: DeviceError) -> SampleError {
-        let DeviceError::OutOfMemory { device, bytes } = error;
-        SampleError::OutOfMemory { device, bytes, what: "the network" }
+        match error {
+            DeviceError::OutOfMemory { device, bytes } => {
+                SampleError::OutOfMemory { device, bytes, what: "the network" }
+            }
+            other => SampleError::Run(other.into()),
+        }
     }
 }
 
@@ -153,9 +160,10 @@ pub struct Request<'a> {
 /// A last batch that is not full is padded with the images that would come next, as the program's shapes are fixed. An image depends on
 /// the seed and its number alone: ops choose how they compute by the shape of one image, and cut sums over nothing that belongs to several.
 pub struct Sampler {
-    program: Program,
+    program: Arc<Program>,
     binding: Binding,
     io: BufferId,
+    copy: Option<ComputeCopy>,
     size: [usize; 3],
     batch: usize,
     slots: Slots,
@@ -166,6 +174,12 @@ pub struct Sampler {
 struct NotFinite {
     image: usize,
     timestep: u32,
+}
+
+/// A reverse process that is ready to run.
+struct Chain<'a> {
+    step: Loaded,
+    table: &'a SamplerTable,
 }
 
 /// Images on their way.
@@ -180,48 +194,87 @@ struct Batch {
 struct Slots {
     x: Slot,
     t: Slot,
-    row: Slot,
+    input: Slot,
+    table: Slot,
+    timesteps: Slot,
     clock: Slot,
-    seed: Slot,
 }
 
-/// The program of one reverse step: ε_θ(x_t, t) and x_{t−1} from it, in place.
-pub fn reverse_step_program(
-    model: &UnetConfig,
-    [height, width]: [usize; 2],
-    batch: usize,
-    layout: Option<&ParamLayout>,
-) -> Program {
-    let mut tape = Tape::new();
-    let x = tape.io("x", Spec::f32([batch, height, width, model.image_channels]));
-    let t = tape.io("t", Spec::u32([batch]));
-    let row = tape.io("row", Spec::f32([9]));
-    let clock = tape.io("clock", Spec::u32([4]));
-    let seed = tape.io("seed", Spec::u32([2]));
-    let out = unet(&mut tape, model, x, t, None);
-    p_sample(&mut tape, x, StepInputs { out, row, clock, seed });
-    plan(&tape, layout, None)
+/// What a reverse step is planned for.
+#[derive(Clone, Copy, Debug)]
+pub struct ReverseStep<'a> {
+    /// The network.
+    pub model: &'a UnetConfig,
+    /// H and W.
+    pub size: [usize; 2],
+    /// Images that go through the network together.
+    pub batch: usize,
+    /// Most steps that a reverse process takes.
+    pub steps: usize,
+    /// Places of the parameters; none: as the program likes.
+    pub layout: Option<&'a ParamLayout>,
+}
+
+impl ReverseStep<'_> {
+    /// The program of one reverse step: ε_θ(x_t, t) and x_{t−1} from it, in place.
+    pub fn program(&self, target: Target) -> Program {
+        let ReverseStep { model, size: [height, width], batch, steps, layout } = *self;
+        let mut tape = Tape::on(target);
+        let image = [batch, height, width, model.image_channels];
+        let x = tape.io("x", Spec::f32(image));
+        let input = tape.io("input", Spec::computed(image));
+        let t = tape.io("t", Spec::u32([batch]));
+        let clock = tape.io("clock", Spec::u32([4]));
+        let table = tape.io("table", Spec::f32([steps, 9]));
+        let timesteps = tape.io("timesteps", Spec::u32([steps]));
+        let out = unet(&mut tape, model, input, t, None);
+        p_sample(&mut tape, State { x, input, t, clock }, StepInputs { out, table, timesteps });
+        plan(&tape, layout, None)
+    }
 }
 
 impl Sampler {
-    /// Plans the reverse step for `batch` images of `size` = [H, W] and allocates its memory.
+    /// Plans the reverse step, to be computed in `precision`, and allocates its memory.
     ///
     /// # Errors
-    /// Too little memory on the device.
-    pub fn new(
-        device: &mut Device,
-        model: &UnetConfig,
-        [height, width]: [usize; 2],
-        batch: usize,
-        layout: Option<&ParamLayout>,
-    ) -> Result<Sampler, SampleError> {
-        let program = reverse_step_program(model, [height, width], batch, layout);
+    /// Too little memory on the device, or what else keeps it from working.
+    pub fn new(device: &mut Device, step: &ReverseStep<'_>, precision: Precision) -> Result<Sampler, SampleError> {
+        let program = Arc::new(step.program(device.target(precision)));
         let io = device.allocate(program.io_bytes)?;
         let arena = device.allocate(program.arena_bytes)?;
-        let binding = Binding::default().with(Region::Io, io).with(Region::Arena, arena);
+        let mut binding = Binding::default().with(Region::Io, io).with(Region::Arena, arena);
+        let copy = ComputeCopy::new(device, &program, &mut binding)?;
         let slot = |name| program.io(name);
-        let slots = Slots { x: slot("x"), t: slot("t"), row: slot("row"), clock: slot("clock"), seed: slot("seed") };
-        Ok(Sampler { size: [height, width, model.image_channels], program, binding, io, batch, slots })
+        let slots = Slots {
+            x: slot("x"),
+            input: slot("input"),
+            t: slot("t"),
+            clock: slot("clock"),
+            table: slot("table"),
+            timesteps: slot("timesteps"),
+        };
+        let [height, width] = step.size;
+        let size = [height, width, step.model.image_channels];
+        Ok(Sampler { program, binding, io, copy, size, batch: step.batch, slots })
+    }
+
+    /// The reverse process on the device.
+    ///
+    /// # Panics
+    /// If it has more steps than the sampler was planned for.
+    fn load<'a>(&self, device: &mut Device, process: &ReverseProcess<'a>) -> Result<Chain<'a>, SampleError> {
+        let ReverseProcess { weights, table } = *process;
+        let (steps, most) = (table.steps.len(), self.slots.timesteps.len);
+        assert!(steps <= most, "{steps} steps, planned for {most}");
+        let rows: Vec<[f32; 9]> = table.steps.iter().map(|step| row(step, table.clip)).collect();
+        let timesteps: Vec<u32> = table.steps.iter().map(|step| step.timestep).collect();
+        self.upload(device, self.slots.table, rows.as_flattened())?;
+        self.upload(device, self.slots.timesteps, &timesteps)?;
+        let binding = self.binding.with(Region::Weights, weights);
+        if let Some(copy) = &self.copy {
+            copy.refresh(device, &binding)?;
+        }
+        Ok(Chain { step: self.program.load(device, binding)?, table })
     }
 
     /// Places of the parameters that [`Sampler::sample`] reads.
@@ -268,7 +321,7 @@ impl Sampler {
     fn make_batch(
         &self,
         device: &mut Device,
-        process: ReverseProcess<'_>,
+        chain: &mut Chain<'_>,
         request: &Request<'_>,
         first: usize,
         batch: &mut Batch,
@@ -276,10 +329,7 @@ impl Sampler {
     ) -> Result<bool, SampleError> {
         let image: usize = self.size.iter().product();
         let Request { count, seed, initial_noise, stages } = *request;
-        let ReverseProcess { weights, table } = process;
-        let binding = self.binding.with(Region::Weights, weights);
-        let Batch { x, t, kept } = batch;
-        self.upload(device, self.slots.seed, &[seed as u32, (seed >> 32) as u32]);
+        let (Batch { x, t, kept }, Chain { step: reverse_step, table }) = (batch, chain);
         // Line 1: x_T ~ N(0, I)
         for (j, x) in x.chunks_exact_mut(image).enumerate() {
             let index = first + j;
@@ -288,17 +338,22 @@ impl Sampler {
                 None => initial_noise_of(seed, index).fill_normal(0, x),
             }
         }
-        self.upload(device, self.slots.x, x);
+        self.upload(device, self.slots.x, x)?;
+        match self.program.target.precision {
+            Precision::F32 => self.upload(device, self.slots.input, x)?,
+            Precision::Bf16 => {
+                self.upload(device, self.slots.input, &x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>())?
+            }
+        }
+        t.fill(table.steps.first().map_or(0, |step| step.timestep));
+        self.upload(device, self.slots.t, t)?;
+        self.upload(device, self.slots.clock, &[0, first as u32, seed as u32, (seed >> 32) as u32])?;
         let wanted = (count - first).min(self.batch);
         // Line 2: for t = T, …, 1
         for (i, step) in table.steps.iter().enumerate() {
-            t.fill(step.timestep);
-            self.upload(device, self.slots.t, t);
-            self.upload(device, self.slots.clock, &[step.timestep, first as u32, 0, 0]);
-            self.upload(device, self.slots.row, &row(step, table.clip));
             // Lines 3 and 4
-            self.program.run(device, &binding, &mut Solo)?;
-            device.download(self.io, self.slots.x.offset / size_of::<f32>(), x);
+            reverse_step.run(device, &mut Solo)?;
+            device.download(self.io, self.slots.x.offset / size_of::<f32>(), x).map_err(SampleError::from)?;
             let images = &x[..image * wanted];
             let bad = images.iter().position(|v| !v.is_finite());
             let bad = bad.map(|bad| NotFinite { image: first + bad / image, timestep: step.timestep });
@@ -314,8 +369,8 @@ impl Sampler {
         Ok(true)
     }
 
-    fn upload<T: crate::device::Element>(&self, device: &mut Device, slot: Slot, data: &[T]) {
-        device.upload(self.io, slot.offset / size_of::<T>(), data);
+    fn upload<T: Element>(&self, device: &mut Device, slot: Slot, data: &[T]) -> Result<(), SampleError> {
+        Ok(device.upload(self.io, slot.offset / size_of::<T>(), data)?)
     }
 }
 

@@ -84,6 +84,7 @@ impl Sampler {
             return Err(SampleError::InitialNoise { found, expected, count, height, width, channels }.into());
         }
         let mut batch = self.room_for_batch(&request)?;
+        let mut chain = self.load(device, &process)?;
         let (batches, steps) = (count.div_ceil(self.batch), process.table.steps.len());
         let of = batches.div_ceil(ranks) * steps;
         let mut done = 0;
@@ -96,7 +97,7 @@ impl Sampler {
                 Ok(all_go_on)
             };
             let finished = if number < batches {
-                self.make_batch(device, process, &request, number * self.batch, &mut batch, tell)?
+                self.make_batch(device, &mut chain, &request, number * self.batch, &mut batch, tell)?
             } else {
                 // The others still have something to do, and may be stopped.
                 let mut to_do = 0..steps;

@@ -41,10 +41,11 @@ impl Setup {
 
     fn with_weights(batch: usize, threads: usize, weights: impl Fn(usize) -> Vec<f32>) -> Setup {
         let mut device = Device::Cpu(Cpu::new(threads));
-        let sampler = Sampler::new(&mut device, &model(), SIZE, batch, None).unwrap();
+        let step = ReverseStep { model: &model(), size: SIZE, batch, steps: 1000, layout: None };
+        let sampler = Sampler::new(&mut device, &step, Precision::F32).unwrap();
         let flat = weights(sampler.layout().len());
         let weights = device.allocate(flat.len() * 4).unwrap();
-        device.upload(weights, 0, &flat);
+        device.upload(weights, 0, &flat).unwrap();
         Setup { device, sampler, weights }
     }
 

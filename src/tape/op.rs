@@ -1,6 +1,25 @@
 use super::{Gradient, Shape};
-use crate::device::{DType, cpu};
+use crate::device::{DType, Precision, cpu, cuda};
 use std::fmt::Debug;
+
+/// Type of an operand's elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Elements {
+    /// This one, always.
+    Of(DType),
+    /// What the program computes in: activations, their gradients, and weights that they are multiplied by.
+    Computed,
+}
+
+impl Elements {
+    /// The type in a program that computes in `precision`.
+    pub fn dtype(self, precision: Precision) -> DType {
+        match self {
+            Elements::Of(dtype) => dtype,
+            Elements::Computed => precision.dtype(),
+        }
+    }
+}
 
 /// What an op takes or gives: a shape (none for a flat buffer of any length) and an element type.
 #[derive(Clone, Debug, PartialEq)]
@@ -8,28 +27,47 @@ pub struct Spec {
     /// The shape, or nothing where any will do.
     pub shape: Option<Shape>,
     /// Type of the elements.
-    pub dtype: DType,
+    pub elements: Elements,
 }
 
 impl Spec {
-    /// A tensor of f32.
+    fn of(dtype: DType, shape: Option<Shape>) -> Spec {
+        Spec { shape, elements: Elements::Of(dtype) }
+    }
+
+    /// A tensor of f32 whatever the program computes in.
     pub fn f32(shape: impl Into<Shape>) -> Spec {
-        Spec { shape: Some(shape.into()), dtype: DType::F32 }
+        Spec::of(DType::F32, Some(shape.into()))
     }
 
     /// A tensor of u32.
     pub fn u32(shape: impl Into<Shape>) -> Spec {
-        Spec { shape: Some(shape.into()), dtype: DType::U32 }
+        Spec::of(DType::U32, Some(shape.into()))
     }
 
     /// A tensor of u8.
     pub fn u8(shape: impl Into<Shape>) -> Spec {
-        Spec { shape: Some(shape.into()), dtype: DType::U8 }
+        Spec::of(DType::U8, Some(shape.into()))
+    }
+
+    /// A tensor of the type that the program computes in.
+    pub fn computed(shape: impl Into<Shape>) -> Spec {
+        Spec { shape: Some(shape.into()), elements: Elements::Computed }
     }
 
     /// All of a flat f32 buffer.
     pub fn flat() -> Spec {
-        Spec { shape: None, dtype: DType::F32 }
+        Spec::of(DType::F32, None)
+    }
+
+    /// All of the flat bf16 copy of the weights.
+    pub fn flat_bf16() -> Spec {
+        Spec::of(DType::Bf16, None)
+    }
+
+    /// Type of the elements in a program that computes in `precision`.
+    pub fn dtype(&self, precision: Precision) -> DType {
+        self.elements.dtype(precision)
     }
 }
 
@@ -42,7 +80,7 @@ pub struct Signature {
     pub outputs: Vec<Spec>,
 }
 
-/// Workspace of an op, in f32 elements. Its content is undefined before and after.
+/// Workspace of an op on CPU cores, in f32 elements. Its content is undefined before and after.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scratch {
     /// In the arena, shared by all threads.
@@ -62,7 +100,7 @@ pub trait Op: Debug + Send + Sync + 'static {
     /// Shapes and element types of inputs and outputs.
     fn signature(&self) -> Signature;
 
-    /// Workspace.
+    /// Workspace on CPU cores.
     fn scratch(&self) -> Scratch {
         Scratch::default()
     }
@@ -89,6 +127,9 @@ pub trait Op: Debug + Send + Sync + 'static {
         None
     }
 
-    /// Computes the outputs on CPU cores.
+    /// Computes the outputs on CPU cores, in f32.
     fn cpu(&self, launch: &cpu::Launch<'_>);
+
+    /// How a GPU computes the outputs.
+    fn cuda(&self, form: &cuda::Form) -> cuda::Work;
 }

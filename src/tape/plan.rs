@@ -2,8 +2,8 @@
 
 use super::program::{Instruction, IoSlot, Kind, Lane, Program};
 use super::record::{Home, Node, Tape};
-use super::{Op, ParamLayout, Phase};
-use crate::device::{ALIGNMENT, DType, Region, Slot};
+use super::{Op, ParamLayout, Phase, Spec};
+use crate::device::{ALIGNMENT, DType, DeviceKind, Region, Slot, cuda};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -54,10 +54,12 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
     });
 
     let (io, io_bytes) = place_io(tape);
-    let (temporaries, scratch, arena_bytes) = place_arena(tape);
+    let (temporaries, scratch, arena_bytes) = place_arena(tape, layout.len());
     let flat = |number: usize| number * layout.len() * DType::F32.size();
-    let slot_of = |v: super::Var| -> Slot {
+    // A parameter may be read in another type than its own: then from its copy.
+    let slot_of = |v: super::Var, spec: &Spec| -> Slot {
         let value = &tape.values[v.index()];
+        let dtype = spec.dtype(tape.precision());
         let len = || value.shape.as_ref().map_or(layout.len(), |s| s.len());
         let param = |id: usize| match layout.offset_of(&tape.params[id]) {
             Some(offset) => offset * DType::F32.size(),
@@ -65,16 +67,19 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
         };
         let (region, offset) = match &value.home {
             Home::Arena => (Region::Arena, temporaries[v.index()]),
+            Home::Param(id) if dtype == DType::Bf16 => (Region::Compute, param(*id) / 2),
             Home::Param(id) => (Region::Weights, param(*id)),
             Home::GradientOf(id) => (Region::Gradients, flat(tape.gradients) + param(*id)),
-            Home::Flat(region, number) => (*region, flat(*number)),
+            Home::Flat(region, number) => (*region, flat(*number)), // only gradients have several
             Home::Io(name) => match io.iter().find(|i| &i.name == name) {
                 Some(io) => (Region::Io, io.slot.offset),
                 None => panic!("no place for {name}"),
             },
         };
-        Slot { region, offset, len: len(), dtype: value.dtype }
+        Slot { region, offset, len: len(), dtype }
     };
+    let slots =
+        |vars: &[super::Var], specs: &[Spec]| vars.iter().zip(specs).map(|(&v, spec)| slot_of(v, spec)).collect();
 
     let mut ends = reduction.map_or(vec![], |how| cut_buckets(tape, &layout, &completed, how.buckets));
     ends.reverse(); // popped from the back, first completed first
@@ -96,10 +101,11 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
                 instructions.push(comm(Kind::ReduceWait { bucket, range }, String::new()));
             }
         }
+        let signature = node.op.signature();
         instructions.push(Instruction {
             kind: Kind::Launch(node.op.clone()),
-            inputs: node.inputs.iter().map(|&v| slot_of(v)).collect(),
-            outputs: node.outputs.iter().map(|&v| slot_of(v)).collect(),
+            inputs: slots(&node.inputs, &signature.inputs),
+            outputs: slots(&node.outputs, &signature.outputs),
             updates: node.updates,
             scratch: scratch[id],
             lane: Lane::Compute,
@@ -119,7 +125,7 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
         instructions.push(comm(Kind::ReduceWait { bucket, range }, String::new()));
     }
     let thread_scratch = tape.nodes.iter().map(|n| n.op.scratch().thread).max().unwrap_or(0);
-    Program { instructions, layout, io, io_bytes, arena_bytes, thread_scratch }
+    Program { instructions, layout, io, io_bytes, arena_bytes, thread_scratch, target: tape.target }
 }
 
 /// `op` on a range of the gradients, which it changes, and of the flat buffers after them.
@@ -206,7 +212,7 @@ struct Tenant {
 }
 
 /// Byte offsets of all values that live in the arena, workspaces of all nodes, and the size of the arena.
-fn place_arena(tape: &Tape) -> (Vec<usize>, Vec<Option<Slot>>, usize) {
+fn place_arena(tape: &Tape, flat: usize) -> (Vec<usize>, Vec<Option<Slot>>, usize) {
     let mut tenants: Vec<Tenant> = Vec::new();
     let mut tenant_of_value = vec![None; tape.values.len()];
     let touch = |tenants: &mut Vec<Tenant>, of: &mut Vec<Option<usize>>, v: super::Var, at: usize| {
@@ -221,12 +227,15 @@ fn place_arena(tape: &Tape) -> (Vec<usize>, Vec<Option<Slot>>, usize) {
         }
     };
     let mut tenant_of_scratch = vec![None; tape.nodes.len()];
-    for (id, Node { op, inputs, outputs, .. }) in tape.nodes.iter().enumerate() {
+    for (id, Node { op, inputs, outputs, updates, .. }) in tape.nodes.iter().enumerate() {
         inputs.iter().chain(outputs).for_each(|&v| touch(&mut tenants, &mut tenant_of_value, v, id));
-        let floats = op.scratch().arena;
-        if floats > 0 {
-            tenant_of_scratch[id] = Some((tenants.len(), floats));
-            tenants.push(Tenant { first: id, last: id, bytes: floats * DType::F32.size() });
+        let bytes = match tape.target.kind {
+            DeviceKind::Cpu => op.scratch().arena * DType::F32.size(),
+            DeviceKind::Cuda => op.cuda(&cuda::Form { precision: tape.precision(), updates: *updates, flat }).scratch,
+        };
+        if bytes > 0 {
+            tenant_of_scratch[id] = Some((tenants.len(), bytes.div_ceil(DType::F32.size())));
+            tenants.push(Tenant { first: id, last: id, bytes });
         }
     }
     let (offsets, size) = pack(&tenants);

@@ -1,6 +1,6 @@
 use super::{Op, ParamLayout, Phase};
 use crate::collective::{Collective, CollectiveError};
-use crate::device::{Binding, Device, Region, Slot};
+use crate::device::{Binding, Device, DeviceError, Precision, Region, Slot, Target, cuda};
 use std::ops::Range;
 use std::sync::Arc;
 use thiserror::Error;
@@ -91,6 +91,8 @@ pub struct Program {
     pub arena_bytes: usize,
     /// Floats of workspace that each CPU thread needs.
     pub thread_scratch: usize,
+    /// What it is made for.
+    pub target: Target,
 }
 
 /// Why a program stopped.
@@ -99,13 +101,18 @@ pub enum RunError {
     /// The ranks could not add up their gradients.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl RunError {
     /// What went wrong between ranks, if that is what it is.
     pub fn collective(&self) -> Option<&CollectiveError> {
-        let RunError::Collective(error) = self;
-        Some(error)
+        match self {
+            RunError::Collective(error) => Some(error),
+            RunError::Device(_) => None,
+        }
     }
 }
 
@@ -121,40 +128,104 @@ impl Program {
         }
     }
 
+    /// Readies the program for runs with these buffers: all that can be known before the first one.
+    ///
+    /// # Errors
+    /// What the device cannot do.
+    ///
+    /// # Panics
+    /// If the program was made for another kind of device, or a region that it refers to has no buffer.
+    pub fn load(self: &Arc<Self>, device: &mut Device, binding: Binding) -> Result<Loaded, DeviceError> {
+        assert_eq!(self.target.kind, device.kind(), "a program for another kind of device");
+        let commands = match device {
+            Device::Cpu(_) if self.target.precision != Precision::F32 => {
+                return Err(DeviceError::Precision(self.target.precision));
+            }
+            Device::Cpu(cpu) => {
+                cpu.reserve_scratch(self.thread_scratch);
+                vec![]
+            }
+            Device::Cuda(cuda) => {
+                let commands = self.instructions.iter().map(|instruction| instruction.prepare(self, cuda, &binding));
+                commands.collect::<Result<_, _>>()?
+            }
+        };
+        Ok(Loaded { program: self.clone(), binding, commands })
+    }
+}
+
+impl Instruction {
+    /// What the op asks of a GPU, with the addresses of its operands; nothing for what is not an op.
+    fn prepare(
+        &self,
+        program: &Program,
+        cuda: &mut cuda::Cuda,
+        binding: &Binding,
+    ) -> Result<Vec<cuda::Command>, DeviceError> {
+        let Kind::Launch(op) = &self.kind else { return Ok(vec![]) };
+        let signature = op.signature();
+        let specs = signature.inputs.iter().chain(&signature.outputs);
+        let slots = self.inputs.iter().chain(&self.outputs);
+        // All flat operands of an op are as long.
+        let flat = specs.zip(slots).find(|(spec, _)| spec.shape.is_none()).map_or(0, |(_, slot)| slot.len);
+        let form = cuda::Form { precision: program.target.precision, updates: self.updates, flat };
+        let operands = cuda::Operands { inputs: &self.inputs, outputs: &self.outputs, scratch: self.scratch };
+        Ok(cuda.prepare(&op.cuda(&form), &operands, binding)?)
+    }
+}
+
+/// A program that is ready to run on a device.
+pub struct Loaded {
+    program: Arc<Program>,
+    binding: Binding,
+    /// Of each instruction, on a GPU.
+    commands: Vec<Vec<cuda::Command>>,
+}
+
+impl Loaded {
+    /// The program.
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
     /// Runs all instructions in order.
     ///
     /// # Errors
-    /// As [`Program::run_observed`].
-    pub fn run(&self, device: &mut Device, binding: &Binding, collective: &mut dyn Collective) -> Result<(), RunError> {
-        self.run_observed(device, binding, collective, &mut |_| ())
+    /// As [`Loaded::run_observed`].
+    pub fn run(&mut self, device: &mut Device, collective: &mut dyn Collective) -> Result<(), RunError> {
+        self.run_observed(device, collective, &mut |_| ())
     }
 
-    /// Runs all instructions in order and calls `done` with the number of each that has been completed.
+    /// Runs all instructions in order and calls `done` with the number of each that has been completed, or, on a GPU, begun.
     ///
     /// # Errors
-    /// What the collective reports: the instructions after it have not run.
+    /// What the collective or the device reports: the instructions after it have not run.
     pub fn run_observed(
-        &self,
+        &mut self,
         device: &mut Device,
-        binding: &Binding,
         collective: &mut dyn Collective,
         done: &mut dyn FnMut(usize),
     ) -> Result<(), RunError> {
-        let Device::Cpu(cpu) = &mut *device;
-        cpu.reserve_scratch(self.thread_scratch);
+        let Loaded { program, binding, commands } = &*self;
         let gradients = || match binding.get(Region::Gradients) {
             Some(buffer) => buffer,
             None => panic!("no buffer for region {}", Region::Gradients.name()),
         };
-        for (number, instruction) in self.instructions.iter().enumerate() {
-            match &instruction.kind {
-                Kind::Launch(op) => {
+        for (number, instruction) in program.instructions.iter().enumerate() {
+            match (&instruction.kind, &mut *device) {
+                (Kind::Launch(op), Device::Cpu(cpu)) => {
                     let Instruction { inputs, outputs, updates, scratch, .. } = instruction;
-                    let Device::Cpu(cpu) = &mut *device;
                     op.cpu(&cpu.launch(binding, inputs, outputs, *updates, *scratch));
                 }
-                Kind::ReduceStart { range, .. } => collective.all_reduce_start(device, gradients(), range.clone())?,
-                Kind::ReduceWait { range, .. } => collective.all_reduce_wait(device, gradients(), range.clone())?,
+                (Kind::Launch(_), Device::Cuda(cuda)) => {
+                    cuda.run(&commands[number]).map_err(DeviceError::from)?;
+                }
+                (Kind::ReduceStart { range, .. }, device) => {
+                    collective.all_reduce_start(device, gradients(), range.clone())?;
+                }
+                (Kind::ReduceWait { range, .. }, device) => {
+                    collective.all_reduce_wait(device, gradients(), range.clone())?;
+                }
             }
             done(number);
         }

@@ -1,5 +1,5 @@
 use super::{Op, Param, Part, Shape, Spec};
-use crate::device::{DType, Region};
+use crate::device::{DType, Precision, Region, Target};
 use std::sync::Arc;
 
 /// A value on a tape.
@@ -77,19 +77,31 @@ pub struct Tape {
     pub(super) params: Vec<Param>,
     pub(super) phase: Phase,
     pub(super) gradients: usize,
+    pub(super) target: Target,
     scope: Vec<String>,
 }
 
 impl Default for Tape {
     fn default() -> Self {
-        Tape { values: vec![], nodes: vec![], params: vec![], phase: Phase::Forward, gradients: 0, scope: vec![] }
+        Tape::on(Target::default())
     }
 }
 
 impl Tape {
-    /// An empty tape.
+    /// An empty tape of a program for CPU cores.
     pub fn new() -> Tape {
         Tape::default()
+    }
+
+    /// An empty tape of a program for `target`.
+    pub fn on(target: Target) -> Tape {
+        let (values, nodes, params, scope) = (vec![], vec![], vec![], vec![]);
+        Tape { values, nodes, params, phase: Phase::Forward, gradients: 0, target, scope }
+    }
+
+    /// What activations are.
+    pub fn precision(&self) -> Precision {
+        self.target.precision
     }
 
     /// Runs `body` with `name` added to the path that names params and labels ops.
@@ -136,7 +148,8 @@ impl Tape {
             !self.values.iter().any(|v| v.home == Home::Io(name.into())),
             "the tape has an input or output named {name} already"
         );
-        self.value(spec.shape, spec.dtype, Home::Io(name.into()), false)
+        let dtype = spec.dtype(self.precision());
+        self.value(spec.shape, dtype, Home::Io(name.into()), false)
     }
 
     /// Makes a temporary known to the host by `name`, to be read after a run.
@@ -153,7 +166,8 @@ impl Tape {
 
     /// All of flat buffer `number` of a region that holds several one after another.
     pub fn flat_number(&mut self, region: Region, number: usize) -> Var {
-        self.value(None, DType::F32, Home::Flat(region, number), false)
+        let dtype = if region == Region::Compute { DType::Bf16 } else { DType::F32 };
+        self.value(None, dtype, Home::Flat(region, number), false)
     }
 
     /// Says to which of the flat buffers of [`Region::Gradients`] the gradients of parameters are written; 0 if nothing is said.
@@ -194,7 +208,8 @@ impl Tape {
             .into_iter()
             .map(|spec| {
                 let Some(shape) = spec.shape else { panic!("{}: an output temporary needs a shape", op.name()) };
-                self.temporary(shape, spec.dtype, differentiable && spec.dtype == DType::F32)
+                let dtype = spec.elements.dtype(self.precision());
+                self.temporary(shape, dtype, differentiable && matches!(dtype, DType::F32 | DType::Bf16))
             })
             .collect();
         self.push_into(Arc::new(op), inputs, &outputs, 0);
@@ -218,7 +233,10 @@ impl Tape {
             assert_eq!(vars.len(), specs.len(), "{}: number of {kind}s", op.name());
             for (i, (var, spec)) in vars.iter().zip(specs).enumerate() {
                 let value = &self.values[var.index()];
-                let fits = spec.dtype == value.dtype && (spec.shape.is_none() || spec.shape == value.shape);
+                let dtype = spec.dtype(self.precision());
+                // Of a parameter there is a copy in bf16 (`Region::Compute`).
+                let is_copied = dtype == DType::Bf16 && kind == "input" && matches!(value.home, Home::Param(_));
+                let fits = (dtype == value.dtype || is_copied) && (spec.shape.is_none() || spec.shape == value.shape);
                 assert!(fits, "{}: {kind} {i} is {:?}, expected {spec:?}", op.name(), (&value.shape, value.dtype));
             }
         }

@@ -120,7 +120,7 @@ pub fn time_steps(
 
 /// The groups of ops of a rank's step, whose instructions are counted as often as they run, and for each instruction of each of the step's
 /// programs the number of its group.
-pub fn step_groups(programs: &[Program]) -> (Vec<OpGroup>, Vec<Vec<usize>>) {
+pub fn step_groups<'a>(programs: impl ExactSizeIterator<Item = &'a Program>) -> (Vec<OpGroup>, Vec<Vec<usize>>) {
     let mut groups: Vec<OpGroup> = Vec::new();
     let mut group_of = Vec::new();
     for (runs, program) in step_runs(programs) {
@@ -193,7 +193,7 @@ mod tests {
         config.train.batch = 3;
         let forward = |config: &Config| {
             let share = Share::solo(&config.train).unwrap();
-            forward_products(&super::super::step_programs(config, [4, 4], &share).0[0])
+            forward_products(&super::super::step_programs(config, [4, 4], &share, Default::default()).0[0])
         };
         let without = forward(&config);
         let conv = |from: u64, to: u64| 2 * 16 * 9 * from * to;

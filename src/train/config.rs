@@ -5,6 +5,7 @@ use crate::checkpoint::CheckpointConfig;
 use crate::cluster::ClusterConfig;
 use crate::config::OutOfRange;
 use crate::data::DataConfig;
+use crate::device::Precision;
 use crate::diffusion::{DiffusionConfig, SamplerTable, Schedule};
 use crate::sample::SampleConfig;
 use crate::unet::UnetConfig;
@@ -48,11 +49,13 @@ pub struct TrainConfig {
     pub shards: Shards,
     /// Key of everything random in the run.
     pub seed: u64,
+    /// What activations and products are computed in; sums, statistics, master weights and the optimiser are f32 in either case.
+    pub precision: Precision,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        TrainConfig { steps: 800_000, batch: 128, shards: Shards::Auto, seed: 0 }
+        TrainConfig { steps: 800_000, batch: 128, shards: Shards::Auto, seed: 0, precision: Precision::F32 }
     }
 }
 

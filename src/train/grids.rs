@@ -5,7 +5,7 @@ use crate::collective::Collective;
 use crate::device::{BufferId, Device};
 use crate::diffusion::{SamplerTable, Schedule};
 use crate::report::{Console, GridOptions, Images, Picture, grid};
-use crate::sample::{Progress, Request, ReverseProcess, SampleError, Sampler};
+use crate::sample::{Progress, Request, ReverseProcess, ReverseStep, SampleError, Sampler};
 
 /// The reverse process that `[sample]` describes, with its memory.
 pub(super) struct Grids {
@@ -28,8 +28,10 @@ impl Grids {
         }
         // As many images as there are, divided among the ranks.
         let batch = section.batch.min(section.count.div_ceil(trainer.share().world_size));
-        let sampler = Sampler::new(device, &config.model, size, batch, Some(&trainer.program().layout))?;
         let table = SamplerTable::new(schedule, &section.sampler(&config.diffusion))?;
+        let (model, steps, layout) = (&config.model, table.steps.len(), Some(&trainer.program().layout));
+        let step = ReverseStep { model, size, batch, steps, layout };
+        let sampler = Sampler::new(device, &step, config.train.precision)?;
         Ok(Some(Grids { sampler, table }))
     }
 

@@ -50,7 +50,7 @@ fn six_steps(config: &Config, collective: &mut dyn Collective) -> (Vec<Vec<u32>>
     }
     let state = STATE.map(|region| {
         let mut flat = vec![0.0f32; trainer.program().layout.len()];
-        device.download(trainer.buffer(region), 0, &mut flat);
+        device.download(trainer.buffer(region), 0, &mut flat).unwrap();
         flat.iter().map(|x| x.to_bits()).collect()
     });
     (state.to_vec(), losses, timesteps)
@@ -102,7 +102,7 @@ fn shards_add_up_to_the_batch() {
         let batch = pixels(0, 8 * SIZE[0] * SIZE[1] * 3);
         let norm = trainer.step(&mut device, &mut Solo, &config, 0, &batch).unwrap().norm[0];
         let mut gradients = vec![0.0f32; trainer.program().layout.len()];
-        trainer.gradients(&device, &mut gradients);
+        trainer.gradients(&device, &mut gradients).unwrap();
         (norm, gradients)
     };
     let (whole, expected) = norm(Shards::Auto);

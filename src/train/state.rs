@@ -3,8 +3,8 @@
 use super::{Config, Trainer};
 use crate::checkpoint::{Buffers, Layout, LayoutError, Meta, Saver, Snapshot, TensorSpec};
 use crate::config::{ConfigError, to_toml};
-use crate::device::{Device, Region};
-use crate::tape::ParamLayout;
+use crate::device::{Device, DeviceError, Region};
+use crate::tape::{ParamLayout, RunError};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ impl Identity {
             config_hash: super::trajectory_hash(config)?,
             config_toml: to_toml(config)?,
             data_fingerprint,
-            device_kind: device.kind(),
+            device_kind: device.name(),
             world_size,
         })
     }
@@ -77,21 +77,22 @@ pub(super) fn snapshot(
     identity: &Identity,
     config: &Config,
     step: u64,
-) -> Snapshot {
+) -> Result<Snapshot, DeviceError> {
     let mut buffers = saver.buffers(layout);
     let Buffers { range, params, adam_m, adam_v, ema } = &mut buffers;
     let flats = [(Region::Weights, params), (Region::Moment1, adam_m), (Region::Moment2, adam_v), (Region::Ema, ema)];
     for (region, flat) in flats {
-        device.download(trainer.buffer(region), range.start, flat);
+        device.download(trainer.buffer(region), range.start, flat)?;
     }
-    Snapshot::new(identity.meta(config, step), Arc::clone(layout), buffers)
+    Ok(Snapshot::new(identity.meta(config, step), Arc::clone(layout), buffers))
 }
 
 /// Copies a snapshot onto the device.
-pub(super) fn restore(trainer: &Trainer, device: &mut Device, snapshot: &Snapshot) {
+pub(super) fn restore(trainer: &Trainer, device: &mut Device, snapshot: &Snapshot) -> Result<(), RunError> {
     let Snapshot { params, adam_m, adam_v, ema, .. } = snapshot;
     let flats = [(Region::Weights, params), (Region::Moment1, adam_m), (Region::Moment2, adam_v), (Region::Ema, ema)];
     for (region, flat) in flats {
-        device.upload(trainer.buffer(region), 0, flat);
+        device.upload(trainer.buffer(region), 0, flat)?;
     }
+    trainer.weights_changed(device)
 }

@@ -13,14 +13,15 @@
 
 use super::{Config, Optimizer, Share};
 use crate::collective::Collective;
-use crate::device::{Binding, BufferId, Device, DeviceError, Element, Region, Slot};
+use crate::device::{Binding, BufferId, Device, DeviceError, Element, Region, Slot, Target};
 use crate::diffusion::Schedule;
 use crate::ops::accumulate::{Accumulate, accumulate};
 use crate::ops::adam_ema::{Hyper, adam_ema, bias_correction};
+use crate::ops::cast::ComputeCopy;
 use crate::ops::grad_norm::grad_norm;
 use crate::ops::loss::{LossInputs, mse_loss};
 use crate::ops::q_sample::{TrainingBatch, q_sample};
-use crate::tape::{Buckets, Op, Phase, Program, Reduction, RunError, Spec, Tape, plan};
+use crate::tape::{Buckets, Loaded, Op, Phase, Program, Reduction, RunError, Spec, Tape, plan};
 use crate::unet::{Randomness, initial_parameters, unet};
 use std::sync::Arc;
 
@@ -28,31 +29,37 @@ use std::sync::Arc;
 /// number of a shard can end (in binary), of which the last one, that of the last shard, also sums over ranks and updates the weights.
 ///
 /// All have the inputs `pixels`, `clock` and `hyper`, and the results `loss` (per image), `t` and `norm` at the same places.
-pub fn step_programs(config: &Config, size: [usize; 2], share: &Share) -> (Vec<Program>, Tape) {
+pub fn step_programs(config: &Config, size: [usize; 2], share: &Share, target: Target) -> (Vec<Program>, Tape) {
     let last = share.partial_sums();
     let before = |elements: usize| Arc::new(Accumulate { sums: last, elements }) as Arc<dyn Op>;
     let before: Option<&dyn Fn(usize) -> Arc<dyn Op>> = if last > 0 { Some(&before) } else { None };
     let reduction = Reduction { buckets: Buckets::default(), before };
-    let tape = shard(config, size, share.shard, None);
+    let tape = shard(config, size, share.shard, target, None);
     let whole = plan(&tape, None, Some(reduction));
-    let accumulating = |t: usize| plan(&shard(config, size, share.shard, Some(t)), Some(&whole.layout), None);
+    let accumulating = |t: usize| plan(&shard(config, size, share.shard, target, Some(t)), Some(&whole.layout), None);
     let mut programs: Vec<Program> = (0..last).map(accumulating).collect();
     programs.push(whole);
     (programs, tape)
 }
 
 /// The programs of a step, each with how often the step runs it: of 2^L shards, 2^(L−1−t) have numbers that end in exactly t < L ones.
-pub fn step_runs(programs: &[Program]) -> impl Iterator<Item = (u64, &Program)> {
+pub fn step_runs<'a>(programs: impl ExactSizeIterator<Item = &'a Program>) -> impl Iterator<Item = (u64, &'a Program)> {
     let last = programs.len() - 1;
-    programs.iter().enumerate().map(move |(t, program)| (if t == last { 1 } else { 1 << (last - 1 - t) }, program))
+    programs.enumerate().map(move |(t, program)| (if t == last { 1 } else { 1 << (last - 1 - t) }, program))
 }
 
 /// Forward and backward pass of one shard of `images` images; then what follows from the number of ones in which the shard's number ends:
 /// its gradients are kept with those before it, or, for the last shard (none given), the weights are updated.
-fn shard(config: &Config, [height, width]: [usize; 2], images: usize, trailing_ones: Option<usize>) -> Tape {
+fn shard(
+    config: &Config,
+    [height, width]: [usize; 2],
+    images: usize,
+    target: Target,
+    trailing_ones: Option<usize>,
+) -> Tape {
     let channels = config.model.image_channels;
     let timesteps = config.diffusion.timesteps;
-    let mut tape = Tape::new();
+    let mut tape = Tape::on(target);
     let pixels = tape.io("pixels", Spec::u8([images, height, width, channels]));
     let clock = tape.io("clock", Spec::u32([4]));
     let hyper = tape.io("hyper", Spec::f32([Hyper::LEN]));
@@ -136,7 +143,8 @@ impl Metrics {
 
 /// Weights, optimiser and programs of a rank on a device.
 pub struct Trainer {
-    programs: Vec<Program>,
+    programs: Vec<Loaded>,
+    copy: Option<ComputeCopy>,
     share: Share,
     binding: Binding,
     buffers: [BufferId; 4],
@@ -169,8 +177,8 @@ impl Trainer {
         schedule: &Schedule,
         size: [usize; 2],
         share: Share,
-    ) -> Result<Trainer, DeviceError> {
-        let (programs, tape) = step_programs(config, size, &share);
+    ) -> Result<Trainer, RunError> {
+        let (programs, tape) = step_programs(config, size, &share, device.target(config.train.precision));
         let whole = &programs[programs.len() - 1];
         let flat_bytes = whole.layout.len() * size_of::<f32>();
         let arena_bytes = programs.iter().map(|program| program.arena_bytes).max().unwrap_or(0);
@@ -184,6 +192,7 @@ impl Trainer {
             *buffer = device.allocate(flat_bytes)?;
             binding = binding.with(region, *buffer);
         }
+        let copy = ComputeCopy::new(device, whole, &mut binding)?;
         // After the device's share, which is the larger one: what does not fit is then refused before anything is drawn.
         let initial = initial_parameters(&tape, &whole.layout, config.train.seed)
             .map_err(|_| DeviceError::OutOfMemory { device: "this machine".into(), bytes: flat_bytes })?;
@@ -197,18 +206,19 @@ impl Trainer {
             norm: slot("norm"),
         };
         let tables = [slot("forward_table"), slot("target_table")];
-        let images = share.images();
-        let trainer =
-            Trainer { losses: vec![0.0; images], drawn: vec![0; images], programs, share, binding, buffers, io, slots };
-        trainer.upload(device, tables[0], schedule.q_sample_table().as_flattened());
-        trainer.upload(device, tables[1], schedule.target_table().as_flattened());
-        trainer.set_parameters(device, &initial);
+        let load = |program: Program| Arc::new(program).load(device, binding);
+        let programs = programs.into_iter().map(load).collect::<Result<_, _>>()?;
+        let (losses, drawn) = (vec![0.0; share.images()], vec![0; share.images()]);
+        let trainer = Trainer { losses, drawn, programs, copy, share, binding, buffers, io, slots };
+        trainer.upload(device, tables[0], schedule.q_sample_table().as_flattened())?;
+        trainer.upload(device, tables[1], schedule.target_table().as_flattened())?;
+        trainer.set_parameters(device, &initial)?;
         Ok(trainer)
     }
 
     /// The program of the last shard: the whole step, where there is one.
     pub fn program(&self) -> &Program {
-        &self.programs[self.programs.len() - 1]
+        self.programs[self.programs.len() - 1].program()
     }
 
     /// The images of this rank.
@@ -228,16 +238,29 @@ impl Trainer {
     }
 
     /// Copies the sum of the gradients of the last step.
-    pub fn gradients(&self, device: &Device, out: &mut [f32]) {
-        if let Some(buffer) = self.binding.get(Region::Gradients) {
-            device.download(buffer, 0, out);
-        }
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn gradients(&self, device: &Device, out: &mut [f32]) -> Result<(), DeviceError> {
+        self.binding.get(Region::Gradients).map_or(Ok(()), |buffer| device.download(buffer, 0, out))
     }
 
     /// Sets the weights and, as they are at the start, their moving average.
-    pub fn set_parameters(&self, device: &mut Device, flat: &[f32]) {
-        device.upload(self.buffer(Region::Weights), 0, flat);
-        device.upload(self.buffer(Region::Ema), 0, flat);
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn set_parameters(&self, device: &mut Device, flat: &[f32]) -> Result<(), RunError> {
+        device.upload(self.buffer(Region::Weights), 0, flat)?;
+        device.upload(self.buffer(Region::Ema), 0, flat)?;
+        self.weights_changed(device)
+    }
+
+    /// To be called when something else than a step has changed the weights.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn weights_changed(&self, device: &mut Device) -> Result<(), RunError> {
+        self.copy.as_ref().map_or(Ok(()), |copy| copy.refresh(device, &self.binding))
     }
 
     /// Runs step `step` (from 0) on this rank's `pixels` `[N, H, W, C]`.
@@ -270,33 +293,33 @@ impl Trainer {
     ) -> Result<Losses<'_>, RunError> {
         let Share { shard, shards, .. } = self.share;
         let first = self.share.places().start;
-        self.upload(device, self.slots.hyper, &hyper(config, step).to_array());
+        self.upload(device, self.slots.hyper, &hyper(config, step).to_array())?;
         for (i, pixels) in pixels.chunks_exact(pixels.len() / shards).enumerate() {
             let images = i * shard..(i + 1) * shard;
-            self.upload(device, self.slots.pixels, pixels);
-            self.upload(device, self.slots.clock, &[step as u32, (first + images.start) as u32, 0, 0]);
+            self.upload(device, self.slots.pixels, pixels)?;
+            self.upload(device, self.slots.clock, &[step as u32, (first + images.start) as u32, 0, 0])?;
             let which = i.trailing_ones() as usize;
-            self.programs[which].run_observed(device, &self.binding, collective, &mut |number| done(which, number))?;
-            download(device, self.io, self.slots.loss, &mut self.losses[images.clone()]);
-            download(device, self.io, self.slots.t, &mut self.drawn[images]);
+            self.programs[which].run_observed(device, collective, &mut |number| done(which, number))?;
+            download(device, self.io, self.slots.loss, &mut self.losses[images.clone()])?;
+            download(device, self.io, self.slots.t, &mut self.drawn[images])?;
         }
         let mut norm = [0.0f32; 2];
-        download(device, self.io, self.slots.norm, &mut norm);
+        download(device, self.io, self.slots.norm, &mut norm)?;
         Ok(Losses { losses: &self.losses, timesteps: &self.drawn, norm })
     }
 
     /// Programs, of which a step runs program t for each shard whose number ends in t ones.
-    pub fn programs(&self) -> &[Program] {
-        &self.programs
+    pub fn programs(&self) -> impl ExactSizeIterator<Item = &Program> {
+        self.programs.iter().map(Loaded::program)
     }
 
-    fn upload<T: Element>(&self, device: &mut Device, slot: Slot, data: &[T]) {
-        device.upload(self.io, slot.offset / size_of::<T>(), data);
+    fn upload<T: Element>(&self, device: &mut Device, slot: Slot, data: &[T]) -> Result<(), DeviceError> {
+        device.upload(self.io, slot.offset / size_of::<T>(), data)
     }
 }
 
-fn download<T: Element>(device: &Device, io: BufferId, slot: Slot, out: &mut [T]) {
-    device.download(io, slot.offset / size_of::<T>(), out);
+fn download<T: Element>(device: &Device, io: BufferId, slot: Slot, out: &mut [T]) -> Result<(), DeviceError> {
+    device.download(io, slot.offset / size_of::<T>(), out)
 }
 
 /// The scalars of step `step` (from 0).

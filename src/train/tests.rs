@@ -4,6 +4,7 @@ use super::step::hyper;
 use super::*;
 use crate::collective::Solo;
 use crate::device::cpu::{Cpu, Launch};
+use crate::device::cuda::{Form, Work};
 use crate::device::{Device, Region};
 use crate::diffusion::{DiffusionConfig, Schedule};
 use crate::ops::adam_ema::{Hyper, adam_ema};
@@ -44,6 +45,10 @@ impl Op for GivenLoss {
             dout[i] = (2.0 / count * difference) as f32;
         }
         launch.output::<f32>(1)[0] = (sum / count) as f32;
+    }
+
+    fn cuda(&self, _: &Form) -> Work {
+        unreachable!("it runs on the CPU")
     }
 }
 
@@ -262,7 +267,7 @@ impl Run {
 
     fn state(&self, region: Region) -> Vec<f32> {
         let mut flat = vec![0.0; self.trainer.program().layout.len()];
-        self.device.download(self.trainer.buffer(region), 0, &mut flat);
+        self.device.download(self.trainer.buffer(region), 0, &mut flat).unwrap();
         flat
     }
 }
@@ -295,7 +300,7 @@ fn a_step_draws_by_its_number_and_the_seed() {
         let mut run = Run::new(config, [8, 8], 2);
         // The same weights whatever the seed.
         let weights: Vec<f32> = random(5, run.trainer.program().layout.len()).iter().map(|x| 0.1 * x).collect();
-        run.trainer.set_parameters(&mut run.device, &weights);
+        run.trainer.set_parameters(&mut run.device, &weights).unwrap();
         let count = run.config.train.batch * run.image();
         run.step(step, &pixels(1, count))
     };
@@ -331,7 +336,7 @@ fn what_is_not_finite_is_told_and_changes_nothing() {
     let range = run.trainer.program().layout.get("conv_out.bias").unwrap().range.clone();
     let mut weights = run.state(Region::Weights);
     weights[range.start] = f32::NAN;
-    run.device.upload(run.trainer.buffer(Region::Weights), 0, &weights);
+    run.device.upload(run.trainer.buffer(Region::Weights), 0, &weights).unwrap();
     let before = STATE.map(|region| run.state(region).iter().map(|x| x.to_bits()).collect::<Vec<_>>());
     let metrics = run.step(1, &pixels(1, count));
     assert!(!metrics.finite && metrics.loss.is_nan());

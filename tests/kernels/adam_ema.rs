@@ -23,7 +23,7 @@ fn check(len: usize, decoupled: bool, norm: [f32; 2], large: f32, seed: u64) {
     let squares: Vec<f32> = draw(4, 1e-3).iter().map(|x| x * x).collect();
     let inputs = [draw(1, large), norm.to_vec(), hyper.to_array().to_vec()].map(|values| bytes_of_f32(&values));
     let state = [draw(2, 0.1), draw(3, 1e-3), squares, draw(5, 0.1)].map(|values| bytes_of_f32(&values));
-    let expected = on_cpu(AdamEma { decoupled, parameters: len }, &inputs, &state);
+    let expected = on_cpu(AdamEma { decoupled, has_copy: false, parameters: len }, &inputs, &state);
     let inputs = inputs.map(Buffer::Input);
     for has_copy in [true, false] {
         let before = vec![0x55u8; 2 * len];

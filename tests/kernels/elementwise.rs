@@ -67,10 +67,10 @@ fn sums_are_those_of_the_cpu() {
     }
     for len in LENGTHS {
         let op = Accumulate { sums: 1, elements: len };
-        let [launch] = &accumulate::cuda::launches(&op)[..] else { panic!("one sum is one launch") };
+        let [launch] = &accumulate::cuda::launches(&op, len)[..] else { panic!("one sum is one launch") };
         same(both(op.clone(), launch.clone(), Precision::F32, &[len], len, true), Precision::F32);
     }
-    assert_eq!(accumulate::cuda::launches(&Accumulate { sums: 3, elements: 64 }).len(), 3);
+    assert_eq!(accumulate::cuda::launches(&Accumulate { sums: 3, elements: 64 }, 64).len(), 3);
 }
 
 #[test]

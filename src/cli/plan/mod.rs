@@ -7,8 +7,9 @@ use super::stdout::{grouped, print, print_json, table};
 use super::{Common, ConfigArguments};
 use crate::config::OutOfRange;
 use crate::device::Region;
+use crate::device::Target;
 use crate::device::cpu::pool::BASE_SCRATCH;
-use crate::sample::reverse_step_program;
+use crate::sample::ReverseStep;
 use crate::tape::{OpGroup, Program, human_bytes, human_flops};
 use crate::train::{Config, STATE, Share, forward_products, step_groups, step_programs, step_runs};
 use serde::Serialize;
@@ -89,14 +90,17 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let batch = config.train.batch;
     let share =
         Share::new(&config.train, 0, ranks).map_err(|refused| not_shared(&arguments, &config, ranks, refused))?;
-    let (programs, _) = step_programs(&config, size, &share);
+    let (programs, _) = step_programs(&config, size, &share, Target::default());
     // That of the last shard: the whole step, if there is one.
     let program = &programs[programs.len() - 1];
     let forward_flops_per_image = forward_products(program) / share.shard as u64;
-    let (groups, _) = step_groups(&programs);
+    let (groups, _) = step_groups(programs.iter());
     // Grids are made while training, beside everything else, by all ranks.
     let grid = config.sample.batch.min(config.sample.count.div_ceil(ranks));
-    let sampler = (grid > 0).then(|| reverse_step_program(&config.model, size, grid, Some(&program.layout)));
+    let sampler = (grid > 0).then(|| {
+        let (model, steps) = (&config.model, config.diffusion.timesteps);
+        ReverseStep { model, size, batch: grid, steps, layout: Some(&program.layout) }.program(Target::default())
+    });
     let threads = common.threads(if arguments.scaling.is_host() { 1.0 / ranks as f64 } else { 1.0 });
     let memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), threads, ranks);
     let row = |group: &OpGroup| OpRow {
@@ -123,7 +127,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         forward_flops: batch as u64 * forward_flops_per_image,
         step_flops: 3 * batch as u64 * forward_flops_per_image,
         arithmetic: ops.iter().map(|op| op.flops).sum(),
-        bytes_moved: step_runs(&programs).map(|(runs, program)| runs * program.summary().bytes_moved).sum(),
+        bytes_moved: step_runs(programs.iter()).map(|(runs, program)| runs * program.summary().bytes_moved).sum(),
         instructions: ops.iter().map(|op| op.count).sum(),
         memory_total: memory.iter().map(|part| part.bytes).sum(),
         memory,

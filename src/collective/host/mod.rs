@@ -171,13 +171,13 @@ impl Collective for Host {
                 let operation = || format!("finding {bytes} bytes of shared memory");
                 let span = shared.window.allocate(range.len());
                 let mut span = span.map_err(|source| CollectiveError::Io { operation: operation(), source })?;
-                device.download(buffer, range.start, span.floats_mut());
+                device.download(buffer, range.start, span.floats_mut())?;
                 Job::SumShared(Part { span, places: vec![0; self.size] })
             }
             None => {
                 let mut data = self.spare.pop().unwrap_or_default();
                 data.resize(range.len(), 0.0);
-                device.download(buffer, range.start, &mut data);
+                device.download(buffer, range.start, &mut data)?;
                 Job::Sum(data)
             }
         };
@@ -196,13 +196,13 @@ impl Collective for Host {
         self.under_way = self.under_way.saturating_sub(1);
         match (task.job, &self.shared) {
             (Job::Sum(data), _) => {
-                device.upload(buffer, range.start, &data);
+                device.upload(buffer, range.start, &data)?;
                 self.spare.push(data);
                 Ok(())
             }
             (Job::SumShared(part), Some(shared)) => {
                 let mut result = Ok(());
-                device.upload_with(buffer, range, |out| result = shared.take(&part, out));
+                device.upload_with(buffer, range, |out| result = shared.take(&part, out))?;
                 result?;
                 // One word for many sums, at the same place of every rank's program.
                 self.taken.push(part.span);

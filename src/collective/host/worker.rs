@@ -124,6 +124,7 @@ impl Worker {
             CollectiveError::OutOfStep { .. }
             | CollectiveError::TooLong { .. }
             | CollectiveError::Io { .. }
+            | CollectiveError::Device(_)
             | CollectiveError::Ended => return error,
         };
         let Some(suspect) = suspect else { return error };

@@ -1,11 +1,12 @@
 //! One GPU through its driver: memory, the program's kernels, and how long they take.
 
-use super::{Argument, Image, Launch};
+use super::{Argument, Image, Launch, PreparedKernel};
+use cudarc::cublaslt::result::CublasError;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdeviceptr, CUfunction, CUmodule};
 use cudarc::driver::{CudaContext, CudaStream};
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::CString;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,32 @@ pub enum CudaError {
     /// See [`Image::embedded`].
     #[error("this program has no CUDA kernels, as there was no nvcc where it was built")]
     NoKernels,
+    /// cuDNN is not to be found.
+    #[error(
+        "there is no cuDNN here (libcudnn.so): `pip install nvidia-cudnn-cu13`, and put its folder on LD_LIBRARY_PATH"
+    )]
+    NoDnn,
+    /// cuBLASLt is not to be found.
+    #[error(
+        "there is no cuBLASLt here (libcublasLt.so): `pip install nvidia-cublas==13.*`, and put its folder on LD_LIBRARY_PATH"
+    )]
+    NoBlas,
+    /// cuBLASLt refused something.
+    #[error("cuBLASLt cannot {action}: {source}")]
+    Blas {
+        /// What was asked for.
+        action: &'static str,
+        /// Why not.
+        source: CublasError,
+    },
+    /// cuBLASLt has no algorithm for a product.
+    #[error("cuBLASLt cannot multiply {shape}: {source}")]
+    NoProduct {
+        /// Sizes and types.
+        shape: String,
+        /// Why not.
+        source: CublasError,
+    },
     /// The driver refused something.
     #[error("CUDA cannot {action}: {source}")]
     Driver {
@@ -34,6 +61,13 @@ pub enum CudaError {
         /// Why not.
         source: DriverError,
     },
+}
+
+impl CudaError {
+    /// Whether there was too little memory.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, CudaError::Driver { source: DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY), .. })
+    }
 }
 
 fn cannot(action: impl Into<String>) -> impl FnOnce(DriverError) -> CudaError {
@@ -151,12 +185,34 @@ impl Gpu {
     /// # Errors
     /// An earlier kernel that failed.
     pub fn download(&self, memory: Memory) -> Result<Vec<u8>, CudaError> {
-        self.synchronize()?;
         let mut bytes = vec![0; memory.bytes];
-        // SAFETY: both sides are that long.
-        unsafe { result::memcpy_dtoh_sync(&mut bytes, memory.address as CUdeviceptr) }
-            .map_err(cannot("copy from the GPU"))?;
+        self.download_to(memory, &mut bytes)?;
         Ok(bytes)
+    }
+
+    /// The same into `bytes`.
+    ///
+    /// # Errors
+    /// An earlier kernel that failed.
+    ///
+    /// # Panics
+    /// If they are not as many.
+    pub fn download_to(&self, memory: Memory, bytes: &mut [u8]) -> Result<(), CudaError> {
+        assert_eq!(bytes.len(), memory.bytes);
+        self.synchronize()?;
+        // SAFETY: both sides are that long.
+        unsafe { result::memcpy_dtoh_sync(bytes, memory.address as CUdeviceptr) }.map_err(cannot("copy from the GPU"))
+    }
+
+    /// Fills a memory with zeros.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn clear(&self, memory: Memory) -> Result<(), CudaError> {
+        self.bind()?;
+        // SAFETY: the memory is that long.
+        unsafe { result::memset_d8_async(memory.address as CUdeviceptr, 0, memory.bytes, self.stream.cu_stream()) }
+            .map_err(cannot("clear memory"))
     }
 
     /// Copies one memory to another of the same size.
@@ -177,35 +233,49 @@ impl Gpu {
     /// Begins a launch whose buffers stand at the addresses that `address` gives.
     ///
     /// # Errors
-    /// A kernel that is not there, or a launch that the driver refuses. What a kernel does wrong comes with a later call.
+    /// As [`Gpu::prepare`] and [`Gpu::begin`].
+    ///
+    /// # Panics
+    /// As [`Gpu::prepare`].
+    ///
+    /// # Safety
+    /// As [`Gpu::begin`].
+    pub unsafe fn launch(&mut self, launch: &Launch, address: impl Fn(&Argument) -> u64) -> Result<(), CudaError> {
+        let kernel = self.prepare(launch, address)?;
+        // SAFETY: the caller vouches for the addresses.
+        unsafe { self.begin(&kernel) }
+    }
+
+    /// A launch whose buffers stand at the addresses that `address` gives.
+    ///
+    /// # Errors
+    /// A kernel that is not there, or that cannot have as much shared memory.
     ///
     /// # Panics
     /// If the grid has more than 65535 blocks along y or z: ops put images there, and no card has room for so many.
-    ///
-    /// # Safety
-    /// The addresses are those of memory of this GPU, as long as the launch makes of it, until it has ended.
-    pub unsafe fn launch(&mut self, launch: &Launch, address: impl Fn(&Argument) -> u64) -> Result<(), CudaError> {
-        self.bind()?;
-        let function = self.function(&launch.kernel, launch.shared)?;
-        let mut values: Vec<Vec<u8>> = launch
-            .arguments
-            .iter()
-            .map(|argument| match argument {
-                Argument::Value(bytes) => bytes.clone(),
-                Argument::Null => vec![0; size_of::<u64>()],
-                buffer => address(buffer).to_ne_bytes().into(),
-            })
-            .collect();
-        let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| value.as_mut_ptr().cast()).collect();
+    pub fn prepare(
+        &mut self,
+        launch: &Launch,
+        address: impl Fn(&Argument) -> u64,
+    ) -> Result<PreparedKernel, CudaError> {
         let [_, y, z] = launch.grid;
         assert!(y.max(z) <= 65_535, "{}: a grid of {:?}", launch.kernel, launch.grid);
-        let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x as u32, y as u32, z as u32));
+        self.bind()?;
+        let function = self.function(&launch.kernel, launch.shared)?;
+        Ok(PreparedKernel::new(function, launch, address))
+    }
+
+    /// Begins a kernel.
+    ///
+    /// # Errors
+    /// A launch that the driver refuses. What a kernel does wrong comes with a later call.
+    ///
+    /// # Safety
+    /// The addresses that it was prepared with are those of memory of this GPU, as long as the launch makes of it, until it has ended.
+    pub unsafe fn begin(&self, kernel: &PreparedKernel) -> Result<(), CudaError> {
         // SAFETY: the arguments are those that the op's `cuda.rs` says the kernel takes, copied by the driver before it returns.
-        unsafe {
-            let (shared, stream) = (launch.shared as u32, self.stream.cu_stream());
-            result::launch_kernel(function, grid, block, shared, stream, &mut pointers)
-        }
-        .map_err(cannot(format!("launch {} with grid {grid:?} of {block:?}", launch.kernel)))
+        unsafe { kernel.launch(self.stream.cu_stream()) }
+            .map_err(|source| CudaError::Driver { action: format!("launch {kernel}"), source })
     }
 
     fn function(&mut self, name: &str, shared: usize) -> Result<CUfunction, CudaError> {

@@ -1,23 +1,6 @@
 //! A kernel's launch, as an op describes it: a real driver runs it, and so does the machine made of software that tests use.
 
-/// Type of the activations that a kernel reads and writes; statistics, parameters and sums are f32 in either case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// 32 bits.
-    F32,
-    /// The upper 16 bits of an f32.
-    Bf16,
-}
-
-impl Precision {
-    /// Bytes of an element.
-    pub fn bytes(self) -> usize {
-        match self {
-            Precision::F32 => 4,
-            Precision::Bf16 => 2,
-        }
-    }
-}
+use crate::device::Precision;
 
 /// One argument of a kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,6 +68,11 @@ impl Launch {
             Precision::Bf16 => "bf16",
         };
         Launch { kernel: format!("{name}_{suffix}"), grid, block: [threads, 1, 1], shared: 0, arguments }
+    }
+
+    /// The same with other operands in place of its own.
+    pub fn with(self, operand: impl Fn(Argument) -> Argument) -> Launch {
+        Launch { arguments: self.arguments.into_iter().map(operand).collect(), ..self }
     }
 
     /// A kernel of `kernels/elementwise.cuh` on `len` elements: a thread for each 16 bytes. It takes the buffers, their length, and what

@@ -1,11 +1,17 @@
-//! The CUDA device; so far a GPU with the compiled kernels, and what an op asks of them: which one, how many threads, which arguments.
+//! The CUDA device: a GPU with this program's kernels, cuDNN and cuBLASLt, and what ops ask of them.
 
+mod blas;
+mod device;
 mod gpu;
 mod image;
+mod kernel;
 mod launch;
 mod work;
 
+pub use super::Precision;
+pub use device::{Command, Cuda, Operands};
 pub use gpu::{CudaError, Gpu, Memory};
 pub use image::Image;
-pub use launch::{Argument, Launch, Precision};
-pub use work::{Convolution, ConvolutionShape, MatrixShape, Pass, Place, Product, ProductShape, Step, Work};
+pub use kernel::PreparedKernel;
+pub use launch::{Argument, Launch};
+pub use work::{Convolution, ConvolutionShape, Form, MatrixShape, Pass, Place, Product, ProductShape, Step, Work};

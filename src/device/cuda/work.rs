@@ -2,13 +2,45 @@
 
 use super::{Argument, Launch, Precision};
 
+/// What is known of an op's operands beside what the op knows itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    /// Of activations, and of the weights that they are multiplied by.
+    pub precision: Precision,
+    /// Bit i: output i is added to or changed in place.
+    pub updates: u32,
+    /// Elements of the operands that are flat buffers.
+    pub flat: usize,
+}
+
+impl Form {
+    /// Whether output `i` is added to or changed in place.
+    pub fn updates(&self, i: usize) -> bool {
+        self.updates >> i & 1 != 0
+    }
+}
+
 /// How an op is computed.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Work {
     /// In this order.
     pub steps: Vec<Step>,
     /// Bytes of workspace in the arena.
     pub scratch: usize,
+    /// What the kernels read beside the op's inputs, byte for byte; their places follow those of the inputs.
+    pub constants: Vec<Vec<u8>>,
+}
+
+impl Work {
+    /// Kernels without a workspace.
+    pub fn kernels(launches: impl IntoIterator<Item = Launch>) -> Work {
+        Work { steps: launches.into_iter().map(Step::Kernel).collect(), ..Work::default() }
+    }
+
+    /// The same with so many bytes of workspace.
+    pub fn with_scratch(self, scratch: usize) -> Work {
+        Work { scratch, ..self }
+    }
 }
 
 /// A part of an op's work.

@@ -13,6 +13,7 @@ mod tests;
 
 use crate::device::Region;
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Signature, Spec, Tape, Var};
 use std::sync::Arc;
 
@@ -49,5 +50,9 @@ impl Op for Accumulate {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::accumulate(launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels(cuda::launches(self, form.flat))
     }
 }

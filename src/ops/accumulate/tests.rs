@@ -29,11 +29,11 @@ fn shards_are_added_along_the_tree() {
         let binding = Binding::default().with(Region::Gradients, buffer).with(Region::Arena, arena);
         for (i, g) in g.iter().enumerate() {
             let t = i.trailing_ones() as usize;
-            device.upload(buffer, (1 + t) * flat, g);
-            program(t).run(&mut device, &binding, &mut Solo).unwrap();
+            device.upload(buffer, (1 + t) * flat, g).unwrap();
+            Arc::new(program(t)).load(&mut device, binding).unwrap().run(&mut device, &mut Solo).unwrap();
         }
         let mut sum = vec![0.0; SIZE];
-        device.download(buffer, 4 * flat, &mut sum);
+        device.download(buffer, 4 * flat, &mut sum).unwrap();
         for k in 0..SIZE {
             let [a, b, c, d, e, f, g, h] = std::array::from_fn(|i| g[i][k]);
             assert_eq!(sum[k], ((a + b) + (c + d)) + ((e + f) + (g + h)));
@@ -74,15 +74,15 @@ fn the_last_shard_adds_bucket_by_bucket() {
             .with(Region::Arena, arena)
             .with(Region::Weights, weights)
             .with(Region::Gradients, buffer);
-        device.upload(weights, 0, &random(1, flat));
-        device.upload(buffer, flat, start);
+        device.upload(weights, 0, &random(1, flat)).unwrap();
+        device.upload(buffer, flat, start).unwrap();
         for (name, seed) in [("x", 2), ("dy", 3)] {
             let slot = program.io(name);
-            device.upload(io, slot.offset / 4, &random(seed, slot.len));
+            device.upload(io, slot.offset / 4, &random(seed, slot.len)).unwrap();
         }
-        program.run(&mut device, &binding, &mut Solo).unwrap();
+        Arc::new(program.clone()).load(&mut device, binding).unwrap().run(&mut device, &mut Solo).unwrap();
         let mut gradients = vec![0.0; flat];
-        device.download(buffer, 0, &mut gradients);
+        device.download(buffer, 0, &mut gradients).unwrap();
         gradients
     };
     let (p_0, p_1) = (random(4, flat), random(5, flat));

@@ -1,5 +1,7 @@
+use super::AdamEma;
 use crate::device::cpu::Launch;
 use crate::multiversion;
+use crate::ops::cast::cast;
 
 /// Pieces that the buffers are cut into for the threads.
 const PIECES: usize = 512;
@@ -14,14 +16,15 @@ struct Piece<'a> {
     gradients: &'a [f32],
 }
 
-pub(super) fn adam_ema(decoupled: bool, launch: &Launch<'_>) {
+pub(super) fn adam_ema(op: &AdamEma, launch: &Launch<'_>) {
     let norm = launch.input::<f32>(1);
     if norm[1] == 0.0 {
         return;
     }
-    let update = Update::new(launch.input::<f32>(2), norm[0], decoupled);
+    let update = Update::new(launch.input::<f32>(2), norm[0], op.decoupled);
     let mut gradients = launch.input::<f32>(0);
-    let [mut weights, mut moment1, mut moment2, mut ema] = [0, 1, 2, 3].map(|i| launch.output::<f32>(i));
+    let [all, mut moment1, mut moment2, mut ema] = [0, 1, 2, 3].map(|i| launch.output::<f32>(i));
+    let mut weights = &mut all[..];
     let len = gradients.len().div_ceil(PIECES).next_multiple_of(16);
     let mut pieces: [Piece<'_>; PIECES] = std::array::from_fn(|_| {
         let len = len.min(gradients.len());
@@ -37,6 +40,9 @@ pub(super) fn adam_ema(decoupled: bool, launch: &Launch<'_>) {
         let Piece { weights, moment1, moment2, ema, gradients } = &mut piece[0];
         apply(weights, moment1, moment2, ema, gradients, update);
     });
+    if op.has_copy {
+        cast(launch.pool(), all, launch.output(4));
+    }
 }
 
 /// Factors that are the same for all parameters.

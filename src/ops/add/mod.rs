@@ -9,6 +9,7 @@ mod tests;
 
 use super::copy::{Copy, pass_gradient};
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Shape, Signature, Spec, Tape, Var};
 
 /// y = a + b; any shape.
@@ -30,7 +31,7 @@ impl Op for Add {
     }
 
     fn signature(&self) -> Signature {
-        let spec = Spec::f32(self.shape.clone());
+        let spec = Spec::computed(self.shape.clone());
         Signature { inputs: vec![spec.clone(), spec.clone()], outputs: vec![spec] }
     }
 
@@ -48,5 +49,9 @@ impl Op for Add {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::add(launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels([cuda::launch(self, form.precision)])
     }
 }

@@ -8,6 +8,7 @@ pub mod cuda;
 mod tests;
 
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Scratch, Shape, Signature, Spec, Tape, Var};
 
 /// o = softmax(q·kᵀ/√d)·v for each head of d = C/heads channels.
@@ -80,11 +81,11 @@ impl Attention {
         let mut shape = self.shape.dims().to_vec();
         shape.pop();
         shape.push(3 * self.channels());
-        Spec::f32(shape.as_slice())
+        Spec::computed(shape.as_slice())
     }
 
     fn o(&self) -> Spec {
-        Spec::f32(self.shape.clone())
+        Spec::computed(self.shape.clone())
     }
 
     fn log_sums(&self) -> Spec {
@@ -124,6 +125,10 @@ impl Op for Attention {
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::attention(self, launch);
     }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels([cuda::launch(self, form.precision)])
+    }
 }
 
 impl Op for AttentionGradient {
@@ -134,7 +139,7 @@ impl Op for AttentionGradient {
     fn signature(&self) -> Signature {
         let Attention { shape, .. } = &self.attention;
         let inputs =
-            vec![self.attention.qkv(), self.attention.o(), self.attention.log_sums(), Spec::f32(shape.clone())];
+            vec![self.attention.qkv(), self.attention.o(), self.attention.log_sums(), Spec::computed(shape.clone())];
         Signature { inputs, outputs: vec![self.attention.qkv()] }
     }
 
@@ -151,5 +156,10 @@ impl Op for AttentionGradient {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::attention_gradient(&self.attention, launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        let launches = cuda::launches_gradient(self, form.precision, form.updates(0));
+        Work::kernels(launches).with_scratch(size_of::<f32>() * cuda::dots(self))
     }
 }

@@ -1,6 +1,8 @@
-//! `kernels/layout.cu`; convolutions are cuDNN's, and their bias gradients those of [`linear`](crate::ops::linear::cuda).
+//! Convolutions of cuDNN, whose bias gradients are those of [`linear`](crate::ops::linear::cuda), and `kernels/layout.cu`.
 
-use crate::device::cuda::{Argument, Launch, Precision};
+use super::{Conv2d, KERNEL, Stride};
+use crate::device::cuda::{Argument, Convolution, ConvolutionShape, Form, Launch, Pass, Precision, Step, Work};
+use crate::ops::linear::cuda::bias_gradient_work;
 
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -34,4 +36,66 @@ pub fn unpadded([rows, columns]: [usize; 2], with_columns: usize, precision: Pre
     let sizes = [rows, columns, with_columns].map(Argument::u32).into_iter().chain([Argument::flag(adds)]);
     let arguments = [Argument::Input(0), Argument::Output(0)].into_iter().chain(sizes).collect();
     Launch::new("unpadded", precision, [(rows * columns).div_ceil(THREADS), 1, 1], THREADS, arguments)
+}
+
+fn shape(op: &Conv2d, pass: Pass, form: &Form) -> ConvolutionShape {
+    ConvolutionShape {
+        pass,
+        images: op.images,
+        size: [op.height, op.width],
+        channels: op.channels,
+        out: op.out,
+        filter: KERNEL,
+        stride: op.step(),
+        padding: match op.stride {
+            Stride::One => [1, 1],
+            Stride::Two => [0, 1],
+        },
+        precision: form.precision,
+        has_bias: pass == Pass::Forward,
+        has_residual: pass == Pass::Forward && op.residual,
+        adds: pass != Pass::Forward && form.updates(0),
+    }
+}
+
+/// y, with bias and residual.
+pub(super) fn forward(op: &Conv2d, form: &Form) -> Work {
+    let convolution = Convolution {
+        shape: shape(op, Pass::Forward, form),
+        x: Argument::Input(0),
+        weight: Argument::Input(1),
+        y: Argument::Output(0),
+        bias: Argument::Input(2),
+        residual: if op.residual { Argument::Input(3) } else { Argument::Null },
+    };
+    Work { steps: vec![Step::Convolution(convolution)], ..Work::default() }
+}
+
+/// dx.
+pub(super) fn input_gradient(op: &Conv2d, form: &Form) -> Work {
+    let convolution = Convolution {
+        shape: shape(op, Pass::InputGradient, form),
+        x: Argument::Output(0),
+        weight: Argument::Input(1),
+        y: Argument::Input(0),
+        bias: Argument::Null,
+        residual: Argument::Null,
+    };
+    Work { steps: vec![Step::Convolution(convolution)], ..Work::default() }
+}
+
+/// dW and db.
+pub(super) fn weight_gradient(op: &Conv2d, form: &Form) -> Work {
+    let convolution = Convolution {
+        shape: shape(op, Pass::WeightGradient, form),
+        x: Argument::Input(1),
+        weight: Argument::Output(0),
+        y: Argument::Input(0),
+        bias: Argument::Null,
+        residual: Argument::Null,
+    };
+    let (height, width) = op.out_size();
+    let mut work = bias_gradient_work([op.images * height * width, op.out], form);
+    work.steps.push(Step::Convolution(convolution));
+    work
 }

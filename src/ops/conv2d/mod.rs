@@ -8,6 +8,7 @@ mod tests;
 
 use super::copy::pass_gradient;
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Scratch, Shape, Signature, Spec, Tape, Var};
 
 /// Height and width of the filter.
@@ -83,8 +84,8 @@ impl Conv2d {
         [self.images, height, width, self.out].into()
     }
 
-    fn weight(&self) -> Spec {
-        Spec::f32([self.out, KERNEL, KERNEL, self.channels])
+    fn weight(&self) -> Shape {
+        [self.out, KERNEL, KERNEL, self.channels].into()
     }
 
     fn multiply_adds(&self) -> u64 {
@@ -104,8 +105,8 @@ impl Op for Conv2d {
     }
 
     fn signature(&self) -> Signature {
-        let y = Spec::f32(self.y_shape());
-        let mut inputs = vec![Spec::f32(self.x_shape()), self.weight(), Spec::f32([self.out])];
+        let y = Spec::computed(self.y_shape());
+        let mut inputs = [self.x_shape(), self.weight(), [self.out].into()].map(Spec::computed).to_vec();
         inputs.extend(self.residual.then(|| y.clone()));
         Signature { inputs, outputs: vec![y] }
     }
@@ -141,6 +142,10 @@ impl Op for Conv2d {
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::forward(self, launch);
     }
+
+    fn cuda(&self, form: &Form) -> Work {
+        cuda::forward(self, form)
+    }
 }
 
 impl Op for Conv2dInputGradient {
@@ -152,8 +157,8 @@ impl Op for Conv2dInputGradient {
     }
 
     fn signature(&self) -> Signature {
-        let inputs = vec![Spec::f32(self.of.y_shape()), self.of.weight()];
-        Signature { inputs, outputs: vec![Spec::f32(self.of.x_shape())] }
+        let inputs = [self.of.y_shape(), self.of.weight()].map(Spec::computed).to_vec();
+        Signature { inputs, outputs: vec![Spec::computed(self.of.x_shape())] }
     }
 
     fn scratch(&self) -> Scratch {
@@ -167,6 +172,10 @@ impl Op for Conv2dInputGradient {
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::input_gradient(&self.of, launch);
     }
+
+    fn cuda(&self, form: &Form) -> Work {
+        cuda::input_gradient(&self.of, form)
+    }
 }
 
 impl Op for Conv2dWeightGradient {
@@ -178,8 +187,8 @@ impl Op for Conv2dWeightGradient {
     }
 
     fn signature(&self) -> Signature {
-        let inputs = vec![Spec::f32(self.of.y_shape()), Spec::f32(self.of.x_shape())];
-        Signature { inputs, outputs: vec![self.of.weight(), Spec::f32([self.of.out])] }
+        let inputs = [self.of.y_shape(), self.of.x_shape()].map(Spec::computed).to_vec();
+        Signature { inputs, outputs: vec![Spec::f32(self.of.weight()), Spec::f32([self.of.out])] }
     }
 
     fn flops(&self) -> u64 {
@@ -188,5 +197,9 @@ impl Op for Conv2dWeightGradient {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::weight_gradient(&self.of, launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        cuda::weight_gradient(&self.of, form)
     }
 }

@@ -4,6 +4,7 @@ mod cpu;
 pub mod cuda;
 
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Shape, Signature, Spec};
 
 /// y = x (y += x as an update); any shape.
@@ -19,7 +20,10 @@ impl Op for Copy {
     }
 
     fn signature(&self) -> Signature {
-        Signature { inputs: vec![Spec::f32(self.shape.clone())], outputs: vec![Spec::f32(self.shape.clone())] }
+        Signature {
+            inputs: vec![Spec::computed(self.shape.clone())],
+            outputs: vec![Spec::computed(self.shape.clone())],
+        }
     }
 
     fn flops(&self) -> u64 {
@@ -32,6 +36,10 @@ impl Op for Copy {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::copy(launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels([cuda::launch(self, form.precision, form.updates(0))])
     }
 }
 

@@ -8,6 +8,7 @@ mod tests;
 
 use crate::device::Region;
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 use std::sync::Arc;
 
@@ -47,5 +48,9 @@ impl Op for GradNorm {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::grad_norm(launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels(cuda::launches(form.flat)).with_scratch(size_of::<f64>() * cuda::partials(form.flat))
     }
 }

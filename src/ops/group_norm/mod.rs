@@ -8,6 +8,7 @@ pub mod cuda;
 mod tests;
 
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Scratch, Signature, Spec, Tape, Var};
 
 /// The columns of the timestep term [N, `total`] that one op reads: as many as it has channels, from `offset` on.
@@ -137,7 +138,7 @@ impl GroupNorm {
 
     fn activations(&self, channels: usize) -> Spec {
         let [n, h, w] = self.size;
-        Spec::f32([n, h, w, channels])
+        Spec::computed([n, h, w, channels])
     }
 
     fn statistics(&self) -> Spec {
@@ -158,7 +159,7 @@ impl GroupNorm {
         let per_channel = Spec::f32([self.total_channels()]);
         let mut inputs: Vec<Spec> = self.sources().iter().map(|&c| self.activations(c)).collect();
         inputs.extend([per_channel.clone(), per_channel]);
-        inputs.extend(self.timestep.map(|columns| Spec::f32([self.images(), columns.total])));
+        inputs.extend(self.timestep.map(|columns| Spec::computed([self.images(), columns.total])));
         inputs.extend(self.dropout.map(|_| Spec::u32([4])));
         inputs
     }
@@ -196,6 +197,11 @@ impl Op for GroupNorm {
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::group_norm(self, launch);
     }
+
+    fn cuda(&self, form: &Form) -> Work {
+        let scratch = cuda::workspace(self, cuda::forward_passes(self, form.precision));
+        Work::kernels(cuda::launches(self, form.precision)).with_scratch(scratch)
+    }
 }
 
 impl Op for GroupNormGradient {
@@ -227,5 +233,10 @@ impl Op for GroupNormGradient {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::group_norm_gradient(&self.norm, launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        let scratch = cuda::gradient_workspace(self, cuda::backward_passes(self, form.precision));
+        Work::kernels(cuda::gradient_launches(self, form.precision, form.updates)).with_scratch(scratch)
     }
 }

@@ -11,6 +11,7 @@ mod tests;
 
 use super::copy::pass_gradient;
 use crate::device::cpu::{Launch, gemm};
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Scratch, Shape, Signature, Spec, Tape, Var};
 
 /// y[r, n] = Σ_k x[r, k]·W[n, k] + b[n] (+ residual[r, n]).
@@ -66,11 +67,11 @@ impl Linear {
     }
 
     fn source_specs(&self) -> Vec<Spec> {
-        self.sources.iter().map(|&k| Spec::f32(self.with_channels(k))).collect()
+        self.sources.iter().map(|&k| Spec::computed(self.with_channels(k))).collect()
     }
 
-    fn weight(&self) -> Spec {
-        Spec::f32([self.out, self.depth()])
+    fn weight(&self) -> Shape {
+        [self.out, self.depth()].into()
     }
 
     fn multiply_adds(&self, depth: usize) -> u64 {
@@ -84,9 +85,9 @@ impl Op for Linear {
     }
 
     fn signature(&self) -> Signature {
-        let y = Spec::f32(self.with_channels(self.out));
+        let y = Spec::computed(self.with_channels(self.out));
         let mut inputs = self.source_specs();
-        inputs.extend([self.weight(), Spec::f32([self.out])]);
+        inputs.extend([self.weight(), [self.out].into()].map(Spec::computed));
         inputs.extend(self.residual.then(|| y.clone()));
         Signature { inputs, outputs: vec![y] }
     }
@@ -131,6 +132,10 @@ impl Op for Linear {
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::forward(self, launch);
     }
+
+    fn cuda(&self, form: &Form) -> Work {
+        cuda::forward(self, form)
+    }
 }
 
 impl Op for LinearInputGradient {
@@ -141,8 +146,8 @@ impl Op for LinearInputGradient {
     fn signature(&self) -> Signature {
         let Linear { sources, out, .. } = &self.of;
         Signature {
-            inputs: vec![Spec::f32(self.of.with_channels(*out)), self.of.weight()],
-            outputs: vec![Spec::f32(self.of.with_channels(sources[self.source]))],
+            inputs: [self.of.with_channels(*out), self.of.weight()].map(Spec::computed).to_vec(),
+            outputs: vec![Spec::computed(self.of.with_channels(sources[self.source]))],
         }
     }
 
@@ -157,6 +162,10 @@ impl Op for LinearInputGradient {
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::input_gradient(&self.of, self.source, launch);
     }
+
+    fn cuda(&self, form: &Form) -> Work {
+        cuda::input_gradient(&self.of, self.source, form)
+    }
 }
 
 impl Op for LinearWeightGradient {
@@ -165,9 +174,9 @@ impl Op for LinearWeightGradient {
     }
 
     fn signature(&self) -> Signature {
-        let mut inputs = vec![Spec::f32(self.of.with_channels(self.of.out))];
+        let mut inputs = vec![Spec::computed(self.of.with_channels(self.of.out))];
         inputs.extend(self.of.source_specs());
-        Signature { inputs, outputs: vec![self.of.weight(), Spec::f32([self.of.out])] }
+        Signature { inputs, outputs: vec![Spec::f32(self.of.weight()), Spec::f32([self.of.out])] }
     }
 
     fn flops(&self) -> u64 {
@@ -176,5 +185,9 @@ impl Op for LinearWeightGradient {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::weight_gradient(&self.of, launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        cuda::weight_gradient(&self.of, form)
     }
 }

@@ -10,6 +10,7 @@ mod tests;
 
 use super::q_sample::TrainingBatch;
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 
 /// Inputs: the network's output [N, H, W, C]; pixels u8 [N, H, W, C]; t u32 [N]; the target's coefficients of x_0 and of ε as table
@@ -65,13 +66,13 @@ impl Op for MseLoss {
         let shape = self.batch.shape();
         Signature {
             inputs: vec![
-                Spec::f32(shape.clone()),
+                Spec::computed(shape.clone()),
                 Spec::u8(shape.clone()),
                 Spec::u32([images]),
                 Spec::f32([timesteps, 2]),
                 Spec::u32([4]),
             ],
-            outputs: vec![Spec::f32(shape), Spec::f32([images])],
+            outputs: vec![Spec::computed(shape), Spec::f32([images])],
         }
     }
 
@@ -85,5 +86,11 @@ impl Op for MseLoss {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::mse_loss(self, launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        let partials = self.batch.images * cuda::partials(&self.batch);
+        let launches = cuda::launches(self, form.precision, self.batch.channels, false);
+        Work::kernels(launches).with_scratch(size_of::<f64>() * partials)
     }
 }

@@ -1,5 +1,6 @@
 use crate::device::cpu::Launch;
 use crate::multiversion;
+use crate::ops::CHUNK;
 use crate::rng::{Kind, Stream};
 use crate::tape::Shape;
 
@@ -7,14 +8,17 @@ use crate::tape::Shape;
 pub(super) const BLOCK: usize = 2048;
 
 pub(super) fn p_sample(shape: &Shape, launch: &Launch<'_>) {
-    let (out, row) = (launch.input::<f32>(0), launch.input::<f32>(1));
-    let (clock, seed) = (launch.input::<u32>(2), launch.input::<u32>(3));
-    let seed = u64::from(seed[1]) << 32 | u64::from(seed[0]);
+    let (out, table) = (launch.input::<f32>(0), launch.input::<f32>(1));
+    let (timesteps, clock) = (launch.input::<u32>(2), launch.input::<u32>(3));
+    let step = timesteps[clock[0] as usize];
+    let row = &table[9 * clock[0] as usize..][..9];
+    let seed = u64::from(clock[3]) << 32 | u64::from(clock[2]);
     let sigma = row[7];
     let elements = shape.dims()[1..].iter().product::<usize>();
-    launch.pool().for_chunks(launch.output::<f32>(0), elements, |image, x, scratch| {
+    let x = launch.output::<f32>(0);
+    launch.pool().for_chunks(x, elements, |image, x, scratch| {
         let sample = clock[1].wrapping_add(image as u32);
-        let noise = Stream { seed, kind: Kind::SampleNoise, layer: 0, sample, step: clock[0] };
+        let noise = Stream { seed, kind: Kind::SampleNoise, layer: 0, sample, step };
         let out = &out[image * elements..][..elements];
         for (block, (x, out)) in x.chunks_mut(BLOCK).zip(out.chunks(BLOCK)).enumerate() {
             mean(x, out, row);
@@ -25,6 +29,15 @@ pub(super) fn p_sample(shape: &Shape, launch: &Launch<'_>) {
             }
         }
     });
+    launch.pool().for_chunks(launch.output::<f32>(1), CHUNK, |i, input, _| {
+        input.copy_from_slice(&x[i * CHUNK..][..input.len()]);
+    });
+}
+
+pub(super) fn next_step(launch: &Launch<'_>) {
+    let (timesteps, clock) = (launch.input::<u32>(0), launch.output::<u32>(0));
+    clock[0] += 1;
+    launch.output::<u32>(1).fill(timesteps[(clock[0] as usize).min(timesteps.len() - 1)]);
 }
 
 multiversion! {

@@ -1,4 +1,4 @@
-use super::{StepInputs, p_sample, row};
+use super::{State, StepInputs, p_sample, row};
 use crate::diffusion::{
     DiffusionConfig, Objective, SamplerConfig, SamplerKind, SamplerTable, Schedule, Variance, p_sample_step,
 };
@@ -11,22 +11,31 @@ const EPS: f64 = f32::EPSILON as f64;
 
 fn run(shape: &Shape, threads: usize, x: &[f32], out: &[f32], row: [f32; 9], clock: [u32; 2], seed: u64) -> Vec<f32> {
     let mut tape = Tape::new();
-    let x_var = tape.io("x", Spec::f32(shape.clone()));
+    let state = State {
+        x: tape.io("x", Spec::f32(shape.clone())),
+        input: tape.io("input", Spec::computed(shape.clone())),
+        t: tape.io("t", Spec::u32([shape.dims()[0]])),
+        clock: tape.io("clock", Spec::u32([4])),
+    };
     let inputs = StepInputs {
         out: tape.io("out", Spec::f32(shape.clone())),
-        row: tape.io("row", Spec::f32([9])),
-        clock: tape.io("clock", Spec::u32([4])),
-        seed: tape.io("seed", Spec::u32([2])),
+        table: tape.io("table", Spec::f32([3, 9])),
+        timesteps: tape.io("timesteps", Spec::u32([3])),
     };
-    p_sample(&mut tape, x_var, inputs);
+    p_sample(&mut tape, state, inputs);
     let mut planned = Planned::new(&tape, threads);
     planned.set("x", x);
     planned.set("out", out);
-    planned.set("row", &row);
-    planned.set("clock", &[clock[0], clock[1], 9, 9]);
-    planned.set("seed", &[seed as u32, (seed >> 32) as u32]);
+    planned.set("table", [[f32::NAN; 9], row, [f32::NAN; 9]].as_flattened());
+    planned.set("timesteps", &[9, clock[0], 41]);
+    planned.set("clock", &[1, clock[1], seed as u32, (seed >> 32) as u32]);
     planned.run();
-    planned.get("x")
+    let next = planned.get::<f32>("x");
+    assert_eq!(planned.get::<f32>("input").len(), next.len());
+    assert!(planned.get::<f32>("input").iter().zip(&next).all(|(a, b)| a.to_bits() == b.to_bits()));
+    assert_eq!(planned.get::<u32>("clock")[..2], [2, clock[1]]);
+    assert!(planned.get::<u32>("t").iter().all(|&t| t == 41));
+    next
 }
 
 /// The step in f64 and the sum of its terms' sizes, which bounds the rounding errors.

@@ -13,6 +13,7 @@ pub(super) mod tests;
 pub use batch::TrainingBatch;
 
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 
 /// Inputs: pixels u8 [N, H, W, C]; √ᾱ_t and √(1−ᾱ_t) as table [T, 2]; clock u32 [4] (see [`TrainingBatch`]).
@@ -38,7 +39,7 @@ impl Op for QSample {
         let batch = &self.batch;
         Signature {
             inputs: vec![Spec::u8(batch.shape()), Spec::f32([batch.timesteps, 2]), Spec::u32([4])],
-            outputs: vec![Spec::f32(batch.shape()), Spec::u32([batch.images])],
+            outputs: vec![Spec::computed(batch.shape()), Spec::u32([batch.images])],
         }
     }
 
@@ -52,5 +53,9 @@ impl Op for QSample {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::q_sample(&self.batch, launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels([cuda::launch(&self.batch, form.precision, self.batch.channels, false)])
     }
 }

@@ -7,6 +7,7 @@ pub mod cuda;
 mod tests;
 
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Shape, Signature, Spec, Tape, Var};
 
 /// y = x·σ(x); any shape.
@@ -35,7 +36,10 @@ impl Op for Silu {
     }
 
     fn signature(&self) -> Signature {
-        Signature { inputs: vec![Spec::f32(self.shape.clone())], outputs: vec![Spec::f32(self.shape.clone())] }
+        Signature {
+            inputs: vec![Spec::computed(self.shape.clone())],
+            outputs: vec![Spec::computed(self.shape.clone())],
+        }
     }
 
     fn flops(&self) -> u64 {
@@ -50,6 +54,10 @@ impl Op for Silu {
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::silu(launch);
     }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels([cuda::launch(self, form.precision)])
+    }
 }
 
 impl Op for SiluGradient {
@@ -58,7 +66,7 @@ impl Op for SiluGradient {
     }
 
     fn signature(&self) -> Signature {
-        let spec = Spec::f32(self.shape.clone());
+        let spec = Spec::computed(self.shape.clone());
         Signature { inputs: vec![spec.clone(), spec.clone()], outputs: vec![spec] }
     }
 
@@ -68,5 +76,9 @@ impl Op for SiluGradient {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::silu_gradient(launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels([cuda::launch_gradient(self, form.precision, form.updates(0))])
     }
 }

@@ -7,6 +7,7 @@ pub mod cuda;
 mod tests;
 
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Signature, Spec, Tape, Var};
 use std::sync::Arc;
 
@@ -53,7 +54,7 @@ impl Op for TimestepEmbedding {
     }
 
     fn signature(&self) -> Signature {
-        Signature { inputs: vec![Spec::u32([self.images])], outputs: vec![Spec::f32([self.images, self.dim])] }
+        Signature { inputs: vec![Spec::u32([self.images])], outputs: vec![Spec::computed([self.images, self.dim])] }
     }
 
     fn flops(&self) -> u64 {
@@ -62,5 +63,10 @@ impl Op for TimestepEmbedding {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::timestep_embedding(self, launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        let frequencies = self.frequencies.iter().flat_map(|frequency| frequency.to_ne_bytes()).collect();
+        Work { constants: vec![frequencies], ..Work::kernels([cuda::launch(self, form.precision)]) }
     }
 }

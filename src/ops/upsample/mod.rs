@@ -7,6 +7,7 @@ pub mod cuda;
 mod tests;
 
 use crate::device::cpu::Launch;
+use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Shape, Signature, Spec, Tape, Var};
 
 /// y[n, h, w, c] = x[n, ⌊h/2⌋, ⌊w/2⌋, c].
@@ -40,7 +41,10 @@ impl Op for Upsample {
     }
 
     fn signature(&self) -> Signature {
-        Signature { inputs: vec![Spec::f32(self.shape.clone())], outputs: vec![Spec::f32(doubled(&self.shape))] }
+        Signature {
+            inputs: vec![Spec::computed(self.shape.clone())],
+            outputs: vec![Spec::computed(doubled(&self.shape))],
+        }
     }
 
     fn flops(&self) -> u64 {
@@ -55,6 +59,10 @@ impl Op for Upsample {
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::upsample(&self.shape, launch);
     }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels([cuda::launch(self, form.precision)])
+    }
 }
 
 impl Op for UpsampleGradient {
@@ -63,7 +71,10 @@ impl Op for UpsampleGradient {
     }
 
     fn signature(&self) -> Signature {
-        Signature { inputs: vec![Spec::f32(doubled(&self.shape))], outputs: vec![Spec::f32(self.shape.clone())] }
+        Signature {
+            inputs: vec![Spec::computed(doubled(&self.shape))],
+            outputs: vec![Spec::computed(self.shape.clone())],
+        }
     }
 
     fn flops(&self) -> u64 {
@@ -72,5 +83,9 @@ impl Op for UpsampleGradient {
 
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::upsample_gradient(&self.shape, launch);
+    }
+
+    fn cuda(&self, form: &Form) -> Work {
+        Work::kernels([cuda::launch_gradient(self, form.precision, form.updates(0))])
     }
 }

@@ -183,15 +183,16 @@ fn run_observed(
         .with(Region::Weights, weights)
         .with(Region::Gradients, gradients);
     let small: Vec<f32> = random(1, flat).iter().map(|x| 0.1 * x).collect();
-    device.upload(weights, 0, &small);
+    device.upload(weights, 0, &small).unwrap();
     for (name, seed) in [("x", 2), ("dout", 3)] {
         let slot = program.io(name);
-        device.upload(io, slot.offset / 4, &random(seed, slot.len));
+        device.upload(io, slot.offset / 4, &random(seed, slot.len)).unwrap();
     }
-    program.run_observed(&mut device, &binding, collective, done)?;
+    let program = std::sync::Arc::new(program.clone());
+    program.load(&mut device, binding)?.run_observed(&mut device, collective, done)?;
     let (mut found, mut norm) = (vec![0.0; flat], [0.0f32; 2]);
-    device.download(gradients, 0, &mut found);
-    device.download(io, program.io("norm").offset / 4, &mut norm);
+    device.download(gradients, 0, &mut found)?;
+    device.download(io, program.io("norm").offset / 4, &mut norm)?;
     Ok((found, norm[0]))
 }
 

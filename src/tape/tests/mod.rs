@@ -5,6 +5,7 @@ mod fusion;
 
 use super::*;
 use crate::collective::Solo;
+use crate::device::cuda::{Form, Work};
 use crate::device::{ALIGNMENT, Binding, Device, Region, Slot, cpu::Cpu, cpu::Launch};
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -48,6 +49,10 @@ impl Op for Mix {
                 *y = old + mix(j, &inputs, i);
             }
         }
+    }
+
+    fn cuda(&self, _: &Form) -> Work {
+        unreachable!("it runs on the CPU")
     }
 }
 
@@ -141,13 +146,13 @@ fn run(program: &Program) -> Vec<f32> {
     let mut device = Device::Cpu(Cpu::new(1));
     let io = device.allocate(program.io_bytes).unwrap();
     let arena = device.allocate(program.arena_bytes).unwrap();
-    device.upload(arena, 0, &vec![f32::NAN; program.arena_bytes / 4]);
-    device.upload(io, program.io("x").offset / 4, &input());
+    device.upload(arena, 0, &vec![f32::NAN; program.arena_bytes / 4]).unwrap();
+    device.upload(io, program.io("x").offset / 4, &input()).unwrap();
     let binding = Binding::default().with(Region::Io, io).with(Region::Arena, arena);
-    program.run(&mut device, &binding, &mut Solo).unwrap();
+    Arc::new(program.clone()).load(&mut device, binding).unwrap().run(&mut device, &mut Solo).unwrap();
     let slot = program.io("out");
     let mut out = vec![0.0; slot.len];
-    device.download(io, slot.offset / 4, &mut out);
+    device.download(io, slot.offset / 4, &mut out).unwrap();
     out
 }
 

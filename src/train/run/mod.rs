@@ -15,7 +15,7 @@ use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Start};
 use crate::cluster::{SpeedChange, Stragglers, minority};
 use crate::collective::{Activity, Collective, Timed};
 use crate::data::{Dataset, ImageSize, Loader, LoaderConfig, Order};
-use crate::device::{Device, Region};
+use crate::device::{Device, DeviceError, Region};
 use crate::rendezvous::Launch;
 use crate::rendezvous::store::{Client, StoreError};
 use crate::report::Console;
@@ -172,7 +172,7 @@ impl<'a> Run<'a> {
         let places = self.trainer.share().places();
         let slice = LoaderConfig { batch, offset: places.start, count: places.len(), start: self.step, depth: 3 };
         let mut loader = Loader::new(Arc::clone(dataset), Order { seed, len: dataset.len() }, slice)?;
-        self.account.checksum = self.checksum();
+        self.account.checksum = self.checksum()?;
         let (accounts, mut known) = self.exchange()?;
         let strange = minority(&accounts.iter().filter_map(|account| account.checksum).collect::<Vec<_>>());
         if !strange.is_empty() {
@@ -187,7 +187,7 @@ impl<'a> Run<'a> {
             }
             known = self.step(&mut loader)?;
             dataset.replacements().iter().for_each(|text| self.console.alarm(text));
-            self.save_if_due(known.idle);
+            self.save_if_due(known.idle)?;
             self.draw_if_due()?;
         }
         Ok(Ended::Finished)
@@ -210,7 +210,7 @@ impl<'a> Run<'a> {
         // Also what is about to be saved.
         let to_save = self.save_waits || self.config.checkpoint.is_due(self.step);
         if to_save || self.config.cluster.compares_after(self.step) {
-            self.account.checksum = self.checksum();
+            self.account.checksum = self.checksum()?;
         }
         self.note(self.step, "telling the others how it stands");
         let (accounts, known) = self.exchange()?;
@@ -242,9 +242,10 @@ impl<'a> Run<'a> {
     }
 
     /// Of weights and averages, where there is a rank to compare them with.
-    fn checksum(&self) -> Option<u64> {
+    fn checksum(&self) -> Result<Option<u64>, DeviceError> {
         let held = [Region::Weights, Region::Ema].map(|region| self.trainer.buffer(region));
-        (self.collective.world_size() > 1).then(|| checksum(self.device, &held, self.layout.elements()))
+        let is_one_of_many = self.collective.world_size() > 1;
+        is_one_of_many.then(|| checksum(self.device, &held, self.layout.elements())).transpose()
     }
 
     /// Tells the other ranks how this one stands, and hears how they stand.
@@ -308,20 +309,22 @@ impl<'a> Run<'a> {
     }
 
     /// Begins to write a checkpoint in the background if one is due and no rank still writes the one before; else it waits for that.
-    fn save_if_due(&mut self, idle: bool) {
+    fn save_if_due(&mut self, idle: bool) -> Result<(), TrainError> {
         self.save_waits |= self.config.checkpoint.is_due(self.step);
         if self.save_waits && idle {
-            self.save();
+            self.save()?;
         }
+        Ok(())
     }
 
-    fn save(&mut self) {
+    fn save(&mut self) -> Result<(), TrainError> {
         self.save_waits = false;
         let Run { trainer, device, saver, layout, identity, config, step, .. } = self;
-        let state = snapshot(trainer, device, saver, layout, identity, config, *step);
+        let state = snapshot(trainer, device, saver, layout, identity, config, *step)?;
         if let Err(refused) = saver.save(state) {
             self.joint.alarm(format!("step {step} is not saved: {refused}"));
         }
+        Ok(())
     }
 
     /// Waits for what is being written, and then saves this step if it is not saved yet. An error is that of this step.
@@ -333,14 +336,14 @@ impl<'a> Run<'a> {
         }
         // A rank may not have heard that all was well: then all save again. What is saved is the same at all ranks.
         let mut mine = vec![u8::from(self.saved != Some(step))];
-        mine.extend(self.checksum().unwrap_or(0).to_le_bytes());
+        mine.extend(self.checksum()?.unwrap_or(0).to_le_bytes());
         let all = gather(self.collective, mine)?;
         if step == 0 || all.iter().all(|word| word.starts_with(&[0])) {
             return Ok(());
         }
         let checksum = |word: &Vec<u8>| word.get(1..).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes);
         self.agree(&all.iter().filter_map(checksum).collect::<Vec<_>>())?;
-        self.save();
+        self.save()?;
         if let Some(report) = self.wait_for_saves()? {
             report.result.map_err(|source| TrainError::NotSaved { step, source })?;
         }

@@ -67,7 +67,7 @@ impl<'a> Run<'a> {
         let saved = newest.as_ref().map(|(_, snapshot)| snapshot.meta.step);
         if let Some((path, snapshot)) = newest {
             together(collective, check_same_run(config, &path, &snapshot.meta, &identity, dataset))?;
-            restore(&trainer, device, &snapshot);
+            restore(&trainer, device, &snapshot)?;
             console.say(format!("resuming from {}", path.display()));
             if options.initial.is_some() {
                 joint.alarm("the weights to begin with are not used: this run has begun already");
@@ -82,7 +82,7 @@ impl<'a> Run<'a> {
                 joint.alarm(format!("saved by {}, going on with {}: {differ}", ranks(then), ranks(now)));
             }
         } else if let Some(initial) = options.initial {
-            trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?);
+            trainer.set_parameters(device, &initial(&layout).map_err(TrainError::Initial)?)?;
         }
         let step = saved.unwrap_or(0);
         let grids = together(collective, Grids::new(config, device, &schedule, &trainer, [height, width]))?;

@@ -75,7 +75,7 @@ fn sums_are_those_of_the_tree_at_every_rank_through_memory_and_through_sockets()
                 })
                 .collect();
             for round in 0..3 {
-                device.upload(buffer, 0, &values(host.rank() + round, total));
+                device.upload(buffer, 0, &values(host.rank() + round, total)).unwrap();
                 for range in &ranges {
                     host.all_reduce_start(&mut device, buffer, range.clone()).unwrap();
                 }
@@ -86,7 +86,7 @@ fn sums_are_those_of_the_tree_at_every_rank_through_memory_and_through_sockets()
             let pages: usize = lens.iter().map(|len: &usize| (4 * len.max(&1)).next_multiple_of(4096)).sum();
             assert!(host.shared.as_ref().is_none_or(|shared| shared.window.taken() == pages), "memory of one round");
             let mut sums = vec![0.0f32; total];
-            device.download(buffer, 0, &mut sums);
+            device.download(buffer, 0, &mut sums).unwrap();
             sums
         });
         let mut parts: Vec<Vec<f32>> = (0..size).map(|rank| values(rank + 2, total)).collect();
@@ -103,7 +103,7 @@ fn sums_that_follow_each_other_without_end_take_bounded_memory() {
     let taken = world(3, PATIENCE, |mut host| {
         let mut device = Device::Cpu(Cpu::new(1));
         let buffer = device.allocate(4 * 2000).unwrap();
-        device.upload(buffer, 0, &vec![1.0f32; 2000]);
+        device.upload(buffer, 0, &vec![1.0f32; 2000]).unwrap();
         let half = |i: usize| 1000 * (i % 2)..1000 * (i % 2 + 1);
         host.all_reduce_start(&mut device, buffer, half(0)).unwrap();
         for i in 0..200 {

@@ -1,0 +1,217 @@
+//! The device behind [`Device::Cuda`](crate::device::Device): buffers, libraries, and ops whose operands have addresses.
+
+use super::blas::{Blas, PreparedProduct, ProductAddresses};
+use super::{Argument, CudaError, Gpu, Memory, Place, Precision, PreparedKernel, Product, Step, Work};
+use crate::device::{Binding, BufferId, DeviceError, Element, Slot};
+
+/// Bytes that libraries may use while they compute.
+const WORKSPACE: usize = 256 << 20;
+
+/// A GPU with its libraries and buffers.
+pub struct Cuda {
+    gpu: Gpu,
+    name: String,
+    blas: Blas,
+    buffers: Vec<Memory>,
+    /// What kernels read beside their inputs; equal ones are there once.
+    constants: Vec<(Vec<u8>, Memory)>,
+}
+
+/// Where an instruction reads and writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Operands<'a> {
+    /// Where it reads.
+    pub inputs: &'a [Slot],
+    /// Where it writes.
+    pub outputs: &'a [Slot],
+    /// Its workspace.
+    pub scratch: Option<Slot>,
+}
+
+/// A part of an op's work, with addresses.
+pub struct Command(Kind);
+
+enum Kind {
+    Kernel(PreparedKernel),
+    Product(PreparedProduct),
+}
+
+/// Addresses of an op's operands and constants.
+struct Addresses {
+    inputs: Vec<u64>,
+    outputs: Vec<u64>,
+    scratch: u64,
+}
+
+impl Addresses {
+    /// Where an operand stands; 0 for none.
+    ///
+    /// # Panics
+    /// If the op has no such operand.
+    fn of(&self, argument: &Argument) -> u64 {
+        match argument {
+            Argument::Input(place) => self.inputs[*place],
+            Argument::Output(place) => self.outputs[*place],
+            Argument::Scratch => self.scratch,
+            Argument::Null | Argument::Value(_) => 0,
+        }
+    }
+
+    fn of_place(&self, place: &Place, precision: Precision) -> u64 {
+        self.of(&place.operand) + (place.offset * precision.bytes()) as u64
+    }
+
+    fn of_product(&self, product: &Product) -> ProductAddresses {
+        let Product { shape, a, b, c, bias, addend } = product;
+        ProductAddresses {
+            a: self.of_place(a, shape.a.precision),
+            b: self.of_place(b, shape.b.precision),
+            c: self.of_place(c, shape.c.precision),
+            bias: self.of(bias),
+            addend: self.of_place(&Place { operand: addend.clone(), offset: c.offset }, shape.c.precision),
+        }
+    }
+}
+
+impl Cuda {
+    /// The GPU of that number.
+    ///
+    /// # Errors
+    /// No driver, GPU or library, or one that is too old.
+    pub fn open(ordinal: usize) -> Result<Cuda, CudaError> {
+        let gpu = Gpu::open(ordinal)?;
+        let workspace = gpu.allocate(WORKSPACE)?;
+        let blas = Blas::open(gpu.stream().cu_stream(), workspace)?;
+        let name = gpu.name()?;
+        Ok(Cuda { gpu, name, blas, buffers: vec![], constants: vec![] })
+    }
+
+    /// `NVIDIA H200`
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Allocates a zeroed buffer.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn allocate(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
+        let memory = self.gpu.allocate(bytes).map_err(|error| match error.is_out_of_memory() {
+            true => DeviceError::OutOfMemory { device: "the GPU".into(), bytes },
+            false => error.into(),
+        })?;
+        self.gpu.clear(memory)?;
+        self.buffers.push(memory);
+        Ok(BufferId(self.buffers.len() - 1))
+    }
+
+    /// A range of a buffer.
+    ///
+    /// # Panics
+    /// If it lies outside.
+    fn part<T: Element>(&self, buffer: BufferId, offset: usize, len: usize) -> Memory {
+        let memory = self.buffers[buffer.0];
+        let (first, bytes) = (offset * size_of::<T>(), len * size_of::<T>());
+        assert!(first + bytes <= memory.bytes, "{bytes} bytes from {first} on of a buffer of {}", memory.bytes);
+        Memory { address: memory.address + first as u64, bytes }
+    }
+
+    /// Copies `data` into a buffer from element `offset` on.
+    ///
+    /// # Errors
+    /// An earlier kernel that failed.
+    ///
+    /// # Panics
+    /// If it lies outside.
+    pub fn upload<T: Element>(&self, buffer: BufferId, offset: usize, data: &[T]) -> Result<(), CudaError> {
+        self.gpu.upload(self.part::<T>(buffer, offset, data.len()), bytes_of(data))
+    }
+
+    /// Copies elements from `offset` on out of a buffer.
+    ///
+    /// # Errors
+    /// An earlier kernel that failed.
+    ///
+    /// # Panics
+    /// If they lie outside.
+    pub fn download<T: Element>(&self, buffer: BufferId, offset: usize, out: &mut [T]) -> Result<(), CudaError> {
+        self.gpu.download_to(self.part::<T>(buffer, offset, out.len()), bytes_of_mut(out))
+    }
+
+    /// An op's work on operands whose buffers are known.
+    ///
+    /// # Errors
+    /// What the GPU or a library cannot do.
+    ///
+    /// # Panics
+    /// If a slot lies outside its buffer or has none, or the work names operands that the op has not: errors of the program.
+    pub fn prepare(
+        &mut self,
+        work: &Work,
+        operands: &Operands<'_>,
+        binding: &Binding,
+    ) -> Result<Vec<Command>, CudaError> {
+        let constants = work.constants.iter().map(|bytes| self.constant(bytes)).collect::<Result<Vec<_>, _>>()?;
+        let at = |slot: &Slot| self.address(slot, binding);
+        let addresses = Addresses {
+            inputs: operands.inputs.iter().map(at).chain(constants).collect(),
+            outputs: operands.outputs.iter().map(at).collect(),
+            scratch: operands.scratch.as_ref().map_or(0, at),
+        };
+        work.steps.iter().map(|step| self.prepare_step(step, &addresses)).collect()
+    }
+
+    fn address(&self, slot: &Slot, binding: &Binding) -> u64 {
+        let Some(id) = binding.get(slot.region) else { panic!("no buffer for region {}", slot.region.name()) };
+        let memory = self.buffers[id.0];
+        let end = slot.len.checked_mul(slot.dtype.size()).and_then(|bytes| bytes.checked_add(slot.offset));
+        assert!(end.is_some_and(|end| end <= memory.bytes), "slot outside its buffer: {slot:?}");
+        memory.address + slot.offset as u64
+    }
+
+    /// The address of a copy of `bytes`.
+    fn constant(&mut self, bytes: &[u8]) -> Result<u64, CudaError> {
+        if let Some((_, memory)) = self.constants.iter().find(|(known, _)| known == bytes) {
+            return Ok(memory.address);
+        }
+        let memory = self.gpu.allocate(bytes.len())?;
+        self.gpu.upload(memory, bytes)?;
+        self.constants.push((bytes.to_vec(), memory));
+        Ok(memory.address)
+    }
+
+    fn prepare_step(&mut self, step: &Step, addresses: &Addresses) -> Result<Command, CudaError> {
+        Ok(Command(match step {
+            Step::Kernel(launch) => Kind::Kernel(self.gpu.prepare(launch, |argument| addresses.of(argument))?),
+            Step::Product(product) => Kind::Product(self.blas.prepare(&product.shape, addresses.of_product(product))?),
+            Step::Convolution(_) => return Err(CudaError::NoDnn),
+        }))
+    }
+
+    /// Begins what was prepared on this device.
+    ///
+    /// # Errors
+    /// What the driver or a library refuses; what goes wrong on the GPU comes with a later call.
+    pub fn run(&self, commands: &[Command]) -> Result<(), CudaError> {
+        for Command(kind) in commands {
+            // SAFETY: buffers live as long as the device, and `prepare` has checked that slots lie inside.
+            unsafe {
+                match kind {
+                    Kind::Kernel(kernel) => self.gpu.begin(kernel)?,
+                    Kind::Product(product) => self.blas.run(product)?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn bytes_of<T: Element>(data: &[T]) -> &[u8] {
+    // SAFETY: plain numbers without padding.
+    unsafe { std::slice::from_raw_parts(data.as_ptr().cast(), size_of_val(data)) }
+}
+
+fn bytes_of_mut<T: Element>(data: &mut [T]) -> &mut [u8] {
+    // SAFETY: plain numbers without padding, of which every bit pattern is one.
+    unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr().cast(), size_of_val(data)) }
+}
