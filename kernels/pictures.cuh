@@ -26,10 +26,10 @@ constexpr int PIXELS = 4;
 
 /// The u8 channels of a thread's pixels from `first` on, in a picture that may be mirrored. C = 0: as many as the picture has.
 ///
-/// Where 4 divides the width, the pixels of a thread and their mirror image lie in one row each: 4 C bytes at a multiple of 4 C bytes from the
-/// picture's first, which a multiple of 4 precedes. They are read as C aligned words. Words of 16 bytes would take 16 pixels a thread, and
-/// leave 8192 threads for a batch of 128 CIFAR-10 images; a warp's C accesses are to the same 128 C bytes, which the first of them brings
-/// into the cache.
+/// Where 4 divides the width, the pixels of a thread and their mirror image lie in one row each: 4 C bytes at a multiple of 4 C bytes from
+/// the picture's first, which a multiple of 4 precedes. They are read as C aligned words. Words of 16 bytes would take 16 pixels a thread,
+/// and leave 8192 threads for a batch of 128 CIFAR-10 images; a warp's C accesses are to the same 128 C bytes, which the first of them
+/// brings into the cache.
 template <int C> struct PictureReader {
     __device__ __forceinline__ PictureReader(const uint8_t *picture, const Image &image, int first, bool is_mirrored)
         : picture(picture), image(image), first(first), is_mirrored(is_mirrored), is_in_words(C > 0 && image.width % PIXELS == 0) {

@@ -4,8 +4,8 @@
 //   y, dy   T [N, 2H, 2W, C]
 //
 // Forward y =, backward dx (+)=. A thread has a pack of one pixel's channels, or one channel where a pack does not divide C; buffers are
-// aligned to 16 bytes; 2 W C is less than 2^32. In f32 the bits are the CPU's. Grid (N H, parts of a row). Moves 5 N H W C sizeof T bytes, one
-// part more where dx is added to.
+// aligned to 16 bytes; 2 W C is less than 2^32. In f32 the bits are the CPU's. Grid (N H, parts of a row). Moves 5 N H W C sizeof T bytes,
+// one part more where dx is added to.
 
 #include "pack.cuh"
 

@@ -12,6 +12,9 @@ use std::time::Duration;
 /// The driver of CUDA 13.0, as `cuDriverGetVersion` has it: what nvcc 13 compiles needs it.
 const OLDEST_DRIVER: i32 = 13_000;
 
+/// Bytes of shared memory that a block must be able to have by opting in, as on an A100: no launch asks for more.
+const BLOCK_MEMORY: usize = 163 << 10;
+
 /// What keeps a GPU from working.
 #[derive(Debug, thiserror::Error)]
 pub enum CudaError {
@@ -26,6 +29,35 @@ pub enum CudaError {
     /// See [`Image::embedded`].
     #[error("this program has no CUDA kernels, as there was no nvcc where it was built")]
     NoKernels,
+    /// A card of a generation before those that kernels are compiled for.
+    #[error(
+        "GPU {ordinal} ({name}) has compute capability {}.{}, and the kernels are for {}.{} and later ({architectures}): use an A100, H100, H200 or B200",
+        .found.0, .found.1, .oldest.0, .oldest.1
+    )]
+    OldCard {
+        /// Its number.
+        ordinal: usize,
+        /// `Tesla V100-SXM2-16GB`
+        name: String,
+        /// Major and minor.
+        found: (i32, i32),
+        /// Likewise, the lowest that will do.
+        oldest: (i32, i32),
+        /// See [`Image::architectures`].
+        architectures: &'static str,
+    },
+    /// A smaller card of a generation that would do.
+    #[error(
+        "GPU {ordinal} ({name}) gives a block {found} bytes of shared memory, and the kernels take up to {BLOCK_MEMORY}: use an A100, H100, H200 or B200"
+    )]
+    SmallCard {
+        /// Its number.
+        ordinal: usize,
+        /// `NVIDIA GeForce RTX 4090`
+        name: String,
+        /// Bytes.
+        found: usize,
+    },
     /// The driver refused something.
     #[error("CUDA cannot {action}: {source}")]
     Driver {
@@ -70,7 +102,7 @@ impl Gpu {
     /// The GPU of that number.
     ///
     /// # Errors
-    /// No driver, no GPU of that number, or one that none of the kernels was compiled for.
+    /// No driver, no GPU of that number, or one that the kernels are not for.
     pub fn open(ordinal: usize) -> Result<Gpu, CudaError> {
         // SAFETY: it loads a library that has no requirements at loading.
         if !unsafe { sys::is_culib_present() } {
@@ -84,6 +116,7 @@ impl Gpu {
         }
         let image = Image::embedded().ok_or(CudaError::NoKernels)?;
         let context = CudaContext::new(ordinal).map_err(cannot(format!("open GPU {ordinal}")))?;
+        must_suit(ordinal, &context, image)?;
         let stream = context.new_stream().map_err(cannot("make a stream"))?;
         // SAFETY: the image is a fatbin as nvcc wrote it, aligned, and lives as long as the program.
         let module = unsafe { result::module::load_data(image.fatbin.as_ptr().cast()) };
@@ -252,6 +285,21 @@ impl Gpu {
         let milliseconds = start.elapsed_ms(&end).map_err(cannot("finish what was begun"))?;
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
+}
+
+/// Refuses a card before it is asked to load kernels, which its driver would refuse in fewer words, or later.
+fn must_suit(ordinal: usize, context: &CudaContext, image: Image) -> Result<(), CudaError> {
+    let name = || context.name().map_err(cannot("tell the GPU's name"));
+    let found = context.compute_capability().map_err(cannot("tell the GPU's compute capability"))?;
+    if let Some(oldest) = image.oldest().filter(|oldest| found < *oldest) {
+        return Err(CudaError::OldCard { ordinal, name: name()?, found, oldest, architectures: image.architectures });
+    }
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let found = context.attribute(attribute).map_err(cannot("tell how much shared memory a block can have"))? as usize;
+    if found < BLOCK_MEMORY {
+        return Err(CudaError::SmallCard { ordinal, name: name()?, found });
+    }
+    Ok(())
 }
 
 impl Drop for Gpu {
