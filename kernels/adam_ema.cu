@@ -5,13 +5,16 @@
 //   norm      f32 [2], L2 norm of the gradients, and 0 if one is not finite: then nothing is written
 //   scalars   f32 [16], `Hyper::to_array`: lr, 1-beta1, 1-beta2, eps, weight_decay, bc1, bc2, max_grad_norm, 1-decay
 //
-// n is a multiple of 4, the buffers are aligned to 16 bytes. The bits are those of the CPU. Moves 36 n bytes, 38 n with the copy.
+// n is a multiple of 8, the buffers are aligned to 16 bytes. The bits are those of the CPU. A warp has 256 parameters, a lane four of each
+// half of them: all accesses have 16 bytes, those of a warp stand side by side. Moves 36 n bytes, 38 n with the copy.
 
 #include "pack.cuh"
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, WARP = 32;
+/// Parameters that a warp reads at once.
+constexpr uint32_t HALF = 4 * WARP;
 constexpr float LARGEST = 3.4028234663852886e38f;
 
 /// Factors that are the same for all parameters; names as in cpu.rs.
@@ -51,6 +54,25 @@ __device__ __forceinline__ void apply(float &weight, float &moment1, float &mome
     ema = __fadd_rn(ema, __fmul_rn(u.ema_rate, __fsub_rn(weight, ema)));
 }
 
+using Four = Pack<float>;
+
+/// Rounds what a lane has of its warp's parameters from `first` on. Neighbours swap, so that the even one has eight of the first half, and
+/// the odd one of the second.
+__device__ __forceinline__ void store_copy(bf16 *copy, const Four (&w)[2], uint64_t first, uint32_t lane, uint64_t n) {
+    uint2 words[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const Four &four = w[half];
+        words[half] = Pack<bf16, 4>{{four.values[0], four.values[1], four.values[2], four.values[3]}}.word();
+    }
+    const bool is_odd = lane % 2 == 1;
+    const uint2 own = is_odd ? words[1] : words[0], given = is_odd ? words[0] : words[1];
+    const uint2 got = make_uint2(__shfl_xor_sync(~0u, given.x, 1), __shfl_xor_sync(~0u, given.y, 1));
+    const uint64_t i = first + (is_odd ? HALF : 0) + 8 * (lane / 2);
+    if (i < n)
+        *reinterpret_cast<uint4 *>(copy + i) = is_odd ? make_uint4(got.x, got.y, own.x, own.y) : make_uint4(own.x, own.y, got.x, got.y);
+}
+
 } // namespace
 
 KERNEL(THREADS, adam_ema, const float *gradients, const float *norm, const float *scalars, float *weights, float *moment1, float *moment2,
@@ -62,20 +84,26 @@ KERNEL(THREADS, adam_ema, const float *gradients, const float *norm, const float
         shared[0] = update_of(norm, scalars, decoupled != 0);
     __syncthreads();
     const Update u = shared[0];
-    const uint64_t i = 4 * (uint64_t(blockIdx.x) * blockDim.x + threadIdx.x);
-    if (i >= n)
-        return;
-    using Four = Pack<float>;
-    Four w = Four::load(weights + i), m = Four::load(moment1 + i), v = Four::load(moment2 + i), e = Four::load(ema + i);
-    const Four g = Four::load(gradients + i);
+    const uint32_t lane = threadIdx.x % WARP;
+    const uint64_t first = 2 * HALF * (uint64_t(blockIdx.x) * (THREADS / WARP) + threadIdx.x / WARP);
+    Four g[2] = {}, w[2] = {}, m[2] = {}, v[2] = {}, e[2] = {};
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-        apply(w.values[k], m.values[k], v.values[k], e.values[k], g.values[k], u);
-    w.store(weights + i), m.store(moment1 + i), v.store(moment2 + i), e.store(ema + i);
-    if (copy) {
-        uint2 rounded_pairs;
-        rounded_pairs.x = __bfloat16_as_ushort(rounded<bf16>(w.values[0])) | uint32_t(__bfloat16_as_ushort(rounded<bf16>(w.values[1]))) << 16;
-        rounded_pairs.y = __bfloat16_as_ushort(rounded<bf16>(w.values[2])) | uint32_t(__bfloat16_as_ushort(rounded<bf16>(w.values[3]))) << 16;
-        *reinterpret_cast<uint2 *>(copy + i) = rounded_pairs;
+    for (int half = 0; half < 2; half++) {
+        const uint64_t i = first + HALF * half + 4 * lane;
+        if (i < n) {
+            g[half] = Four::load(gradients + i), w[half] = Four::load(weights + i), e[half] = Four::load(ema + i);
+            m[half] = Four::load(moment1 + i), v[half] = Four::load(moment2 + i);
+        }
     }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint64_t i = first + HALF * half + 4 * lane;
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            apply(w[half].values[k], m[half].values[k], v[half].values[k], e[half].values[k], g[half].values[k], u);
+        if (i < n)
+            w[half].store(weights + i), m[half].store(moment1 + i), v[half].store(moment2 + i), e[half].store(ema + i);
+    }
+    if (copy)
+        store_copy(copy, w, first, lane, n);
 }

@@ -80,7 +80,7 @@ __device__ __forceinline__ float exp2_of(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;
 #else
-    return std::exp2(x);
+    return sim::exp2_approx(x);
 #endif
 }
 

@@ -34,19 +34,19 @@ template <class T, int C>
 __device__ __forceinline__ double differences(const T *out, const uint8_t *pixels, T *gradient, const Image &image, const Target &target,
                                               int first) {
     const int channels = C ? C : image.channels;
+    const PictureReader<C> picture(pixels, image, first, target.is_mirrored);
     PixelNormals epsilon(target.noise, static_cast<uint32_t>(first / PIXELS * channels));
     double sum = 0.0;
 #pragma unroll
     for (int i = 0; i < PIXELS; i++) {
         if (first + i >= image.height * image.width)
             return sum;
-        const uint8_t *x_0 = pixels + source(image, first + i, target.is_mirrored) * channels;
         const size_t at = static_cast<size_t>(first + i) * image.padded;
         PixelReader<T, C> from(out + at, image.padded);
         PixelWriter<T, C> to(gradient + at, image.padded);
 #pragma unroll
         for (int c = 0; c < channels; c++) {
-            const float data = __fmul_rn(target.weights.x, x_0_of(x_0[c]));
+            const float data = __fmul_rn(target.weights.x, x_0_of(picture.at(i, c)));
             const float expected = __fadd_rn(data, __fmul_rn(target.weights.y, epsilon[i * channels + c]));
             const float difference = __fsub_rn(from[c], expected);
             to.set(c, __fmul_rn(target.scale, difference));

@@ -14,10 +14,11 @@ __device__ __forceinline__ float widened(bf16 value) { return __bfloat162float(v
 /// So many bytes, read or written at once.
 template <int BYTES> struct WordOf;
 template <> struct WordOf<16> { using Type = uint4; };
+template <> struct WordOf<8> { using Type = uint2; };
 template <> struct WordOf<4> { using Type = uint32_t; };
 template <> struct WordOf<2> { using Type = uint16_t; };
 
-/// Neighbours: as many as 16 bytes hold, 4 of f32 or 8 of bf16, or one.
+/// Neighbours: as many as 16 bytes hold, 4 of f32 or 8 of bf16, or fewer.
 template <class T, int COUNT = 16 / sizeof(T)> struct Pack {
     static constexpr int SIZE = COUNT;
     /// The neighbours as memory holds them.

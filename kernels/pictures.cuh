@@ -16,12 +16,6 @@ __device__ __forceinline__ bool mirrored(bool flip, uint64_t seed, uint32_t samp
     return flip && rng::first_word(rng::stream(seed, rng::FLIP, 0, sample, step)) >> 31;
 }
 
-/// The pixel that is read for the one at `pixel`.
-__device__ __forceinline__ size_t source(const Image &image, size_t pixel, bool is_mirrored) {
-    const size_t row = pixel / image.width, column = pixel % image.width;
-    return is_mirrored ? row * image.width + image.width - 1 - column : pixel;
-}
-
 /// x_0 = (2 pixel - 255)/255: the dividend is exact, so there is one rounding.
 __device__ __forceinline__ float x_0_of(uint8_t pixel) {
     return __fdiv_rn(__fadd_rn(__fmul_rn(2.0f, __uint2float_rn(pixel)), -255.0f), 255.0f);
@@ -29,6 +23,46 @@ __device__ __forceinline__ float x_0_of(uint8_t pixel) {
 
 /// Pixels of a thread. The normals of four pixels are those of C whole groups, C channels.
 constexpr int PIXELS = 4;
+
+/// The u8 channels of a thread's pixels from `first` on, in a picture that may be mirrored. C = 0: as many as the picture has.
+///
+/// Where 4 divides the width, the pixels of a thread and their mirror image lie in one row each: 4 C bytes at a multiple of 4 C bytes from
+/// the picture's first, which a multiple of 4 precedes. They are read as C aligned words. Words of 16 bytes would take 16 pixels a thread,
+/// and leave 8192 threads for a batch of 128 CIFAR-10 images; a warp's C accesses are to the same 128 C bytes, which the first of them
+/// brings into the cache.
+template <int C> struct PictureReader {
+    __device__ __forceinline__ PictureReader(const uint8_t *picture, const Image &image, int first, bool is_mirrored)
+        : picture(picture), image(image), first(first), is_mirrored(is_mirrored), is_in_words(C > 0 && image.width % PIXELS == 0) {
+        if (!is_in_words || first >= image.height * image.width)
+            return;
+        const int from = source(is_mirrored ? PIXELS - 1 : 0);
+#pragma unroll
+        for (int k = 0; k < C; k++)
+            words[k] = reinterpret_cast<const uint32_t *>(picture)[from / PIXELS * C + k];
+    }
+
+    /// Channel c of pixel `first` + i.
+    __device__ __forceinline__ uint8_t at(int i, int c) const {
+        if (!is_in_words)
+            return picture[static_cast<size_t>(source(i)) * (C ? C : image.channels) + c];
+        const uint32_t straight = byte(C * i + c), mirrored = byte(C * (PIXELS - 1 - i) + c);
+        return static_cast<uint8_t>(is_mirrored ? mirrored : straight);
+    }
+
+  private:
+    /// The pixel that is read for pixel `first` + i.
+    __device__ __forceinline__ int source(int i) const {
+        const int pixel = first + i;
+        return is_mirrored ? pixel + image.width - 1 - 2 * (pixel % image.width) : pixel;
+    }
+    __device__ __forceinline__ uint32_t byte(int place) const { return words[C ? place / 4 : 0] >> 8 * (place % 4) & 0xFF; }
+
+    const uint8_t *picture;
+    const Image &image;
+    int first;
+    bool is_mirrored, is_in_words;
+    uint32_t words[C ? C : 1] = {};
+};
 
 /// Whether the C channels of a pixel stand in one pack of activations with `padded` channels. C = 0: as many as a picture has.
 template <class T, int C> __device__ __forceinline__ bool is_packed(int padded) {

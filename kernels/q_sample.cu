@@ -1,6 +1,6 @@
 // x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon (eq. 4), from u8 pixels in one pass: Algorithm 1, lines 2 to 4.
 //
-//   pixels   u8  [M, H, W, C], M images of a data set on the device, or of a batch
+//   pixels   u8  [M, H, W, C], M images of a data set on the device, or of a batch; aligned to 4 bytes
 //   indices  u32 [N], which of them the batch takes; null: the first N
 //   table    f32 [T, 2], sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t)
 //   clock    u32 [4], step and the place of image 0 in the global batch (src/ops/q_sample/batch.rs)
@@ -21,16 +21,16 @@ template <class T, int C>
 __device__ __forceinline__ void blend(const uint8_t *pixels, T *x_t, const Image &image, const rng::Stream &noise, float2 weights,
                                       bool is_mirrored, int first) {
     const int channels = C ? C : image.channels;
+    const PictureReader<C> picture(pixels, image, first, is_mirrored);
     PixelNormals epsilon(noise, static_cast<uint32_t>(first / PIXELS * channels));
 #pragma unroll
     for (int i = 0; i < PIXELS; i++) {
         if (first + i >= image.height * image.width)
             return;
-        const uint8_t *from = pixels + source(image, first + i, is_mirrored) * channels;
         PixelWriter<T, C> to(x_t + static_cast<size_t>(first + i) * image.padded, image.padded);
 #pragma unroll
         for (int c = 0; c < channels; c++)
-            to.set(c, __fadd_rn(__fmul_rn(weights.x, x_0_of(from[c])), __fmul_rn(weights.y, epsilon[i * channels + c])));
+            to.set(c, __fadd_rn(__fmul_rn(weights.x, x_0_of(picture.at(i, c))), __fmul_rn(weights.y, epsilon[i * channels + c])));
         to.finish(channels);
     }
 }

@@ -58,16 +58,16 @@ fn measure_all() -> Result<(), Box<dyn Error>> {
     println!("\n| kernel | shape | µs | GB/s | of a copy | TFLOP/s | of a product |\n|---|---|---|---|---|---|---|");
     for case in &cases {
         let seconds = measure(&mut gpu, case)?.as_secs_f64();
-        let per_second = |count: u64| count as f64 / seconds;
+        let (bytes, products) = (case.bytes as f64 / seconds, case.products as f64 / seconds);
         let percent = |part: f64| format!("{:.0} %", 100.0 * part);
-        let bytes = [format!("{:.0}", per_second(case.bytes) / 1e9), percent(per_second(case.bytes) / bandwidth)];
-        let flops = match (case.products, rate) {
+        let moved = [format!("{:.0}", bytes / 1e9), percent(bytes / bandwidth)];
+        let computed = match (case.products, rate) {
             (0, _) => [String::new(), String::new()],
-            (n, None) => [format!("{:.1}", per_second(n) / 1e12), String::new()],
-            (n, Some(rate)) => [format!("{:.1}", per_second(n) / 1e12), percent(per_second(n) / rate)],
+            (_, None) => [format!("{:.1}", products / 1e12), String::new()],
+            (_, Some(rate)) => [format!("{:.1}", products / 1e12), percent(products / rate)],
         };
         let (name, shape) = (&case.name, &case.shape);
-        println!("| `{name}` | {shape} | {:.1} | {} | {} |", 1e6 * seconds, bytes.join(" | "), flops.join(" | "));
+        println!("| `{name}` | {shape} | {:.1} | {} | {} |", 1e6 * seconds, moved.join(" | "), computed.join(" | "));
     }
     Ok(())
 }
@@ -178,20 +178,14 @@ fn normals(seed: u64, len: usize) -> Vec<f32> {
 /// The bytes of a buffer. What is random repeats after some MiB, which no kernel notices.
 fn random(content: &Content) -> Vec<u8> {
     const PERIOD: usize = 1 << 20;
-    let repeated = |bytes: Vec<u8>, len: usize| {
-        let mut repeated = bytes.repeat(len.div_ceil(bytes.len()));
-        repeated.truncate(len);
-        repeated
+    let period: Vec<u8> = match content {
+        Content::F32(_) => normals(3, PERIOD).iter().flat_map(|x| x.to_ne_bytes()).collect(),
+        Content::Bf16(_) => normals(4, PERIOD).iter().flat_map(|x| bf16::from_f32(*x).to_ne_bytes()).collect(),
+        Content::Bytes(_) => normals(5, PERIOD).iter().map(|x| x.to_bits() as u8).collect(),
+        Content::Squares(_) => normals(6, PERIOD).iter().flat_map(|x| (x * x).to_ne_bytes()).collect(),
+        Content::Exactly(bytes) => return bytes.clone(),
     };
-    match content {
-        Content::F32(len) => repeated(normals(3, PERIOD).iter().flat_map(|x| x.to_ne_bytes()).collect(), 4 * len),
-        Content::Bf16(len) => {
-            repeated(normals(4, PERIOD).iter().flat_map(|x| bf16::from_f32(*x).to_ne_bytes()).collect(), 2 * len)
-        }
-        Content::Squares(len) => {
-            repeated(normals(6, PERIOD).iter().flat_map(|x| (x * x).to_ne_bytes()).collect(), 4 * len)
-        }
-        Content::Bytes(len) => repeated(normals(5, PERIOD).iter().map(|x| x.to_bits() as u8).collect(), *len),
-        Content::Exactly(bytes) => bytes.clone(),
-    }
+    let mut repeated = period.repeat(content.bytes().div_ceil(period.len()));
+    repeated.truncate(content.bytes());
+    repeated
 }

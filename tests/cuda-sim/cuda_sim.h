@@ -5,6 +5,7 @@
 // the program with a message.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -70,9 +71,48 @@ inline float __int2float_rn(int a) { return static_cast<float>(a); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+namespace sim {
+
+/// A result of a function whose last places hardware does not promise: as many units off as it may be, up or down as the argument has it.
+/// Equal arguments give equal bits, as they do there. Zeros, infinities and what is beside them are exact.
+inline float off_by(unsigned units, double exact, float argument) {
+    constexpr uint32_t SMALLEST = 0x00800000, LARGEST = 0x7F7FFFFF;
+    const float rounded = float(exact);
+    const uint32_t bits = std::bit_cast<uint32_t>(rounded), size = bits & 0x7FFFFFFF;
+    if (size < SMALLEST + units || size > LARGEST - units)
+        return rounded;
+    const bool is_up = std::bit_cast<uint32_t>(argument) * 0x9E3779B1u >> 31;
+    return std::bit_cast<float>(is_up ? bits + units : bits - units);
+}
+
+/// ex2.approx.ftz.f32: the same as exp2f; 2^0 is 1 (PTX ISA), a subnormal result 0.
+inline float exp2_approx(float x) {
+    if (x == 0.0f)
+        return 1.0f;
+    const float result = off_by(2, std::exp2(double(x)), x);
+    return result < 0x1p-126f ? 0.0f : result;
+}
+
+// Standard functions, where the compiler for GPUs has its own.
+inline float exp(float x) { return x == 0.0f ? 1.0f : off_by(2, std::exp(double(x)), x); }
+inline float log(float x) { return off_by(1, std::log(double(x)), x); }
+
+} // namespace sim
+
+// Largest errors: CUDA C++ Programming Guide, "Mathematical Functions".
+inline float __expf(float x) {
+    // e^x is 0 or infinite where there were more units.
+    const float more = std::min(std::fabs(1.173f * x), 128.0f);
+    return x == 0.0f || std::isnan(x) ? std::exp(x) : sim::off_by(2 + unsigned(more), std::exp(double(x)), x);
+}
+/// 0 for a divisor above 2^126.
+inline float __fdividef(float a, float b) {
+    return std::fabs(b) > 0x1p126f && std::isfinite(b) ? 0.0f : sim::off_by(2, double(a) / double(b), b);
+}
+inline float rsqrtf(float x) { return sim::off_by(2, 1.0 / std::sqrt(double(x)), x); }
+#define expf(x) sim::exp(x)
+#define logf(x) sim::log(x)
 template <class T> T __ldg(const T *p) { return *p; }
 
 namespace sim {

@@ -10,10 +10,32 @@
 namespace {
 
 /// CUresult
-enum Result { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+enum Result {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NOT_INITIALIZED = 3,
+    INVALID_DEVICE = 101,
+    INVALID_CONTEXT = 201,
+    NOT_FOUND = 500
+};
 
-/// What this machine is: the compute capability of an A100.
-constexpr int MAJOR = 8, MINOR = 0;
+/// What this machine is: an A100, or what the environment says.
+struct Card {
+    /// Of the compute capability.
+    int major = 8, minor = 0;
+    /// Bytes that a block can have by opting in.
+    int shared = sim::SHARED_LIMIT;
+
+    Card() {
+        const char *said = getenv("CUDA_SIM_CARD");
+        if (said && sscanf(said, "%d.%d %d", &major, &minor, &shared) != 3) {
+            fprintf(stderr, "CUDA_SIM_CARD=%s: expected, for example, 8.6 101376\n", said);
+            abort();
+        }
+    }
+};
+const Card card;
 
 bool is_initialised = false;
 int context_of_device;
@@ -62,8 +84,8 @@ int cuDeviceGetName(char *name, int length, int) {
     return SUCCESS;
 }
 int cuDeviceGetAttribute(int *value, int attribute, int) {
-    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; of what else is asked it has nothing.
-    *value = attribute == 75 ? MAJOR : attribute == 76 ? MINOR : 0;
+    // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR, _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN; of what else is asked it has nothing.
+    *value = attribute == 75 ? card.major : attribute == 76 ? card.minor : attribute == 97 ? card.shared : 0;
     return SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(void **context, int) {
@@ -178,7 +200,7 @@ int cuModuleGetFunction(void **function, void *, const char *name) {
 }
 int cuFuncSetAttribute(void *function, int attribute, int value) {
     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, at most what a block can have.
-    if (attribute != 8 || value > int(sim::SHARED_LIMIT))
+    if (attribute != 8 || value > card.shared)
         return INVALID_VALUE;
     static_cast<Function *>(function)->dynamic = value;
     return SUCCESS;

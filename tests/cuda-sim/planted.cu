@@ -13,6 +13,11 @@ KERNEL(64, planted_none, const float *x, float *y) {
     y[threadIdx.x] = sum + float(__any_sync(~0u, x[threadIdx.x] > 1e9f));
 }
 
+// No fault: hardware is as far off.
+KERNEL(64, planted_approximate, const float *x, float *y) {
+    y[threadIdx.x] = threadIdx.x % 2 == 0 ? __expf(-x[threadIdx.x]) : __fdividef(1.0f, x[threadIdx.x]);
+}
+
 KERNEL(64, planted_write_beyond, const float *x, float *y) { y[threadIdx.x + 1] = x[threadIdx.x]; }
 
 KERNEL(64, planted_read_beyond, const float *x, float *y) { y[threadIdx.x] = x[threadIdx.x + 1]; }

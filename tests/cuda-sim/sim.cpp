@@ -395,8 +395,17 @@ void compare(const std::vector<Buffer> &buffers, const Memory &expected, const M
 } // namespace sim
 
 #ifndef CUDA_SIM_LIBRARY
-int main() {
+int main(int count_of_words, char **words) {
     using namespace sim;
+    if (count_of_words == 2 && words[1] == std::string("kernels")) {
+        for (const auto &[name, kernel] : kernels()) {
+            printf("%s", name.c_str());
+            for (size_t bytes : kernel.sizes)
+                printf(" %zu", bytes);
+            printf("\n");
+        }
+        return 0;
+    }
     constexpr unsigned char NAN_BYTES = 0xFF, SMALL_BYTES = 0x3B;
     Launch l;
     l.name.resize(take<uint64_t>());

@@ -3,6 +3,7 @@
 use crate::sim::build_driver;
 use ddpm_dist::device::cuda::{CudaError, Gpu, Image};
 use std::io::Write;
+use std::path::Path;
 use std::process::Command;
 
 fn not_tested(what: &str) {
@@ -10,8 +11,17 @@ fn not_tested(what: &str) {
     let _ = writeln!(std::io::stderr(), "NOT TESTED: {what}");
 }
 
+/// Some tests of this program, as on a GPU that is `card`: whether they pass, and what is said.
+fn on(card: &str, driver: &Path, which: &[&str]) -> (bool, String) {
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again.args(which).envs([("DDPM_DIST_KERNELS", "gpu"), ("CUDA_SIM_CARD", card)]);
+    let output = again.env("LD_LIBRARY_PATH", driver).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    (output.status.success() && said.contains("test result: ok"), said.into_owned())
+}
+
 #[test]
-fn kernels_run_through_a_driver() {
+fn a_driver_runs_kernels_on_cards_that_can() {
     if Image::embedded().is_none() {
         not_tested("kernels through a driver: built without nvcc");
         return;
@@ -20,11 +30,16 @@ fn kernels_run_through_a_driver() {
     build_driver(folder.path());
     // The name that is looked for first: no other driver is to be found before this one.
     std::os::unix::fs::symlink("libcuda.so.1", folder.path().join("libcuda.so")).unwrap();
-    let mut again = Command::new(std::env::current_exe().unwrap());
-    again.args(["--skip", "faults::", "--skip", "driver::", "--skip", "many_tokens"]);
-    let output = again.env("DDPM_DIST_KERNELS", "gpu").env("LD_LIBRARY_PATH", folder.path()).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.contains("test result: ok"), "{said}");
+    let all = ["faults::", "benchmark::", "driver::", "many_tokens"].map(|name| ["--skip", name]);
+    let (is_well, said) = on("8.0 166912", folder.path(), all.as_flattened());
+    assert!(is_well, "{said}");
+    for (card, words) in [
+        ("7.5 65536", "has compute capability 7.5, and the kernels are for 8.0 and later (sm_80"),
+        ("8.9 101376", "gives a block 101376 bytes of shared memory, and the kernels take up to 166912"),
+    ] {
+        let (is_well, said) = on(card, folder.path(), &["adam_ema"]);
+        assert!(!is_well && said.contains("GPU 0 (a machine made of software)") && said.contains(words), "{said}");
+    }
 }
 
 #[test]

@@ -34,6 +34,25 @@ fn a_kernel_without_a_fault_runs() {
     }
 }
 
+/// Results that tests accept are then accepted for any of the errors that hardware may make.
+#[test]
+fn quick_functions_are_as_far_off_as_hardware_may_be() {
+    let found = try_launch(&planted("approximate"), &numbers(), &OUTPUT, &Buffer::Output(0)).unwrap();
+    let mut directions = [0, 0];
+    for (i, found) in f32_of(&found[0], Precision::F32).into_iter().enumerate() {
+        let x = i as f32 + 0.5;
+        // CUDA C++ Programming Guide, "Intrinsic Functions".
+        let (exact, most) = match i % 2 {
+            0 => ((-f64::from(x)).exp(), 2 + (1.173 * x) as i32),
+            _ => (1.0 / f64::from(x), 2),
+        };
+        let off = found.to_bits() as i32 - (exact as f32).to_bits() as i32;
+        assert_eq!(off.abs(), most, "{x}: {found}, exactly {exact}");
+        directions[usize::from(off > 0)] += 1;
+    }
+    assert!(directions.into_iter().all(|times| times > 16), "down and up: {directions:?}");
+}
+
 const UNWRITTEN: &str = "byte 0 of argument 1, an output, is not written, or with what nobody has written";
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod adam_ema;
 mod attention;
+mod benchmark;
 mod cpu;
 mod driver;
 mod elementwise;

@@ -2,6 +2,7 @@
 
 use crate::machine::Buffer;
 use ddpm_dist::device::cuda::{Argument, Launch};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -59,6 +60,17 @@ fn build(build: Build, folder: &Path) -> PathBuf {
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| build(Build::Program, Path::new(env!("CARGO_TARGET_TMPDIR"))))
+}
+
+/// All kernels of kernels/ by name, with the bytes of each argument.
+pub fn kernels() -> BTreeMap<String, Vec<usize>> {
+    let said = Command::new(program()).arg("kernels").output().unwrap().stdout;
+    let kernel = |line: &str| {
+        let mut words = line.split(' ');
+        let name = words.next().unwrap().to_string();
+        (name, words.map(|bytes| bytes.parse().unwrap()).collect())
+    };
+    String::from_utf8(said).unwrap().lines().map(kernel).filter(|(name, _)| !name.starts_with("planted_")).collect()
 }
 
 /// Puts the driver's library of the machine into a folder.

@@ -1,7 +1,7 @@
 //! One GPU through its driver: memory, the program's kernels, and how long they take.
 
-use super::{Argument, Image, Launch, PreparedKernel};
-use cudarc::cublaslt::result::CublasError;
+use super::error::{BLOCK_MEMORY, OLDEST_DRIVER};
+use super::{Argument, CudaError, Image, Launch, PreparedKernel};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdeviceptr, CUfunction, CUmodule};
 use cudarc::driver::{CudaContext, CudaStream};
@@ -9,66 +9,6 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// The driver of CUDA 13.0, as `cuDriverGetVersion` has it: what nvcc 13 compiles needs it.
-const OLDEST_DRIVER: i32 = 13_000;
-
-/// What keeps a GPU from working.
-#[derive(Debug, thiserror::Error)]
-pub enum CudaError {
-    /// Neither a GPU nor a driver, or a container that was not given them.
-    #[error(
-        "there is no CUDA driver here (libcuda.so.1): install NVIDIA's driver, or start the container with --gpus all"
-    )]
-    NoDriver,
-    /// `cuDriverGetVersion`, 1000·major + 10·minor.
-    #[error("the driver is for CUDA {}.{}, and {}.{} or later is needed: update it", .0 / 1000, .0 % 1000 / 10, OLDEST_DRIVER / 1000, OLDEST_DRIVER % 1000 / 10)]
-    OldDriver(i32),
-    /// See [`Image::embedded`].
-    #[error("this program has no CUDA kernels, as there was no nvcc where it was built")]
-    NoKernels,
-    /// cuDNN is not to be found.
-    #[error(
-        "there is no cuDNN here (libcudnn.so): `pip install nvidia-cudnn-cu13`, and put its folder on LD_LIBRARY_PATH"
-    )]
-    NoDnn,
-    /// cuBLASLt is not to be found.
-    #[error(
-        "there is no cuBLASLt here (libcublasLt.so): `pip install nvidia-cublas==13.*`, and put its folder on LD_LIBRARY_PATH"
-    )]
-    NoBlas,
-    /// cuBLASLt refused something.
-    #[error("cuBLASLt cannot {action}: {source}")]
-    Blas {
-        /// What was asked for.
-        action: &'static str,
-        /// Why not.
-        source: CublasError,
-    },
-    /// cuBLASLt has no algorithm for a product.
-    #[error("cuBLASLt cannot multiply {shape}: {source}")]
-    NoProduct {
-        /// Sizes and types.
-        shape: String,
-        /// Why not.
-        source: CublasError,
-    },
-    /// The driver refused something.
-    #[error("CUDA cannot {action}: {source}")]
-    Driver {
-        /// What was asked for.
-        action: String,
-        /// Why not.
-        source: DriverError,
-    },
-}
-
-impl CudaError {
-    /// Whether there was too little memory.
-    pub fn is_out_of_memory(&self) -> bool {
-        matches!(self, CudaError::Driver { source: DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY), .. })
-    }
-}
 
 fn cannot(action: impl Into<String>) -> impl FnOnce(DriverError) -> CudaError {
     |source| CudaError::Driver { action: action.into(), source }
@@ -104,7 +44,7 @@ impl Gpu {
     /// The GPU of that number.
     ///
     /// # Errors
-    /// No driver, no GPU of that number, or one that none of the kernels was compiled for.
+    /// No driver, no GPU of that number, or one that the kernels are not for.
     pub fn open(ordinal: usize) -> Result<Gpu, CudaError> {
         // SAFETY: it loads a library that has no requirements at loading.
         if !unsafe { sys::is_culib_present() } {
@@ -118,6 +58,7 @@ impl Gpu {
         }
         let image = Image::embedded().ok_or(CudaError::NoKernels)?;
         let context = CudaContext::new(ordinal).map_err(cannot(format!("open GPU {ordinal}")))?;
+        must_suit(ordinal, &context, image)?;
         let stream = context.new_stream().map_err(cannot("make a stream"))?;
         // SAFETY: the image is a fatbin as nvcc wrote it, aligned, and lives as long as the program.
         let module = unsafe { result::module::load_data(image.fatbin.as_ptr().cast()) };
@@ -322,6 +263,21 @@ impl Gpu {
         let milliseconds = start.elapsed_ms(&end).map_err(cannot("finish what was begun"))?;
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
+}
+
+/// Refuses a card before it is asked to load kernels, which its driver would refuse in fewer words, or later.
+fn must_suit(ordinal: usize, context: &CudaContext, image: Image) -> Result<(), CudaError> {
+    let name = || context.name().map_err(cannot("tell the GPU's name"));
+    let found = context.compute_capability().map_err(cannot("tell the GPU's compute capability"))?;
+    if let Some(oldest) = image.oldest().filter(|oldest| found < *oldest) {
+        return Err(CudaError::OldCard { ordinal, name: name()?, found, oldest, architectures: image.architectures });
+    }
+    let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let found = context.attribute(attribute).map_err(cannot("tell how much shared memory a block can have"))? as usize;
+    if found < BLOCK_MEMORY {
+        return Err(CudaError::SmallCard { ordinal, name: name()?, found });
+    }
+    Ok(())
 }
 
 impl Drop for Gpu {

@@ -27,4 +27,10 @@ impl Image {
         };
         (!image.fatbin.is_empty()).then_some(image)
     }
+
+    /// The lowest compute capability that it has machine code for, major and minor.
+    pub fn oldest(&self) -> Option<(i32, i32)> {
+        let number = |name: &str| name.strip_prefix("sm_")?.trim_end_matches(char::is_alphabetic).parse().ok();
+        self.architectures.split(' ').filter_map(number).min().map(|number: i32| (number / 10, number % 10))
+    }
 }

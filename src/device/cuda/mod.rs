@@ -2,6 +2,7 @@
 
 mod blas;
 mod device;
+mod error;
 mod gpu;
 mod image;
 mod kernel;
@@ -10,7 +11,8 @@ mod work;
 
 pub use super::Precision;
 pub use device::{Command, Cuda, Operands};
-pub use gpu::{CudaError, Gpu, Memory};
+pub use error::CudaError;
+pub use gpu::{Gpu, Memory};
 pub use image::Image;
 pub use kernel::PreparedKernel;
 pub use launch::{Argument, Launch};
