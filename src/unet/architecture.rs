@@ -11,7 +11,7 @@ use super::UnetConfig;
 use crate::ops::add::add;
 use crate::ops::attention::attention;
 use crate::ops::conv2d::{Stride, conv2d};
-use crate::ops::group_norm::{Dropout, Norm, group_norm};
+use crate::ops::group_norm::{Dropout, Norm, Timestep, group_norm};
 use crate::ops::linear::linear;
 use crate::ops::silu::silu;
 use crate::ops::timestep_embedding::timestep_embedding;
@@ -106,7 +106,8 @@ impl Trace<'_> {
         tape.scope(format!("resnets.{number}"), |tape| {
             let h = tape.scope("norm1", |tape| norm(tape, sources, self.norm(true), None, None));
             let h = tape.scope("conv1", |tape| conv3(tape, h, out, Stride::One));
-            let timestep = (self.timestep, self.columns(&tape.path("")).start);
+            let total = tape.shape(self.timestep).rows_and_columns().1;
+            let timestep = (self.timestep, Timestep::Add { offset: self.columns(&tape.path("")).start, total });
             let dropout = self.dropout();
             let h = tape.scope("norm2", |tape| norm(tape, &[h], self.norm(true), Some(timestep), dropout));
             let h = tape.scope("conv2", |tape| conv3(tape, h, out, Stride::One));
@@ -235,7 +236,7 @@ fn norm(
     tape: &mut Tape,
     sources: &[Var],
     config: Norm,
-    timestep: Option<(Var, usize)>,
+    timestep: Option<(Var, Timestep)>,
     dropout: Option<(Dropout, Var)>,
 ) -> Var {
     let channels: usize = sources.iter().map(|&s| tape.shape(s).nhwc()[3]).sum();
