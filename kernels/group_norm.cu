@@ -1,11 +1,11 @@
 // Group normalisation with what stands around it folded in (src/ops/group_norm):
 //
-//   u = [x1, x2] + timestep term,  z = gamma (u - mean) rstd + beta,  y = dropout(SiLU(z)),  SiLU and dropout where asked for.
+//   u = [x1, x2] + term,  z = (gamma (u - mean) rstd + beta) (1 + scale) + shift,  y = dropout(SiLU(z)),  SiLU and dropout where asked.
 //
 //   x1, x2       T   [N, H, W, C1], [N, H, W, C2]; x2 null where C2 = 0. A group may have channels of both.
 //   gamma, beta  f32 [C], C = C1 + C2
-//   timestep     T   [N, columns], of which C from `first_column` on are added to the channels of each pixel; null: none. The term is added
-//                    before the norm as in Ho et al. 2020; there is no form that scales and shifts after it.
+//   timestep     T   [N, columns], of which C from `first_column` on are the channels' term, added before the norm as in Ho et al. 2020; or
+//                    with `scales` C are scale and C more shift, as in Nichol & Dhariwal 2021. What is not there is 0; null: nothing.
 //   clock        u32 [4], step and global index of the first sample, from which masks are drawn; null: no dropout
 //   y            T   [N, H, W, C] =
 //   statistics   f32 [N, groups, 2] =, mean of u and rstd

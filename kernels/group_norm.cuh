@@ -25,7 +25,8 @@ struct Norm {
     uint32_t groups, size;
     uint32_t silu;
     float eps;
-    uint32_t first_column, columns;
+    /// The norm's first column of the timestep matrix, all of them, and whether they are scales and shifts.
+    uint32_t first_column, columns, scales;
     uint32_t seed_low, seed_high, layer, limit;
     float keep_scale;
     /// Neighbours of an access; channels and pixels of a block.
@@ -45,8 +46,22 @@ template <class T> struct Inputs {
     const T *timestep;
     const uint32_t *clock;
 
+    __device__ __forceinline__ bool has_term(const Norm &norm) const { return timestep && !norm.scales; }
     __device__ __forceinline__ float term(const Norm &norm, uint32_t image, uint32_t channel) const {
-        return timestep ? widened(timestep[size_t(image) * norm.columns + norm.first_column + channel]) : 0.0f;
+        return has_term(norm) ? column(norm, image, channel) : 0.0f;
+    }
+
+    /// 1 + scale
+    __device__ __forceinline__ float factor(const Norm &norm, uint32_t image, uint32_t channel) const {
+        return norm.scales ? 1.0f + column(norm, image, channel) : 1.0f;
+    }
+    __device__ __forceinline__ float shift(const Norm &norm, uint32_t image, uint32_t channel) const {
+        return norm.scales ? column(norm, image, norm.channels() + channel) : 0.0f;
+    }
+
+  private:
+    __device__ __forceinline__ float column(const Norm &norm, uint32_t image, uint32_t number) const {
+        return widened(timestep[size_t(image) * norm.columns + norm.first_column + number]);
     }
 };
 
@@ -195,7 +210,7 @@ template <int W, class F> __device__ __forceinline__ void for_groups(const Norm 
         each(group);
 }
 
-/// What normalises a thread's channels: z = (x - center) scale + bias.
+/// What normalises a thread's channels, with the timestep's scale and shift in it: z = (x - center) scale + bias.
 template <int W> struct Affine {
     float center[W], scale[W], bias[W];
 
@@ -208,6 +223,10 @@ template <int W> struct Affine {
             center[i] = of_group.x - inputs.term(norm, place.image, channel);
             scale[i] = inputs.gamma[channel] * of_group.y;
             bias[i] = inputs.beta[channel];
+            if (norm.scales) {
+                const float factor = inputs.factor(norm, place.image, channel);
+                scale[i] *= factor, bias[i] = bias[i] * factor + inputs.shift(norm, place.image, channel);
+            }
         }
     }
 

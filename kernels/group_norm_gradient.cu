@@ -3,7 +3,7 @@
 //   dy               T   [N, H, W, C]
 //   statistics       f32 [N, groups, 2], as the norm wrote them
 //   dx1, dx2         T   [N, H, W, C1], [N, H, W, C2] (+)=, each for itself
-//   d_timestep       T   [N, columns], C columns =, the others stay as they are; null where there is no timestep term
+//   d_timestep       T   [N, columns], the norm's C columns, 2 C with `scales`, =, the others stay as they are; null where there is none
 //   d_gamma, d_beta  f32 [C] (+)=
 //   workspace        f32: each image's part of d_gamma and d_beta [N, 2, C], coefficients [N, groups, 2], and sums [N, chunks, 3, C] where
 //                    there are two passes
@@ -92,12 +92,13 @@ __device__ __forceinline__ void sum_gradients(const Norm &norm, const Inputs<T> 
     });
     sum_pixels(place, sum_dz, room, 1.0f, sums);
     sum_pixels(place, sum_dz_x, room, 1.0f, sums + stride);
-    if (inputs.timestep)
+    if (inputs.has_term(norm))
         sum_pixels(place, sum_x, room, 1.0f, sums + 2 * stride);
 }
 
-/// What follows from a group's sums, by one warp. With M elements dx = rstd (gamma dz - sum(gamma dz)/M - xhat sum(gamma dz xhat)/M), which
-/// is added up over the pixels for d_timestep. `sums` [3, tile] are those of the block's channels.
+/// What follows from a group's sums, by one warp. With M elements and gain = gamma (1 + scale) dx = rstd (gain dz - sum(gain dz)/M -
+/// xhat sum(gain dz xhat)/M), which is added up over the pixels where d_timestep is a term's. `sums` [3, tile]: those of the block's
+/// channels.
 template <class T, int W>
 __device__ __forceinline__ void finish_group(const Norm &norm, const Inputs<T> &inputs, const Backward<T> &backward, const Place<W> &place,
                                              uint32_t group, const float *sums, T *d_timestep) {
@@ -107,8 +108,8 @@ __device__ __forceinline__ void finish_group(const Norm &norm, const Inputs<T> &
     const float *const of_dz = sums + first - place.first_channel, *const of_dz_x = of_dz + norm.tile, *const of_x = of_dz_x + norm.tile;
     double sum_dz = 0.0, sum_dz_x = 0.0;
     for (uint32_t i = lane; i < norm.size; i += WARP) {
-        const double gamma = inputs.gamma[first + i];
-        sum_dz += gamma * of_dz[i], sum_dz_x += gamma * of_dz_x[i];
+        const double gain = double(inputs.gamma[first + i]) * inputs.factor(norm, place.image, first + i);
+        sum_dz += gain * of_dz[i], sum_dz_x += gain * of_dz_x[i];
     }
     const double mean_dz = warp_sum(sum_dz) / elements, mean_dz_x = rstd * warp_sum(sum_dz_x) / elements;
     if (lane == 0)
@@ -116,10 +117,18 @@ __device__ __forceinline__ void finish_group(const Norm &norm, const Inputs<T> &
     float *const d_gamma = backward.parameters + size_t(place.image) * 2 * norm.channels() + first;
     float *const d_beta = d_gamma + norm.channels();
     for (uint32_t i = lane; i < norm.size; i += WARP) {
-        d_gamma[i] = float(rstd * of_dz_x[i]), d_beta[i] = of_dz[i];
-        if (d_timestep) {
-            const double sum = double(inputs.gamma[first + i]) * of_dz[i] - norm.pixels * mean_dz - of_x[i] * rstd * mean_dz_x;
-            d_timestep[size_t(place.image) * norm.columns + norm.first_column + first + i] = rounded<T>(float(rstd * sum));
+        const double factor = inputs.factor(norm, place.image, first + i);
+        d_gamma[i] = float(factor * (rstd * of_dz_x[i])), d_beta[i] = float(factor * of_dz[i]);
+        if (!d_timestep)
+            continue;
+        const double gamma = inputs.gamma[first + i];
+        T *const columns = d_timestep + size_t(place.image) * norm.columns + norm.first_column + first + i;
+        if (norm.scales) {
+            columns[0] = rounded<T>(float(gamma * (rstd * of_dz_x[i]) + double(inputs.beta[first + i]) * of_dz[i]));
+            columns[norm.channels()] = rounded<T>(of_dz[i]);
+        } else {
+            const double sum = gamma * of_dz[i] - norm.pixels * mean_dz - of_x[i] * rstd * mean_dz_x;
+            columns[0] = rounded<T>(float(rstd * sum));
         }
     }
 }
@@ -209,7 +218,7 @@ __device__ __forceinline__ void group_norm_gradient_coefficients(const Norm &nor
                                                                  T *d_timestep, unsigned char *memory) {
     const Place<1> place(norm, blockIdx.x, 0, blockIdx.y);
     float *const sums = reinterpret_cast<float *>(memory);
-    const uint32_t kinds = inputs.timestep ? 3 : 2, chunks = norm.chunks();
+    const uint32_t kinds = inputs.has_term(norm) ? 3 : 2, chunks = norm.chunks();
     for (uint32_t i = threadIdx.x; i < kinds * place.width; i += blockDim.x) {
         const uint32_t kind = i / place.width, channel = i % place.width;
         const float *const of_image = backward.sums + size_t(place.image) * chunks * 3 * norm.channels();
@@ -276,18 +285,18 @@ KERNEL(THREADS, group_norm_gradient_sums_bf16, const bf16 *x1, const bf16 *x2, c
     with_pack<bf16>(norm, [&](auto pack) { group_norm_gradient_sums<bf16, pack.value>(norm, inputs, backward, memory); });
 }
 
-RESIDENT_KERNEL(THREADS, 4, group_norm_gradient_coefficients_f32, const float *gamma, const float *timestep, const float2 *statistics,
-                float *d_timestep, float *workspace, Norm norm) {
+RESIDENT_KERNEL(THREADS, 4, group_norm_gradient_coefficients_f32, const float *gamma, const float *beta, const float *timestep,
+                const float2 *statistics, float *d_timestep, float *workspace, Norm norm) {
     DYNAMIC_SHARED(memory);
-    const Inputs<float> inputs{nullptr, nullptr, gamma, nullptr, timestep, nullptr};
+    const Inputs<float> inputs{nullptr, nullptr, gamma, beta, timestep, nullptr};
     const Backward<float> backward(norm, nullptr, statistics, workspace);
     group_norm_gradient_coefficients(norm, inputs, backward, d_timestep, memory);
 }
 
-RESIDENT_KERNEL(THREADS, 4, group_norm_gradient_coefficients_bf16, const float *gamma, const bf16 *timestep, const float2 *statistics,
-                bf16 *d_timestep, float *workspace, Norm norm) {
+RESIDENT_KERNEL(THREADS, 4, group_norm_gradient_coefficients_bf16, const float *gamma, const float *beta, const bf16 *timestep,
+                const float2 *statistics, bf16 *d_timestep, float *workspace, Norm norm) {
     DYNAMIC_SHARED(memory);
-    const Inputs<bf16> inputs{nullptr, nullptr, gamma, nullptr, timestep, nullptr};
+    const Inputs<bf16> inputs{nullptr, nullptr, gamma, beta, timestep, nullptr};
     const Backward<bf16> backward(norm, nullptr, statistics, workspace);
     group_norm_gradient_coefficients(norm, inputs, backward, d_timestep, memory);
 }

@@ -72,6 +72,8 @@ fn overrides() {
         ("optim.eps=1e-50", &["--set optim.eps=1e-50", "0 < eps < 1 in f32"]),
         ("optim.clip=1e-60", &["--set optim.clip=1e-60", "clip > 0 in f32"]),
         ("model.norm_eps=1e-50", &["--set model.norm_eps=1e-50", "0 < norm_eps < 1 in f32"]),
+        ("model.timestep=\"multiply\"", &["--set", "`model.timestep`", "add", "scale_shift"]),
+        ("model.mid_attention_groups=0", &["--set model.mid_attention_groups=0", "a divisor of 16"]),
         ("model.dropout=0.99999999", &["--set model.dropout=0.99999999", "0 ≤ dropout < 1 in f32"]),
         ("diffusion.clip=1e-60", &["--set diffusion.clip=1e-60", "f32"]),
         ("diffusion.beta_start=1e-17", &["--set diffusion.beta_start=1e-17", "above 2^-54"]),

@@ -194,6 +194,8 @@ fn another_model_is_refused_by_name() {
     project.trained("run", &["--set", &steps(5)]);
     let before = project.content("run");
     project.train("run", &["--set", "model.channels=[8, 24]"]).refused(4, &["step-00000005", "model.channels"]);
+    let scaled = ["--set", "model.timestep=\"scale_shift\""];
+    project.train("run", &scaled).refused(4, &["step-00000005", "model.timestep", "\"add\"", "\"scale_shift\""]);
     assert_eq!(project.content("run"), before);
 }
 

@@ -7,11 +7,11 @@
 //! ```
 //! Each block on the way up reads, beside the one before it, one value of the way down ("skip"), last in first out.
 
-use super::UnetConfig;
+use super::{TimestepForm, UnetConfig};
 use crate::ops::add::add;
 use crate::ops::attention::attention;
 use crate::ops::conv2d::{Stride, conv2d};
-use crate::ops::group_norm::{Dropout, Norm, group_norm};
+use crate::ops::group_norm::{Dropout, Norm, Timestep, group_norm};
 use crate::ops::linear::linear;
 use crate::ops::silu::silu;
 use crate::ops::timestep_embedding::timestep_embedding;
@@ -75,8 +75,7 @@ impl Trace<'_> {
         tape.scope("mid_block", |tape| {
             h = self.resnet(tape, 0, &[h], channels[lowest]);
             if self.config.mid_attention {
-                let groups = self.config.mid_attention_groups.unwrap_or(self.config.groups);
-                h = self.attention_with_groups(tape, 0, h, groups);
+                h = self.attention_with_groups(tape, 0, h, self.config.norm_of_mid_attention());
             }
             h = self.resnet(tape, 1, &[h], channels[lowest]);
         });
@@ -101,12 +100,13 @@ impl Trace<'_> {
         tape.scope("conv_out", |tape| conv3(tape, h, *image_channels, Stride::One))
     }
 
-    /// Norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv, + input (through a 1×1 convolution where channels change).
+    /// Norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv, + input (through a 1×1 convolution where channels change); or the timestep
+    /// scales and shifts what the second norm gives.
     fn resnet(&mut self, tape: &mut Tape, number: usize, sources: &[Var], out: usize) -> Var {
         tape.scope(format!("resnets.{number}"), |tape| {
             let h = tape.scope("norm1", |tape| norm(tape, sources, self.norm(true), None, None));
             let h = tape.scope("conv1", |tape| conv3(tape, h, out, Stride::One));
-            let timestep = (self.timestep, self.columns(&tape.path("")).start);
+            let timestep = self.timestep_columns(tape);
             let dropout = self.dropout();
             let h = tape.scope("norm2", |tape| norm(tape, &[h], self.norm(true), Some(timestep), dropout));
             let h = tape.scope("conv2", |tape| conv3(tape, h, out, Stride::One));
@@ -123,19 +123,21 @@ impl Trace<'_> {
         if !self.config.attention_levels.contains(&level) {
             return x;
         }
-        self.attention_with_groups(tape, number, x, self.config.groups)
+        self.attention_with_groups(tape, number, x, Some(self.config.groups))
     }
 
-    /// Norm, q/k/v by one 1×1 convolution, softmax(q·kᵀ/√d)·v, 1×1 convolution, + input.
-    fn attention_with_groups(&self, tape: &mut Tape, number: usize, x: Var, groups: usize) -> Var {
+    /// Norm (of so many groups, if there is one), q/k/v by one 1×1 convolution, softmax(q·kᵀ/√d)·v, 1×1 convolution, + input.
+    fn attention_with_groups(&self, tape: &mut Tape, number: usize, x: Var, groups: Option<usize>) -> Var {
         let channels = tape.shape(x).nhwc()[3];
         let heads = match self.config.head_channels {
             0 => 1,
             size => channels / size,
         };
         tape.scope(format!("attentions.{number}"), |tape| {
-            let norm_config = Norm { groups, ..self.norm(false) };
-            let h = tape.scope("group_norm", |tape| norm(tape, &[x], norm_config, None, None));
+            let h = match groups.map(|groups| Norm { groups, ..self.norm(false) }) {
+                Some(config) => tape.scope("group_norm", |tape| norm(tape, &[x], config, None, None)),
+                None => x,
+            };
             let qkv = |tape: &mut Tape, kind: &str, shape: Shape| -> Vec<Part> {
                 ["to_q", "to_k", "to_v"]
                     .iter()
@@ -153,15 +155,21 @@ impl Trace<'_> {
         })
     }
 
-    /// The columns of the timestep projections that a residual block reads.
+    /// The timestep projections, and what the residual block whose scope is open does with its columns of them.
     ///
     /// # Panics
     /// If [`residual_blocks`] does not know a block that [`Trace::body`] runs.
-    fn columns(&self, block: &str) -> Range<usize> {
-        match self.blocks.iter().find(|(name, _)| name == block) {
-            Some((_, columns)) => columns.clone(),
-            None => panic!("no timestep projection for {block}"),
-        }
+    fn timestep_columns(&self, tape: &Tape) -> (Var, Timestep) {
+        let block = tape.path("");
+        let Some((_, columns)) = self.blocks.iter().find(|(name, _)| *name == block) else {
+            panic!("no timestep projection for {block}")
+        };
+        let (offset, total) = (columns.start, tape.shape(self.timestep).rows_and_columns().1);
+        let timestep = match self.config.timestep {
+            TimestepForm::Add => Timestep::Add { offset, total },
+            TimestepForm::ScaleShift => Timestep::ScaleShift { offset, total },
+        };
+        (self.timestep, timestep)
     }
 
     fn norm(&self, silu: bool) -> Norm {
@@ -176,7 +184,7 @@ impl Trace<'_> {
     }
 }
 
-/// `[N, Σ channels]`: SiLU of the timestep embedding, projected for every residual block by one matrix.
+/// `[N, Σ columns]`: SiLU of the timestep embedding, projected for every residual block by one matrix.
 fn timestep_features(tape: &mut Tape, config: &UnetConfig, t: Var, blocks: &[(String, Range<usize>)]) -> Var {
     let UnetConfig { channels, flip_sin_to_cos, freq_shift, .. } = config;
     let width = 4 * channels[0];
@@ -197,14 +205,15 @@ fn timestep_features(tape: &mut Tape, config: &UnetConfig, t: Var, blocks: &[(St
     tape.scope("time_emb_proj", |tape| linear(tape, &[features], weight, bias))
 }
 
-/// Names of all residual blocks, each with its columns of the timestep projections, as many as it has output channels.
+/// Names of all residual blocks, each with its columns of the timestep projections: one or two for each of its output channels.
 fn residual_blocks(config: &UnetConfig) -> Vec<(String, Range<usize>)> {
     let lowest = config.channels.len() - 1;
     let (mut found, mut column) = (Vec::new(), 0);
     let mut add = |block: String, count: usize, out: usize| {
+        let columns = config.timestep.columns() * out;
         for number in 0..count {
-            found.push((format!("{block}.resnets.{number}"), column..column + out));
-            column += out;
+            found.push((format!("{block}.resnets.{number}"), column..column + columns));
+            column += columns;
         }
     };
     for (level, &out) in config.channels.iter().enumerate() {
@@ -235,7 +244,7 @@ fn norm(
     tape: &mut Tape,
     sources: &[Var],
     config: Norm,
-    timestep: Option<(Var, usize)>,
+    timestep: Option<(Var, Timestep)>,
     dropout: Option<(Dropout, Var)>,
 ) -> Var {
     let channels: usize = sources.iter().map(|&s| tape.shape(s).nhwc()[3]).sum();

@@ -11,6 +11,26 @@ const MAX_CHANNELS: usize = 1 << 16;
 /// Most operations of a forward pass; a training step takes a few times as many, and all of them are counted in 64 bits.
 const MAX_WORK: u128 = 1 << 60;
 
+/// What the timestep does in a residual block: its projection has so many columns for each of the block's channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TimestepForm {
+    /// One, which is added before the second norm (Ho et al. 2020).
+    Add,
+    /// Two: what the second norm gives is multiplied by 1 + the first, and the second is added (Nichol & Dhariwal 2021).
+    ScaleShift,
+}
+
+impl TimestepForm {
+    /// Columns for a channel.
+    pub fn columns(self) -> usize {
+        match self {
+            TimestepForm::Add => 1,
+            TimestepForm::ScaleShift => 2,
+        }
+    }
+}
+
 /// The architecture of the denoising UNet, without the image size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -29,13 +49,16 @@ pub struct UnetConfig {
     pub head_channels: usize,
     /// Groups of every GroupNorm.
     pub groups: usize,
-    /// Groups of the middle attention's norm, if they differ (diffusers' `attn_norm_num_groups`).
+    /// Groups of the middle attention's norm, if they differ (diffusers' `attn_norm_num_groups`); 0 means no norm, which
+    /// diffusers has where the timestep scales and shifts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mid_attention_groups: Option<usize>,
     /// ε of every GroupNorm.
     pub norm_eps: f64,
     /// Dropout probability between the second norm and convolution of a residual block.
     pub dropout: f64,
+    /// What the timestep does in a residual block.
+    pub timestep: TimestepForm,
     /// Timestep embedding: cosines before sines (false in the paper's code).
     pub flip_sin_to_cos: bool,
     /// Timestep embedding: the frequencies' exponent is divided by half − `freq_shift` (1 in the paper's code).
@@ -56,6 +79,7 @@ impl Default for UnetConfig {
             mid_attention_groups: None,
             norm_eps: 1e-6,
             dropout: 0.1,
+            timestep: TimestepForm::Add,
             flip_sin_to_cos: false,
             freq_shift: 1.0,
         }
@@ -66,6 +90,11 @@ impl UnetConfig {
     /// Number of times the resolution is halved.
     pub fn halvings(&self) -> usize {
         self.channels.len().saturating_sub(1)
+    }
+
+    /// Groups of the middle attention's norm, if it has one.
+    pub fn norm_of_mid_attention(&self) -> Option<usize> {
+        Some(self.mid_attention_groups.unwrap_or(self.groups)).filter(|&groups| groups > 0)
     }
 
     /// Checks that a pass over `images` images of `height`×`width` pixels can be counted: bytes and FLOPs of all ops together stay far
@@ -191,11 +220,12 @@ impl UnetConfig {
             )?;
         }
         if let Some(groups) = self.mid_attention_groups {
+            let may_lack = self.timestep == TimestepForm::ScaleShift;
             OutOfRange::check(
-                groups > 0 && self.channels[lowest].is_multiple_of(groups),
+                if groups == 0 { may_lack } else { self.channels[lowest].is_multiple_of(groups) },
                 "model.mid_attention_groups",
                 groups,
-                format!("a divisor of {}", self.channels[lowest]),
+                format!("a divisor of {}{}", self.channels[lowest], if may_lack { ", or 0: no norm" } else { "" }),
                 "the middle attention's norm divides the channels of the lowest level",
             )?;
         }

@@ -8,5 +8,5 @@ mod init;
 mod tests;
 
 pub use architecture::{Randomness, unet};
-pub use config::UnetConfig;
+pub use config::{TimestepForm, UnetConfig};
 pub use init::initial_parameters;

@@ -1,7 +1,7 @@
 //! The network against diffusers' `UNet2DModel` with the same weights: output, loss, and the gradient of every parameter. The values
 //! are made by `tests/reference/unet.py` in f64.
 
-use super::{Randomness, UnetConfig, initial_parameters, unet};
+use super::{Randomness, TimestepForm, UnetConfig, initial_parameters, unet};
 use crate::device::Region;
 use crate::ops::copy::Copy;
 use crate::ops::group_norm::Dropout;
@@ -24,9 +24,17 @@ fn config(json: &Value) -> UnetConfig {
         mid_attention: json["add_attention"].as_bool().unwrap(),
         head_channels: json["attention_head_dim"].as_u64().unwrap_or(0) as usize,
         groups: number("norm_num_groups"),
-        mid_attention_groups: json["attn_norm_num_groups"].as_u64().map(|g| g as usize),
+        mid_attention_groups: match (json["attn_norm_num_groups"].as_u64(), &json["resnet_time_scale_shift"]) {
+            (None, form) if form == "scale_shift" => Some(0), // diffusers leaves the norm away
+            (groups, _) => groups.map(|g| g as usize),
+        },
         norm_eps: json["norm_eps"].as_f64().unwrap(),
         dropout: json["dropout"].as_f64().unwrap(),
+        timestep: match json["resnet_time_scale_shift"].as_str().unwrap() {
+            "default" => TimestepForm::Add,
+            "scale_shift" => TimestepForm::ScaleShift,
+            other => panic!("{other}"),
+        },
         flip_sin_to_cos: json["flip_sin_to_cos"].as_bool().unwrap(),
         freq_shift: json["freq_shift"].as_f64().unwrap(),
     }
@@ -79,7 +87,7 @@ const TOLERANCE: f64 = 30.0 * 8.0 * f32::EPSILON as f64;
 
 #[test]
 fn matches_diffusers() {
-    for name in ["unet_grey28", "unet_colour16", "unet_colour12x20", "unet_grey8"] {
+    for name in ["unet_grey28", "unet_colour16", "unet_colour12x20", "unet_grey8", "unet_grey20x12"] {
         let json = std::fs::read(format!("{}/tests/reference/{name}.json", env!("CARGO_MANIFEST_DIR"))).unwrap();
         let config = config(&serde_json::from_slice(&json).unwrap());
         let file = Reference::open(&format!("{name}.safetensors"));
@@ -132,6 +140,9 @@ fn the_paper_models_have_their_parameters() {
         ..UnetConfig::default()
     };
     assert_eq!(count(&large, 256).parameters, 113_673_219);
+    // Twice the columns: 512 weights and a bias for each of the 128·5 + 256·17 channels of the residual blocks.
+    let scaled = UnetConfig { timestep: TimestepForm::ScaleShift, ..UnetConfig::default() };
+    assert_eq!(count(&scaled, 32).parameters, 35_746_307 + 513 * (128 * 5 + 256 * 17));
 }
 
 #[test]

@@ -5,7 +5,8 @@ use crate::machine::{Buffer, run_with};
 use crate::values::{bytes_of, bytes_of_f32, bytes_of_u32, f32_of, normals, rounded};
 use ddpm_dist::device::cuda::{Argument, Launch, Precision};
 use ddpm_dist::ops::group_norm::cuda::{self, Passes};
-use ddpm_dist::ops::group_norm::{Columns, Dropout, GroupNorm, GroupNormGradient};
+use ddpm_dist::ops::group_norm::{Dropout, GroupNorm, GroupNormGradient, Timestep};
+use std::ops::Range;
 
 const BOTH: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -38,35 +39,49 @@ const ODD: [Shape; 10] = [
     ([1, 2, 2], [264, 8], 34),
 ];
 
+/// What the timestep does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Use {
+    Nothing,
+    Add,
+    ScaleShift,
+}
+
 /// What stands around a norm, and which gradients are added to.
 #[derive(Clone, Copy, Debug)]
 struct Around {
     silu: bool,
-    timestep: bool,
+    timestep: Use,
     dropout: Option<f32>,
     /// dx1, dx2, dγ and dβ.
     adds: [bool; 3],
 }
 
-const BARE: Around = Around { silu: false, timestep: false, dropout: None, adds: [true, false, false] };
+const BARE: Around = Around { silu: false, timestep: Use::Nothing, dropout: None, adds: [true, false, false] };
 const SILU: Around = Around { silu: true, ..BARE };
-const ALL: Around = Around { silu: true, timestep: true, dropout: Some(0.3), adds: [false, true, true] };
+const ALL: Around = Around { silu: true, timestep: Use::Add, dropout: Some(0.3), adds: [false, true, true] };
 const DROPOUT: Around = Around { dropout: Some(0.1), adds: [true, true, false], ..BARE };
-const TIMESTEP: Around = Around { timestep: true, adds: [false; 3], ..SILU };
+const TIMESTEP: Around = Around { timestep: Use::Add, adds: [false; 3], ..SILU };
+const SCALE_SHIFT: Around = Around { timestep: Use::ScaleShift, ..ALL };
+const SCALE_SHIFT_ALONE: Around = Around { timestep: Use::ScaleShift, ..BARE };
 
 /// Columns of the timestep matrix before those of the norm, and after.
 const OTHER_COLUMNS: [usize; 2] = [3, 2];
 
 fn norm((size, channels, groups): Shape, around: Around) -> GroupNorm {
     let total = channels[0] + channels[1];
-    let columns = Columns { offset: OTHER_COLUMNS[0], total: OTHER_COLUMNS[0] + total + OTHER_COLUMNS[1] };
+    let [offset, after] = OTHER_COLUMNS;
     GroupNorm {
         size,
         channels,
         groups,
         eps: 1e-6,
         silu: around.silu,
-        timestep: around.timestep.then_some(columns),
+        timestep: match around.timestep {
+            Use::Nothing => None,
+            Use::Add => Some(Timestep::Add { offset, total: offset + total + after }),
+            Use::ScaleShift => Some(Timestep::ScaleShift { offset, total: offset + 2 * total + after }),
+        },
         dropout: around.dropout.map(|probability| Dropout { probability, seed: 0x1234_5678_9abc, layer: 7 }),
     }
 }
@@ -110,7 +125,11 @@ impl Case {
         }
         inputs.push(Tensor::new(normals(2, total).iter().map(|g| 1.0 + 0.3 * g).collect(), Precision::F32));
         inputs.push(Tensor::new(normals(3, total), Precision::F32));
-        inputs.extend(op.timestep.map(|columns| Tensor::new(normals(4, n * columns.total), precision)));
+        let columns = match op.timestep {
+            Some(Timestep::Add { total, .. } | Timestep::ScaleShift { total, .. }) => total,
+            None => 0,
+        };
+        inputs.extend(op.timestep.map(|_| Tensor::new(normals(4, n * columns), precision)));
         Case { op, precision, inputs }
     }
 
@@ -139,6 +158,25 @@ impl Case {
         [Passes::One, Passes::Two { chunk: self.pixels().div_ceil(3) }]
     }
 
+    /// The norm's own columns of the timestep matrix, and all.
+    fn columns(&self) -> Option<(Range<usize>, usize)> {
+        let channels = self.op.channels[0] + self.op.channels[1];
+        self.op.timestep.map(|timestep| match timestep {
+            Timestep::Add { offset, total } => (offset..offset + channels, total),
+            Timestep::ScaleShift { offset, total } => (offset..offset + 2 * channels, total),
+        })
+    }
+
+    /// The largest 1 + scale.
+    fn largest_factor(&self) -> f32 {
+        let (Some(Timestep::ScaleShift { .. }), Some((own, total))) = (self.op.timestep, self.columns()) else {
+            return 1.0;
+        };
+        let scales = own.start..own.start + own.len() / 2;
+        let rows = self.inputs.last().unwrap().values.chunks(total);
+        rows.flat_map(|row| &row[scales.clone()]).fold(0.0, |largest, scale| largest.max((1.0 + scale).abs()))
+    }
+
     fn name(&self, what: &str, passes: Passes) -> String {
         format!("{what} of {:?}, {:?}, {passes:?}", self.op, self.precision)
     }
@@ -150,9 +188,11 @@ impl Case {
         let u = |image: usize, pixel: usize, c: usize| {
             let [source, channels, own] = if c < c1 { [0, c1, c] } else { [1, c2, c - c1] };
             let x = self.inputs[source].values[(image * pixels + pixel) * channels + own];
-            let term =
-                |columns: Columns| self.inputs.last().unwrap().values[image * columns.total + columns.offset + c];
-            f64::from(x) + f64::from(timestep.map_or(0.0, term))
+            let term = match timestep {
+                Some(Timestep::Add { offset, total }) => self.inputs.last().unwrap().values[image * total + offset + c],
+                Some(Timestep::ScaleShift { .. }) | None => 0.0,
+            };
+            f64::from(x) + f64::from(term)
         };
         let of_group = |group: usize| {
             let (image, size) = (group / groups, total / groups);
@@ -233,20 +273,17 @@ impl Case {
 
         let rstd = every_second(&f32_of(&statistics, Precision::F32), 1);
         let keep = 1.0 - around.dropout.unwrap_or(0.0);
-        // The largest term of dx is γ·rstd·dz.
-        let term = largest(&self.inputs[sources].values) * largest(&rstd) * 1.1 * largest(&dy.values) / keep;
+        // The largest term of dx is γ·rstd·dz, times 1 + scale.
+        let dz = 1.1 * largest(&dy.values) / keep;
+        let term = largest(&self.inputs[sources].values) * largest(&rstd) * self.largest_factor() * dz;
         let (images, pixels) = (self.op.size[0] as f32, self.pixels() as f32);
         for (i, expected) in expected.iter().enumerate() {
             let name = ["dx1", "dx2", "d_gamma", "d_beta", "d_timestep"][i + usize::from(sources == 1 && i > 0)];
             let name = self.name(name, passes);
             let mut exact = f32_of(expected, Precision::F32);
             let found = f32_of(&found[i], precision_of(i));
-            let own = self.op.timestep.filter(|_| is_columns(i));
-            let is_own = |k: usize| {
-                own.is_none_or(|own| {
-                    (own.offset..own.offset + self.elements() / (images * pixels) as usize).contains(&(k % own.total))
-                })
-            };
+            let own = self.columns().filter(|_| is_columns(i));
+            let is_own = |k: usize| own.as_ref().is_none_or(|(own, total)| own.contains(&(k % total)));
             for (k, (exact, before)) in exact.iter_mut().zip(&before[i].values).enumerate() {
                 if !is_own(k) {
                     // Columns of other layers stay as they were.
@@ -257,7 +294,8 @@ impl Case {
             }
             // Sums over so many terms, each with roundings of its size: those of a sum of n terms of either sign are √n of one term's.
             let size = match i {
-                _ if is_columns(i) => term * pixels.sqrt(),
+                _ if is_columns(i) && around.timestep == Use::Add => term * pixels.sqrt(),
+                _ if is_columns(i) => largest(&exact).max(dz * pixels.sqrt()),
                 i if i < sources => term,
                 _ => largest(&exact).max(largest(&dy.values) * (images * pixels).sqrt()),
             };
@@ -345,14 +383,20 @@ fn with_timestep_term_and_dropout_too() {
 }
 
 #[test]
+fn with_scale_and_shift_by_the_timestep_too() {
+    check(&OF_MODELS, SCALE_SHIFT);
+}
+
+#[test]
 fn odd_norms_are_those_of_the_cpu() {
     check(&ODD, ALL);
+    check(&ODD, SCALE_SHIFT);
     check(&ODD, BARE);
 }
 
 #[test]
 fn each_of_what_stands_around_a_norm_alone() {
-    for around in [DROPOUT, TIMESTEP, SILU] {
+    for around in [DROPOUT, TIMESTEP, SCALE_SHIFT_ALONE, SILU] {
         check(&[([2, 5, 3], [12, 20], 4), ([2, 4, 4], [16, 16], 4)], around);
     }
 }

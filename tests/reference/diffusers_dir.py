@@ -86,7 +86,9 @@ def make():
     lsun256 = dict(sample_size=256, layers_per_block=2, dropout=0.0, **blocks([128, 128, 256, 256, 512, 512], [4]))
     odd = dict(sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, add_attention=False,
                norm_num_groups=8, **blocks([32, 96, 64], [0, 2]))
-    for config in [cifar10, lsun256, odd]:
+    scaled = dict(odd, resnet_time_scale_shift="scale_shift", add_attention=True)
+    scaled_norm = dict(scaled, attn_norm_num_groups=16)
+    for config in [cifar10, lsun256, odd, scaled, scaled_norm]:
         with torch.device("meta"):
             unet = UNet2DModel(**{**PAPER, **config})
         shapes = {k: list(v.shape) for k, v in unet.state_dict().items()}

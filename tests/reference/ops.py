@@ -86,12 +86,15 @@ def linears(fixture):
 def group_norms(fixture):
     eps = 1e-6
 
-    def function(groups, silu):
+    def function(groups, silu, scales):
         def group_norm(w, b, temb=None, **sources):
             x = to_nchw(torch.cat(list(sources.values()), dim=-1))
-            if temb is not None:
+            if temb is not None and not scales:
                 x = x + temb[:, :, None, None]
             y = F.group_norm(x, groups, w, b, eps)
+            if scales:
+                scale, shift = temb[:, :, None, None].chunk(2, dim=1)
+                y = y * (1 + scale) + shift
             return to_nhwc(F.silu(y) if silu else y)
 
         return group_norm
@@ -106,17 +109,20 @@ def group_norms(fixture):
         ("group_norm_one_channel_groups", (6,), 6, True, False, 0),
         ("group_norm_one_group", (7,), 1, False, True, 0),
         ("group_norm_large_mean", (20,), 4, False, False, 30),
+        ("group_norm_scale_shift", (20,), 4, False, "scale_shift", 0),
+        ("group_norm_silu_scale_shift", (20,), 5, True, "scale_shift", 0),
+        ("group_norm_silu_two_sources_scale_shift", (10, 18), 4, True, "scale_shift", 0),
     ):
         gen = generator(name)
         names = ("x",) if len(channels) == 1 else ("x1", "x2")
         # f32 holds `mean + normal` only after another rounding.
         inputs = {key: (mean + normal(gen, 2, 5, 7, c)).float().double() for key, c in zip(names, channels)}
         if temb:
-            inputs["temb"] = normal(gen, 2, sum(channels))
+            inputs["temb"] = normal(gen, 2, sum(channels) * (2 if temb == "scale_shift" else 1))
         fixture.op(
             name,
             {"op": "group_norm", "groups": groups, "eps": eps, "silu": silu, "temb": temb, "sources": len(channels)},
-            function(groups, silu),
+            function(groups, silu, temb == "scale_shift"),
             **inputs,
             w=(1 + normal(gen, sum(channels), scale=0.3)).float().double(),
             b=normal(gen, sum(channels), scale=0.3),

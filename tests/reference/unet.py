@@ -1,4 +1,4 @@
-"""`unet_*.safetensors`: output, loss and every gradient of four unlike diffusers UNets."""
+"""`unet_*.safetensors`: output, loss and every gradient of five unlike diffusers UNets."""
 
 import copy
 import json
@@ -38,8 +38,10 @@ def config(size, image_channels, channels, blocks, attention_levels, mid_attenti
         class_embed_type=None,
         num_class_embeds=None,
         num_train_timesteps=None,
-        **(dict(attn_norm_num_groups=None, freq_shift=1, flip_sin_to_cos=False) | rest),
-    )
+        attn_norm_num_groups=None,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+    ) | rest
 
 
 CONFIGS = {
@@ -52,6 +54,8 @@ CONFIGS = {
     "colour12x20": config([12, 20], 3, [12, 8, 10], 2, {1, 2}, True, 2, 2, attn_norm_num_groups=5),
     # Grey, attention at the highest level, the other timestep embedding.
     "grey8": config([8, 8], 1, [8, 16], 1, {0}, True, None, 4, freq_shift=0, flip_sin_to_cos=True),
+    # Grey, 20×12 → 10×6 → 5×3, two heads; the timestep scales and shifts (and the middle attention has no norm).
+    "grey20x12": config([20, 12], 1, [6, 8, 4], 1, {1}, True, 4, 2, resnet_time_scale_shift="scale_shift"),
 }
 
 

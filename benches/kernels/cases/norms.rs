@@ -2,7 +2,7 @@
 
 use super::{BOTH, Case, Content, named, words};
 use ddpm_dist::device::cuda::Precision;
-use ddpm_dist::ops::group_norm::{self, Columns, Dropout, GroupNorm, GroupNormGradient};
+use ddpm_dist::ops::group_norm::{self, Dropout, GroupNorm, GroupNormGradient, Timestep};
 
 /// Sizes, channels of both sources, and whether a timestep term and dropout are there. The largest of each model, the widest with two
 /// sources, and one whose slab needs two passes.
@@ -26,7 +26,7 @@ fn of((size, channels, is_full): ([usize; 3], [usize; 2], bool), precision: Prec
         groups: 32,
         eps: 1e-6,
         silu: true,
-        timestep: is_full.then_some(Columns { offset: 0, total }),
+        timestep: is_full.then_some(Timestep::Add { offset: 0, total }),
         dropout: is_full.then_some(Dropout { probability: 0.1, seed: 1, layer: 3 }),
     };
     let activations = |len| Content::of(precision, len);

@@ -5,7 +5,8 @@ use crate::unet::UnetConfig;
 /// All tensors of the model with the shapes diffusers gives them (convolutions OIHW), in the order of the forward pass.
 /// The config must be one that can be built ([`UnetConfig::validate`]).
 pub fn expected_tensors(config: &UnetConfig) -> Vec<(String, Vec<usize>)> {
-    let mut list = List { tensors: Vec::new(), temb: 4 * config.channels.first().copied().unwrap_or(0) };
+    let temb = 4 * config.channels.first().copied().unwrap_or(0);
+    let mut list = List { tensors: Vec::new(), temb, columns: config.timestep.columns() };
     let levels = config.channels.len();
     let (Some(&first), Some(&last)) = (config.channels.first(), config.channels.last()) else {
         return list.tensors;
@@ -20,7 +21,7 @@ pub fn expected_tensors(config: &UnetConfig) -> Vec<(String, Vec<usize>)> {
             list.resnet(&format!("{block}.resnets.{j}"), h, c);
             h = c;
             if config.attention_levels.contains(&level) {
-                list.attention(&format!("{block}.attentions.{j}"), c);
+                list.attention(&format!("{block}.attentions.{j}"), c, true);
             }
         }
         if level + 1 < levels {
@@ -29,7 +30,7 @@ pub fn expected_tensors(config: &UnetConfig) -> Vec<(String, Vec<usize>)> {
     }
     list.resnet("mid_block.resnets.0", last, last);
     if config.mid_attention {
-        list.attention("mid_block.attentions.0", last);
+        list.attention("mid_block.attentions.0", last, config.norm_of_mid_attention().is_some());
     }
     list.resnet("mid_block.resnets.1", last, last);
     for (i, level) in (0..levels).rev().enumerate() {
@@ -41,7 +42,7 @@ pub fn expected_tensors(config: &UnetConfig) -> Vec<(String, Vec<usize>)> {
             list.resnet(&format!("{block}.resnets.{j}"), h + skip, c);
             h = c;
             if config.attention_levels.contains(&level) {
-                list.attention(&format!("{block}.attentions.{j}"), c);
+                list.attention(&format!("{block}.attentions.{j}"), c, true);
             }
         }
         if level > 0 {
@@ -55,7 +56,9 @@ pub fn expected_tensors(config: &UnetConfig) -> Vec<(String, Vec<usize>)> {
 
 struct List {
     tensors: Vec<(String, Vec<usize>)>,
+    /// Width of the timestep embedding, and columns of its projection for a channel.
     temb: usize,
+    columns: usize,
 }
 
 impl List {
@@ -80,7 +83,7 @@ impl List {
     fn resnet(&mut self, name: &str, from: usize, to: usize) {
         self.norm(&format!("{name}.norm1"), from);
         self.conv(&format!("{name}.conv1"), from, to, 3);
-        self.linear(&format!("{name}.time_emb_proj"), self.temb, to);
+        self.linear(&format!("{name}.time_emb_proj"), self.temb, self.columns * to);
         self.norm(&format!("{name}.norm2"), to);
         self.conv(&format!("{name}.conv2"), to, to, 3);
         if from != to {
@@ -88,8 +91,10 @@ impl List {
         }
     }
 
-    fn attention(&mut self, name: &str, channels: usize) {
-        self.norm(&format!("{name}.group_norm"), channels);
+    fn attention(&mut self, name: &str, channels: usize, has_norm: bool) {
+        if has_norm {
+            self.norm(&format!("{name}.group_norm"), channels);
+        }
         for projection in ["to_q", "to_k", "to_v", "to_out.0"] {
             self.linear(&format!("{name}.{projection}"), channels, channels);
         }
@@ -169,6 +174,7 @@ pub(super) fn their_key(ours: &str) -> &'static str {
         "model.norm_eps" => "norm_eps",
         "model.dropout" => "dropout",
         "model.freq_shift" => "freq_shift",
+        "model.timestep" => "resnet_time_scale_shift",
         _ => "sample_size",
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::checkpoint::Layout;
 use crate::diffusion::{BetaSchedule, DiffusionConfig, Objective, SamplerConfig, SamplerKind, Spacing, Variance};
-use crate::unet::UnetConfig;
+use crate::unet::{TimestepForm, UnetConfig};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -47,6 +47,9 @@ fn names_shapes_and_counts_are_those_of_diffusers() {
     assert_eq!(found[0], (UnetConfig::default(), 328, 35_746_307));
     assert_eq!(found[1], (lsun256(), 450, 113_673_219));
     assert_eq!((&found[2].0.attention_levels[..], found[2].0.mid_attention), (&[0, 2][..], false));
+    for (model, mid_groups) in [(&found[3].0, Some(0)), (&found[4].0, Some(16))] {
+        assert_eq!((model.timestep, model.mid_attention_groups), (TimestepForm::ScaleShift, mid_groups));
+    }
 }
 
 /// The fixture's weights as torch itself reordered them.
@@ -133,6 +136,7 @@ fn what_is_exported_is_imported() {
         mid_attention_groups: None,
         norm_eps: 1e-5,
         dropout: 0.3,
+        timestep: TimestepForm::ScaleShift,
         flip_sin_to_cos: true,
         freq_shift: 0.5,
     };
@@ -165,6 +169,36 @@ fn what_is_exported_is_imported() {
     let e = export(&tmp.path().join("c"), &unet, [16, 12], process, &short, &[0.0; 64]).unwrap_err().to_string();
     assert!(e.contains("it has no tensor") && !tmp.path().join("c").exists(), "{e}");
     assert_eq!(fs::read_dir(tmp.path()).unwrap().count(), 1, "nothing temporary is left");
+}
+
+/// diffusers leaves the norm of the middle attention away where the timestep scales and shifts, unless it is told its groups.
+#[test]
+fn the_norm_of_the_middle_attention_is_kept_in_both_forms() {
+    use TimestepForm::{Add, ScaleShift};
+    for (timestep, ours, theirs) in [
+        (Add, None, Value::Null),
+        (Add, Some(4), json!(4)),
+        (ScaleShift, None, json!(2)),
+        (ScaleShift, Some(4), json!(4)),
+        (ScaleShift, Some(0), Value::Null),
+    ] {
+        let config = UnetConfig {
+            channels: vec![4, 8],
+            groups: 2,
+            mid_attention_groups: ours,
+            timestep,
+            ..UnetConfig::default()
+        };
+        let written = unet::to_json(&config, [8, 8]);
+        assert_eq!(written["attn_norm_num_groups"], theirs, "{timestep:?}, {ours:?}");
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("config.json");
+        fs::write(&path, written.to_string()).unwrap();
+        assert_eq!(unet::from_json(&json::Keys::read(&path).unwrap()).unwrap().0, config);
+        let has_norm =
+            expected_tensors(&config).iter().any(|(name, _)| name == "mid_block.attentions.0.group_norm.weight");
+        assert_eq!(has_norm, ours != Some(0));
+    }
 }
 
 /// A copy of a fixture in which one file's JSON is changed.
@@ -201,7 +235,8 @@ fn what_cannot_be_expressed_is_refused_by_its_key() {
         (UNET_JSON, "down_block_types", json!(["ResnetDownsampleBlock2D", "AttnDownBlock2D"])),
         (UNET_JSON, "up_block_types", json!(["UpBlock2D", "AttnUpBlock2D"])),
         (UNET_JSON, "downsample_padding", json!(1)),
-        (UNET_JSON, "resnet_time_scale_shift", json!("scale_shift")),
+        (UNET_JSON, "resnet_time_scale_shift", json!("ada_group")),
+        (UNET_JSON, "resnet_time_scale_shift", json!("spatial")),
         (UNET_JSON, "act_fn", json!("gelu")),
         (UNET_JSON, "time_embedding_type", json!("fourier")),
         (UNET_JSON, "time_embedding_dim", json!(7)),
@@ -246,6 +281,8 @@ fn values_that_nobody_can_mean_are_refused_by_their_key() {
         (UNET_JSON, "norm_num_groups", json!(0)),
         (UNET_JSON, "norm_num_groups", Value::Null),
         (UNET_JSON, "attn_norm_num_groups", json!(5)),
+        (UNET_JSON, "attn_norm_num_groups", json!(0)),
+        (UNET_JSON, "resnet_time_scale_shift", json!(2)),
         (UNET_JSON, "attention_head_dim", json!(3)),
         (UNET_JSON, "attention_head_dim", json!(0)),
         (UNET_JSON, "norm_eps", json!(-1e-6)),

@@ -4,7 +4,7 @@ use super::DIFFUSERS_VERSION;
 use super::error::DiffusersError;
 use super::json::{Keys, whole};
 use super::names::their_key;
-use crate::unet::UnetConfig;
+use crate::unet::{TimestepForm, UnetConfig};
 use serde_json::{Value, json};
 
 /// Longest side of an image, as for `data.size`.
@@ -20,6 +20,11 @@ pub(super) fn to_json(config: &UnetConfig, sample_size: [usize; 2]) -> Value {
     let down = |level| if attends(&level) { "AttnDownBlock2D" } else { "DownBlock2D" };
     let up = |level| if attends(&level) { "AttnUpBlock2D" } else { "UpBlock2D" };
     let [height, width] = sample_size;
+    // null is norm_num_groups in one form and no norm in the other.
+    let mid_attention_groups = match config.timestep {
+        TimestepForm::Add => config.mid_attention_groups,
+        TimestepForm::ScaleShift => config.norm_of_mid_attention(),
+    };
     json!({
         "_class_name": "UNet2DModel",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -46,9 +51,12 @@ pub(super) fn to_json(config: &UnetConfig, sample_size: [usize; 2]) -> Value {
         // null is one head of all channels in each block.
         "attention_head_dim": if config.head_channels == 0 { Value::Null } else { json!(config.head_channels) },
         "norm_num_groups": config.groups,
-        "attn_norm_num_groups": config.mid_attention_groups,
+        "attn_norm_num_groups": mid_attention_groups,
         "norm_eps": config.norm_eps,
-        "resnet_time_scale_shift": "default",
+        "resnet_time_scale_shift": match config.timestep {
+            TimestepForm::Add => "default",
+            TimestepForm::ScaleShift => "scale_shift",
+        },
         "add_attention": config.mid_attention,
         "class_embed_type": null,
         "num_class_embeds": null,
@@ -77,7 +85,6 @@ pub(super) fn from_json(keys: &Keys) -> Result<(UnetConfig, Option<[usize; 2]>),
         ("downsample_padding", json!(1), json!(0), "downsampling pads bottom and right, as the paper's code does"),
         ("downsample_type", json!("conv"), json!("conv"), "downsampling is a convolution of stride 2"),
         ("upsample_type", json!("conv"), json!("conv"), "upsampling is nearest x2 and a convolution"),
-        ("resnet_time_scale_shift", json!("default"), json!("default"), "the timestep is added, it does not scale"),
         ("class_embed_type", Value::Null, Value::Null, "there are no classes"),
         ("num_class_embeds", Value::Null, Value::Null, "there are no classes"),
     ] {
@@ -106,6 +113,8 @@ pub(super) fn from_json(keys: &Keys) -> Result<(UnetConfig, Option<[usize; 2]>),
     if head_channels == Some(0) {
         return Err(keys.bad_value("attention_head_dim", "1 or more, or null"));
     }
+    let timestep = timestep_form(keys)?;
+    let groups = keys.count("norm_num_groups", 32)?;
     let config = UnetConfig {
         image_channels,
         channels,
@@ -113,10 +122,11 @@ pub(super) fn from_json(keys: &Keys) -> Result<(UnetConfig, Option<[usize; 2]>),
         attention_levels,
         mid_attention: keys.flag("add_attention", true)?,
         head_channels: head_channels.unwrap_or(0),
-        groups: keys.count("norm_num_groups", 32)?,
-        mid_attention_groups: keys.count_or_null("attn_norm_num_groups", None)?,
+        groups,
+        mid_attention_groups: mid_attention_groups(keys, timestep, groups)?,
         norm_eps: keys.number("norm_eps", 1e-5)?,
         dropout: keys.number("dropout", 0.0)?,
+        timestep,
         flip_sin_to_cos: keys.flag("flip_sin_to_cos", true)?,
         freq_shift: keys.number("freq_shift", 0.0)?,
     };
@@ -131,6 +141,31 @@ pub(super) fn from_json(keys: &Keys) -> Result<(UnetConfig, Option<[usize; 2]>),
         .validate(height, width)
         .map_err(|refused| keys.bad_value(their_key(&refused.key), &format!("{}: {}", refused.range, refused.why)))?;
     Ok((config, size))
+}
+
+fn timestep_form(keys: &Keys) -> Result<TimestepForm, DiffusersError> {
+    const KEY: &str = "resnet_time_scale_shift";
+    match keys.text(KEY, "default")?.as_str() {
+        "default" => Ok(TimestepForm::Add),
+        "scale_shift" => Ok(TimestepForm::ScaleShift),
+        _ => {
+            let why = "the timestep is added before the norm, or scales and shifts after it";
+            Err(keys.unsupported(KEY, &json!("default"), "\"default\" or \"scale_shift\"", why))
+        }
+    }
+}
+
+/// null is `norm_num_groups` where the timestep is added, and no norm where it scales and shifts.
+fn mid_attention_groups(keys: &Keys, timestep: TimestepForm, groups: usize) -> Result<Option<usize>, DiffusersError> {
+    const KEY: &str = "attn_norm_num_groups";
+    let found = keys.count_or_null(KEY, None)?;
+    if found == Some(0) {
+        return Err(keys.bad_value(KEY, "1 or more, or null"));
+    }
+    Ok(match timestep {
+        TimestepForm::Add => found,
+        TimestepForm::ScaleShift => Some(found.unwrap_or(0)).filter(|&n| n != groups),
+    })
 }
 
 /// Levels that attend, from the block types; the way up must mirror the way down.

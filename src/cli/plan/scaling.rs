@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Scaling, with --ranks")]
+#[group(id = "Scaling")]
 pub(super) struct Arguments {
     /// Predict the speed of the ranks over a network: nvlink+ib8x400, 8x100gbe, 100gbe, shm, loopback, or bandwidth and latency of your own,
     /// for example 25GB/s,20us

@@ -3,7 +3,7 @@
 
 mod kernels;
 
-use super::GroupNorm;
+use super::{GroupNorm, Timestep};
 use crate::device::cpu::Launch;
 use crate::rng::{Kind, Stream};
 use kernels::{Affine, Back, GradientSums, Sums};
@@ -26,16 +26,17 @@ fn mask_block(norm: &GroupNorm) -> usize {
 }
 
 pub(super) fn forward_scratch(norm: &GroupNorm) -> usize {
-    7 * norm.total_channels() + mask_block(norm)
+    8 * norm.total_channels() + mask_block(norm)
 }
 
 pub(super) fn backward_scratch(norm: &GroupNorm) -> usize {
-    (10 + block_rows(norm)) * norm.total_channels() + mask_block(norm)
+    (11 + block_rows(norm)) * norm.total_channels() + mask_block(norm)
 }
 
-/// Floats per image that wait for the sum over images: dγ, dβ and the gradient of the timestep term.
+/// Floats per image that wait for the sum over images, dγ and dβ, or for their columns, the timestep's gradient.
 pub(super) fn partial_sums(norm: &GroupNorm) -> usize {
-    (2 + usize::from(norm.timestep.is_some())) * norm.total_channels()
+    let channels = norm.total_channels();
+    2 * channels + norm.timestep.map_or(0, |timestep| timestep.columns(channels).len())
 }
 
 /// The inputs of the norm.
@@ -69,11 +70,17 @@ impl<'a> Inputs<'a> {
             let len = pixels * self.norm.channels[s];
             &self.sources[s][index * len..][..len]
         };
-        let timestep = self
-            .norm
-            .timestep
-            .map(|columns| &self.timestep[index * columns.total + columns.offset..][..self.norm.total_channels()]);
-        Image { inputs: self, index, sources: [source(0), source(1)], timestep }
+        let channels = self.norm.total_channels();
+        let columns = self.norm.timestep.map(|timestep| {
+            let row = &self.timestep[index * timestep.total()..][..timestep.total()];
+            (timestep, &row[timestep.columns(channels)])
+        });
+        let (term, modulation) = match columns {
+            Some((Timestep::Add { .. }, term)) => (Some(term), None),
+            Some((Timestep::ScaleShift { .. }, columns)) => (None, Some(columns.split_at(channels))),
+            None => (None, None),
+        };
+        Image { inputs: self, index, sources: [source(0), source(1)], term, modulation }
     }
 }
 
@@ -83,8 +90,10 @@ struct Image<'a> {
     index: usize,
     /// [H·W, C1] and [H·W, C2].
     sources: [&'a [f32]; 2],
-    /// [C]
-    timestep: Option<&'a [f32]>,
+    /// What the timestep adds before the norm, [C].
+    term: Option<&'a [f32]>,
+    /// The timestep's scale and shift after the norm, [C] each.
+    modulation: Option<(&'a [f32], &'a [f32])>,
 }
 
 impl Image<'_> {
@@ -112,8 +121,13 @@ impl Image<'_> {
         (0..self.inputs.norm.groups).map(move |g| (g, g * size..(g + 1) * size))
     }
 
-    fn timestep(&self, channel: usize) -> f32 {
-        self.timestep.map_or(0.0, |t| t[channel])
+    fn term(&self, channel: usize) -> f32 {
+        self.term.map_or(0.0, |term| term[channel])
+    }
+
+    /// 1 + scale
+    fn factor(&self, channel: usize) -> f32 {
+        self.modulation.map_or(1.0, |(scale, _)| 1.0 + scale[channel])
     }
 
     /// Draws the dropout mask of a block of pixels, if there is dropout: 0 or 1/(1 − probability).
@@ -128,13 +142,18 @@ impl Image<'_> {
         Some(mask)
     }
 
-    /// center = mean − timestep term and scale = γ·rstd of every channel, from the stored statistics [groups, 2].
-    fn fill_affine(&self, statistics: &[f32], center: &mut [f32], scale: &mut [f32]) {
+    /// center = mean − term, scale = γ·rstd·(1 + scale) and bias = β·(1 + scale) + shift of every channel, from the stored statistics
+    /// [groups, 2].
+    fn fill_affine(&self, statistics: &[f32], center: &mut [f32], scale: &mut [f32], bias: &mut [f32]) {
         for (group, channels) in self.groups() {
             let (mean, rstd) = (statistics[2 * group], statistics[2 * group + 1]);
             for c in channels {
-                center[c] = mean - self.timestep(c);
-                scale[c] = self.inputs.gamma[c] * rstd;
+                center[c] = mean - self.term(c);
+                scale[c] = self.inputs.gamma[c] * rstd * self.factor(c);
+                bias[c] = match self.modulation {
+                    Some((_, shift)) => self.inputs.beta[c] * self.factor(c) + shift[c],
+                    None => self.inputs.beta[c],
+                };
             }
         }
     }
@@ -161,8 +180,8 @@ pub(super) fn group_norm(norm: &GroupNorm, launch: &Launch<'_>) {
 fn forward(image: &Image<'_>, y: &mut [f32], statistics: &mut [f32], scratch: &mut [f32]) {
     let norm = image.inputs.norm;
     let channels = norm.total_channels();
-    let [shift, first, second, center, scale, mask] =
-        parts(scratch, [channels, 2 * channels, 2 * channels, channels, channels, mask_block(norm)]);
+    let [shift, first, second, center, scale, bias, mask] =
+        parts(scratch, [channels, 2 * channels, 2 * channels, channels, channels, channels, mask_block(norm)]);
 
     // Moments are taken about a value of the channel itself, so that a mean far from zero costs no digits.
     let (mut first, mut second) = (Sums::zero(first), Sums::zero(second));
@@ -175,8 +194,8 @@ fn forward(image: &Image<'_>, y: &mut [f32], statistics: &mut [f32], scratch: &m
     }
     fill_statistics(image, shift, &first, &second, statistics);
 
-    image.fill_affine(statistics, center, scale);
-    let affine = Affine { center, scale, bias: image.inputs.beta };
+    image.fill_affine(statistics, center, scale, bias);
+    let affine = Affine { center, scale, bias };
     for rows in image.blocks() {
         let y = &mut y[rows.start * channels..rows.end * channels];
         for (source, columns) in image.columns() {
@@ -194,7 +213,7 @@ fn fill_statistics(image: &Image<'_>, shift: &[f32], first: &Sums<'_>, second: &
     let pixels = image.inputs.norm.pixels() as f64;
     for (group, channels) in image.groups() {
         let size = channels.len() as f64;
-        let mean_of = |c: usize| f64::from(shift[c]) + first.get(c) / pixels + f64::from(image.timestep(c));
+        let mean_of = |c: usize| f64::from(shift[c]) + first.get(c) / pixels + f64::from(image.term(c));
         let mean = channels.clone().map(mean_of).sum::<f64>() / size;
         let variance_of = |c: usize| (second.get(c) / pixels - (first.get(c) / pixels).powi(2)).max(0.0);
         let spread = |c: usize| variance_of(c) + (mean_of(c) - mean).powi(2);
@@ -247,13 +266,13 @@ fn backward(
     let norm = image.inputs.norm;
     let channels = norm.total_channels();
     let sums = [2 * channels; 3];
-    let lengths = [channels, channels, channels, channels, sums[0], sums[1], sums[2]];
+    let lengths = [channels, channels, channels, channels, channels, sums[0], sums[1], sums[2]];
     let (per_channel, blocks) = scratch.split_at_mut(lengths.iter().sum());
-    let [center, scale, slope, offset, sum_dz, sum_dz_x, sum_x] = parts(per_channel, lengths);
+    let [center, scale, bias, slope, offset, sum_dz, sum_dz_x, sum_x] = parts(per_channel, lengths);
     let [spare, mask] = parts(blocks, [block_rows(norm) * channels, mask_block(norm)]);
 
-    image.fill_affine(statistics, center, scale);
-    let affine = Affine { center, scale, bias: image.inputs.beta };
+    image.fill_affine(statistics, center, scale, bias);
+    let affine = Affine { center, scale, bias };
     let mut sums = GradientSums { dz: Sums::zero(sum_dz), dz_x: Sums::zero(sum_dz_x), x: Sums::zero(sum_x) };
     let mut targets = targets;
 
@@ -302,7 +321,7 @@ fn masked<'a>(image: &Image<'_>, rows: &Range<usize>, dy: &'a [f32], space: &'a 
     masked
 }
 
-/// dz, the gradient with respect to γ·(u − mean)·rstd + β, for a block of a source.
+/// dz, the gradient with respect to what goes into SiLU, for a block of a source.
 fn fill_dz(dz: &mut [f32], dy: &[f32], x: &[f32], affine: Affine<'_>, norm: &GroupNorm) {
     let channels = norm.total_channels();
     if norm.silu {
@@ -315,9 +334,9 @@ fn fill_dz(dz: &mut [f32], dy: &[f32], x: &[f32], affine: Affine<'_>, norm: &Gro
     }
 }
 
-/// From the sums over pixels what dx needs per channel, and this image's part of dγ, dβ and the timestep term's gradient.
+/// From the sums over pixels what dx needs per channel, and this image's part of dγ, dβ and the gradient of the timestep's columns.
 ///
-/// With M elements per group, dx = rstd·(γ·dz − Σγ·dz/M − x̂·Σγ·dz·x̂/M), where the sums are over the group.
+/// With γ' = γ·(1 + scale) and M elements per group, dx = rstd·(γ'·dz − Σγ'·dz/M − x̂·Σγ'·dz·x̂/M), where the sums are over the group.
 fn fill_coefficients(
     image: &Image<'_>,
     statistics: &[f32],
@@ -327,7 +346,8 @@ fn fill_coefficients(
     partial: &mut [f32],
 ) {
     let norm = image.inputs.norm;
-    let gamma = |c: usize| f64::from(image.inputs.gamma[c]);
+    let factor = |c: usize| f64::from(image.factor(c));
+    let gamma = |c: usize| f64::from(image.inputs.gamma[c]) * factor(c);
     let (d_gamma, rest) = partial.split_at_mut(norm.total_channels());
     let (d_beta, d_timestep) = rest.split_at_mut(norm.total_channels());
     for (group, channels) in image.groups() {
@@ -338,18 +358,28 @@ fn fill_coefficients(
         for c in channels {
             slope[c] = (rstd * rstd * mean_dz_x) as f32;
             offset[c] = (rstd * mean_dz) as f32;
-            d_gamma[c] = (rstd * sums.dz_x.get(c)) as f32;
-            d_beta[c] = sums.dz.get(c) as f32;
-            if norm.timestep.is_some() {
-                // The sum of dx over the pixels.
-                let sum = gamma(c) * sums.dz.get(c) - norm.pixels() as f64 * mean_dz - sums.x.get(c) * rstd * mean_dz_x;
-                d_timestep[c] = (rstd * sum) as f32;
+            let (sum_dz, sum_dz_xhat) = (sums.dz.get(c), rstd * sums.dz_x.get(c));
+            d_gamma[c] = (factor(c) * sum_dz_xhat) as f32;
+            d_beta[c] = (factor(c) * sum_dz) as f32;
+            match norm.timestep {
+                Some(Timestep::Add { .. }) => {
+                    // The sum of dx over the pixels.
+                    let sum = gamma(c) * sum_dz - norm.pixels() as f64 * mean_dz - sums.x.get(c) * rstd * mean_dz_x;
+                    d_timestep[c] = (rstd * sum) as f32;
+                }
+                Some(Timestep::ScaleShift { .. }) => {
+                    let [gamma, beta] = [image.inputs.gamma[c], image.inputs.beta[c]].map(f64::from);
+                    let (d_scale, d_shift) = d_timestep.split_at_mut(norm.total_channels());
+                    d_scale[c] = (gamma * sum_dz_xhat + beta * sum_dz) as f32;
+                    d_shift[c] = sum_dz as f32;
+                }
+                None => {}
             }
         }
     }
 }
 
-/// dγ and dβ as sums over the images in their order; the timestep term's gradients to their columns.
+/// dγ and dβ as sums over the images in their order; the timestep's gradients to their columns.
 fn add_up_images(norm: &GroupNorm, partials: &[f32], launch: &Launch<'_>) {
     let channels = norm.total_channels();
     let (partial_len, gamma) = (partial_sums(norm), norm.gamma_index());
@@ -368,10 +398,10 @@ fn add_up_images(norm: &GroupNorm, partials: &[f32], launch: &Launch<'_>) {
             }
         }
     });
-    if let Some(columns) = norm.timestep {
-        let rows = launch.output::<f32>(gamma + 2).chunks_exact_mut(columns.total);
+    if let Some(timestep) = norm.timestep {
+        let rows = launch.output::<f32>(gamma + 2).chunks_exact_mut(timestep.total());
         for (row, partial) in rows.zip(partials.chunks_exact(partial_len)) {
-            row[columns.offset..][..channels].copy_from_slice(&partial[2 * channels..]);
+            row[timestep.columns(channels)].copy_from_slice(&partial[2 * channels..]);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `kernels/group_norm.cu`
 
-use super::{GroupNorm, GroupNormGradient};
+use super::{GroupNorm, GroupNormGradient, Timestep};
 use crate::device::cuda::{Argument, Launch, Precision};
 use crate::rng::Keep;
 
@@ -87,7 +87,7 @@ impl Cut {
     fn sizes(&self, op: &GroupNorm) -> Argument {
         let keep = Keep::new(1.0 - op.dropout.map_or(0.0, |dropout| dropout.probability));
         let [seed, layer] = op.dropout.map_or([0; 2], |dropout| [dropout.seed, dropout.layer.into()]);
-        let [first_column, columns] = op.timestep.map_or([0; 2], |columns| [columns.offset, columns.total]);
+        let [first_column, columns] = op.timestep.map_or([0; 2], |timestep| [timestep.offset(), timestep.total()]);
         Argument::struct_of([
             op.images(),
             op.pixels(),
@@ -99,6 +99,7 @@ impl Cut {
             (op.eps as f32).to_bits() as usize,
             first_column,
             columns,
+            op.timestep.is_some_and(Timestep::scales).into(),
             seed as u32 as usize,
             (seed >> 32) as usize,
             layer as usize,
@@ -232,7 +233,7 @@ pub fn launches_in(op: &GroupNorm, precision: Precision, passes: Passes) -> Vec<
     ]
 }
 
-/// All gradients. Bit i of `updates`: output i is added to, unless it is the timestep term's, whose columns are written.
+/// All gradients. Bit i of `updates`: output i is added to, unless it is the timestep's, whose columns are written.
 pub fn gradient_launches(op: &GroupNormGradient, precision: Precision, updates: u32) -> Vec<Launch> {
     gradient_launches_in(op, precision, updates, backward_passes(op, precision))
 }
@@ -293,7 +294,8 @@ fn coefficients(
     let group = norm.total_channels() / norm.groups;
     let cut = Cut { pack: 1, tile: group * (THREADS / 4 / group).max(1), chunk, threads: THREADS };
     let [tiles, _, images] = cut.grid(norm);
-    let arguments = vec![inputs.gamma, inputs.timestep, statistics, d_timestep, Argument::Scratch, cut.sizes(norm)];
+    let Inputs { gamma, beta, timestep, .. } = inputs;
+    let arguments = vec![gamma, beta, timestep, statistics, d_timestep, Argument::Scratch, cut.sizes(norm)];
     Launch {
         shared: 12 * cut.tile,
         ..Launch::new("group_norm_gradient_coefficients", precision, [tiles, images, 1], THREADS, arguments)

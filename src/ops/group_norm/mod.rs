@@ -1,5 +1,5 @@
 //! Group normalisation (Wu & He 2018) with what stands around it in a residual block folded in: the concatenation of two sources and
-//! the timestep term before it, SiLU and dropout after it.
+//! the timestep before it as a term or after it as scale and shift, SiLU and dropout after it.
 
 mod cpu;
 pub mod cuda;
@@ -10,14 +10,50 @@ mod tests;
 use crate::device::cpu::Launch;
 use crate::device::cuda::{Form, Work};
 use crate::tape::{Gradient, Of, Op, Scratch, Signature, Spec, Tape, Var};
+use std::ops::Range;
 
-/// The columns of the timestep term [N, `total`] that one op reads: as many as it has channels, from `offset` on.
+/// What the timestep does to a norm of C channels, by columns of a matrix [N, `total`], from column `offset` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Columns {
+pub enum Timestep {
+    /// C columns, added before the norm (Ho et al. 2020).
+    Add {
+        /// First column.
+        offset: usize,
+        /// Columns of the whole matrix.
+        total: usize,
+    },
+    /// C columns `scale`, then C columns `shift`: what the norm gives is multiplied by 1 + scale, and shift is added (Nichol &
+    /// Dhariwal 2021; the adaptive group normalisation of Dhariwal & Nichol 2021).
+    ScaleShift {
+        /// First column.
+        offset: usize,
+        /// Columns of the whole matrix.
+        total: usize,
+    },
+}
+
+impl Timestep {
     /// First column.
-    pub offset: usize,
+    fn offset(self) -> usize {
+        let (Timestep::Add { offset, .. } | Timestep::ScaleShift { offset, .. }) = self;
+        offset
+    }
+
     /// Columns of the whole matrix.
-    pub total: usize,
+    fn total(self) -> usize {
+        let (Timestep::Add { total, .. } | Timestep::ScaleShift { total, .. }) = self;
+        total
+    }
+
+    /// Whether the columns are scales and shifts.
+    fn scales(self) -> bool {
+        matches!(self, Timestep::ScaleShift { .. })
+    }
+
+    /// The columns that a norm of so many channels reads.
+    fn columns(self, channels: usize) -> Range<usize> {
+        self.offset()..self.offset() + channels * (1 + usize::from(self.scales()))
+    }
 }
 
 /// Dropout (Srivastava et al. 2014): an element becomes 0 with the given probability, else it is scaled by 1/(1 − probability).
@@ -31,8 +67,9 @@ pub struct Dropout {
     pub layer: u32,
 }
 
-/// y = dropout(SiLU(γ·(u − mean)·rstd + β)) with u = \[x1, x2\] + timestep term, and mean and variance (biased) over the pixels of an
-/// image and the channels of a group.
+/// y = dropout(SiLU(z)) with z = (γ·(u − mean)·rstd + β)·(1 + scale) + shift, u = \[x1, x2\] + term, and mean and variance (biased) of u
+/// over the pixels of an image and the channels of a group. The [timestep](Timestep) gives the term, or scale and shift; what it does not
+/// give is 0.
 ///
 /// Inputs: x1 `[N, H, W, C1]`; x2 `[N, H, W, C2]` if C2 > 0; γ and β `[C]`, C = C1 + C2; with `timestep` the matrix `[N, total]`; with
 /// `dropout` the clock, u32 `[4]`, of which element 0 is the step and 1 the global index of the batch's first sample.
@@ -51,13 +88,13 @@ pub struct GroupNorm {
     pub eps: f64,
     /// Whether SiLU follows.
     pub silu: bool,
-    /// Where the timestep term of each channel stands.
-    pub timestep: Option<Columns>,
+    /// What the timestep does, and where its columns stand.
+    pub timestep: Option<Timestep>,
     /// Dropout after SiLU.
     pub dropout: Option<Dropout>,
 }
 
-/// Gradients of [`GroupNorm`] with respect to its sources, γ, β and the timestep term's columns.
+/// Gradients of [`GroupNorm`] with respect to its sources, γ, β and the timestep's columns.
 ///
 /// Inputs: dy, all inputs of the norm, and its statistics.
 #[derive(Clone, Debug)]
@@ -80,35 +117,36 @@ pub struct Norm {
 /// Puts a group normalisation of the concatenation of one or two `sources` `[N, H, W, C1]`, `[N, H, W, C2]` on the tape; `gamma` and
 /// `beta` are `[C1 + C2]`.
 ///
-/// Column `timestep.1 + c` of the matrix `timestep.0` is added to every pixel of channel c before the norm. `dropout` follows SiLU and
-/// needs the clock (see [`GroupNorm`]).
+/// `timestep` is the matrix of the timestep's columns, and what they do. `dropout` follows SiLU and needs the clock (see [`GroupNorm`]).
 ///
 /// # Panics
-/// If there are not one or two sources of the same size, or the groups do not divide the channels.
+/// If there are not one or two sources of the same size, the groups do not divide the channels, or the matrix has not these columns.
 pub fn group_norm(
     tape: &mut Tape,
     norm: &Norm,
     sources: &[Var],
     [gamma, beta]: [Var; 2],
-    timestep: Option<(Var, usize)>,
+    timestep: Option<(Var, Timestep)>,
     dropout: Option<(Dropout, Var)>,
 ) -> Var {
     assert!(matches!(sources.len(), 1 | 2), "group_norm: one or two sources, found {}", sources.len());
     let [n, h, w, c1] = tape.shape(sources[0]).nhwc();
     let c2 = sources.get(1).map_or(0, |&x| tape.shape(x).nhwc()[3]);
     assert_eq!((c1 + c2) % norm.groups, 0, "group_norm: {} groups of {c1} + {c2} channels", norm.groups);
-    let columns = timestep.map(|(matrix, offset)| {
-        let total = tape.shape(matrix).rows_and_columns().1;
-        assert!(offset + c1 + c2 <= total, "group_norm: columns {offset}.. of {total} for {} channels", c1 + c2);
-        Columns { offset, total }
-    });
+    if let Some((matrix, timestep)) = timestep {
+        let (own, total) = (timestep.columns(c1 + c2), tape.shape(matrix).rows_and_columns().1);
+        assert!(
+            own.end <= total && total == timestep.total(),
+            "group_norm: {timestep:?} reads {own:?} of {total} columns"
+        );
+    }
     let op = GroupNorm {
         size: [n, h, w],
         channels: [c1, c2],
         groups: norm.groups,
         eps: norm.eps,
         silu: norm.silu,
-        timestep: columns,
+        timestep: timestep.map(|(_, timestep)| timestep),
         dropout: dropout.map(|(dropout, _)| dropout),
     };
     let mut inputs = sources.to_vec();
@@ -150,7 +188,7 @@ impl GroupNorm {
         &self.channels[..1 + usize::from(self.channels[1] > 0)]
     }
 
-    /// Which input γ is; β follows, then the timestep term, then the clock.
+    /// Which input γ is; β follows, then the timestep matrix, then the clock.
     fn gamma_index(&self) -> usize {
         self.sources().len()
     }
@@ -159,7 +197,7 @@ impl GroupNorm {
         let per_channel = Spec::f32([self.total_channels()]);
         let mut inputs: Vec<Spec> = self.sources().iter().map(|&c| self.activations(c)).collect();
         inputs.extend([per_channel.clone(), per_channel]);
-        inputs.extend(self.timestep.map(|columns| Spec::computed([self.images(), columns.total])));
+        inputs.extend(self.timestep.map(|timestep| Spec::computed([self.images(), timestep.total()])));
         inputs.extend(self.dropout.map(|_| Spec::u32([4])));
         inputs
     }
@@ -180,7 +218,7 @@ impl Op for GroupNorm {
     }
 
     fn flops(&self) -> u64 {
-        // Statistics 4, normalisation 3, SiLU 4, dropout 1.
+        // Statistics 4, normalisation 3, SiLU 4, dropout 1; the timestep is in what normalises a channel.
         (7 + 4 * u64::from(self.silu) + u64::from(self.dropout.is_some())) * self.elements()
     }
 
