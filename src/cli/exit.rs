@@ -2,6 +2,7 @@
 
 use crate::cluster::launcher::{Meaning, error_file};
 use crate::collective::CollectiveError;
+use crate::device::DeviceError;
 use crate::tape::RunError;
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -145,6 +146,7 @@ impl Display for Failure {
 /// The exit code of a program that stopped: the others were lost, unless it is this rank's own system that refused.
 pub fn code_of_run(error: &RunError) -> Code {
     match error {
+        RunError::Device(DeviceError::Precision(_)) => Code::Usage,
         RunError::Device(_) | RunError::Collective(CollectiveError::Device(_)) => Code::Device,
         RunError::Collective(CollectiveError::Io { .. } | CollectiveError::TooLong { .. }) => Code::Failed,
         RunError::Collective(_) => Code::PeerLost,

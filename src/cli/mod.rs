@@ -16,10 +16,10 @@ mod train;
 
 use crate::cluster::StopRequest;
 use crate::config::OutOfRange;
-use crate::device::{Device, cpu::Cpu};
+use crate::device::{Device, DeviceError, DeviceKind, Precision, Target, cpu::Cpu, cuda::Cuda};
 use crate::report::{Console, Verbosity};
 use crate::train::Config;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use exit::{Code, Failure, OrFail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -61,6 +61,9 @@ struct Common {
     /// CPU threads [default: as many as the process may use, divided among the ranks that share its cores]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// What to compute on
+    #[arg(long, global = true, value_enum, default_value_t)]
+    device: DeviceChoice,
     /// Say nothing but alarms and the last message
     #[arg(short, long, global = true)]
     quiet: bool,
@@ -69,6 +72,18 @@ struct Common {
     verbose: bool,
     #[command(flatten)]
     launch: launch::LaunchArguments,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum DeviceChoice {
+    /// A GPU of NVIDIA if there is one that this program can use, else CPU cores
+    #[default]
+    Auto,
+    /// CPU cores
+    Cpu,
+    /// A GPU of NVIDIA; each rank of a machine takes the one of its number there
+    Cuda,
 }
 
 impl Common {
@@ -83,8 +98,34 @@ impl Common {
         self.threads.map_or_else(|| own().max(1), usize::from)
     }
 
-    fn device(&self, part: f64) -> Device {
-        Device::Cpu(Cpu::new(self.threads(part)))
+    /// What a plan is made for: CPU cores, unless a GPU is asked for.
+    fn planned_target(&self, precision: Precision) -> Result<Target, Failure> {
+        match (self.device, precision) {
+            (DeviceChoice::Cuda, precision) => Ok(Target { kind: DeviceKind::Cuda, precision }),
+            (_, Precision::F32) => Ok(Target::default()),
+            (_, precision) => {
+                let error = DeviceError::Precision(precision);
+                Err(Failure::new(Code::Usage, format!("{error}, or plan for a GPU with --device cuda")))
+            }
+        }
+    }
+
+    /// What a rank computes on: the GPU of its number on this machine, or such a part of the cores.
+    fn device(&self, local_rank: usize, part: f64) -> Result<Device, Failure> {
+        let cpu = || Device::Cpu(Cpu::new(self.threads(part)));
+        if self.device == DeviceChoice::Cpu {
+            return Ok(cpu());
+        }
+        match Cuda::open(local_rank) {
+            Ok(cuda) => Ok(Device::Cuda(Box::new(cuda))),
+            Err(error) if self.device == DeviceChoice::Cuda => Err(Failure::new(Code::Device, error)),
+            Err(error) => {
+                if !error.is_absence() {
+                    self.console().alarm(format!("computing on CPU cores: {error} (--device cpu does not ask)"));
+                }
+                Ok(cpu())
+            }
+        }
     }
 }
 

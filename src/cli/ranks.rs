@@ -7,7 +7,7 @@ use crate::cluster::watchdog::Watchdog;
 use crate::cluster::{Cores, Preemption};
 use crate::collective::host::{Host, Meeting, MeetingError};
 use crate::collective::{Activity, Collective, CollectiveError, Solo};
-use crate::device::Device;
+use crate::device::{Device, DeviceKind};
 use crate::rendezvous::store::{Client, ServeError, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, Launcher, World, detect};
 use crate::report::{Console, Verbosity};
@@ -140,8 +140,16 @@ impl Ranks {
     }
 
     /// What this rank computes on.
-    pub fn device(&self, common: &Common) -> Device {
-        common.device(self.part)
+    pub fn device(&mut self, common: &Common) -> Result<Device, Failure> {
+        let local_rank = self.world.as_ref().map_or(0, |world| world.local_rank);
+        let device = common.device(local_rank, self.part)?;
+        if self.number() > 1 {
+            self.same_everywhere(match device.kind() {
+                DeviceKind::Cpu => "CPU cores (see --device)",
+                DeviceKind::Cuda => "a GPU (see --device)",
+            })?;
+        }
+        Ok(device)
     }
 
     pub fn collective(&mut self) -> &mut dyn Collective {

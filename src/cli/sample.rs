@@ -5,7 +5,6 @@ use super::ranks::Ranks;
 use super::source::Source;
 use super::{Common, Stop};
 use crate::checkpoint::Want;
-use crate::device::Precision;
 use crate::diffusion::{DiffusionConfig, SamplerConfig, SamplerKind, SamplerTable, Schedule};
 use crate::files::digest;
 use crate::machine::this_program;
@@ -79,9 +78,10 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         None => None,
     };
 
-    let mut device = ranks.device(common);
+    let mut device = ranks.device(common)?;
+    let precision = source.precision_on(device.kind());
     let step = ReverseStep { model: &source.model, size, batch, steps: table.steps.len(), layout: None };
-    let sampler = Sampler::new(&mut device, &step, Precision::F32)?;
+    let sampler = Sampler::new(&mut device, &step, precision)?;
     let layout = layout_for_checkpoints(sampler.layout()).or_fail(Code::State)?;
     let weights = device.allocate(layout.elements() * size_of::<f32>()).map_err(SampleError::from)?;
     device.upload(weights, 0, &source.flat(&layout)?).map_err(SampleError::from)?;

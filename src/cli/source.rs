@@ -5,6 +5,7 @@ use crate::checkpoint::diffusers::{DiffusersError, Imported, import, is_diffuser
 use crate::checkpoint::manifest::MANIFEST;
 use crate::checkpoint::rundir::{checkpoints_of, is_run_dir};
 use crate::checkpoint::{CheckpointError, Layout, Snapshot, Want, load, load_newest};
+use crate::device::{DeviceKind, Precision};
 use crate::diffusion::{DiffusionConfig, SamplerConfig};
 use crate::report::Console;
 use crate::sample::room_for;
@@ -19,6 +20,8 @@ pub(super) struct Source {
     size: Option<[usize; 2]>,
     /// Images to sample at a time.
     pub batch: usize,
+    /// What it was trained in.
+    precision: Precision,
     /// Process and sampler; `None` where the source does not say.
     process: Option<(DiffusionConfig, SamplerConfig)>,
     path: PathBuf,
@@ -35,6 +38,14 @@ enum Weights {
 }
 
 impl Source {
+    /// What a device of that kind samples in: as the weights were trained, if it can.
+    pub fn precision_on(&self, device: DeviceKind) -> Precision {
+        match device {
+            DeviceKind::Cpu => Precision::F32,
+            DeviceKind::Cuda => self.precision,
+        }
+    }
+
     /// After how many steps of training, where the weights come from a checkpoint.
     pub fn step(&self) -> Option<u64> {
         match &self.weights {
@@ -85,7 +96,8 @@ impl Source {
         let size = config.data.size.map(|s| [s.height, s.width]);
         let weights = Weights::Checkpoint(Box::new(snapshot), want);
         let (path, batch, process) = (path.to_path_buf(), config.sample.batch, Some((config.diffusion, sampler)));
-        Ok(Source { model: config.model, size, batch, process, path, weights })
+        let precision = config.train.precision;
+        Ok(Source { model: config.model, size, batch, precision, process, path, weights })
     }
 
     fn of_diffusers(path: &Path, console: &Console) -> Result<Source, Failure> {
@@ -96,7 +108,7 @@ impl Source {
         let (path, process) = (path.to_path_buf(), imported.scheduler.take());
         let (model, size) = (imported.unet.clone(), imported.image_size);
         let weights = Weights::Diffusers(Box::new(imported));
-        Ok(Source { model, size, batch: DIFFUSERS_BATCH, process, path, weights })
+        Ok(Source { model, size, batch: DIFFUSERS_BATCH, precision: Precision::F32, process, path, weights })
     }
 
     /// The diffusion process and how the source samples from it. A diffusers directory of a network alone, which is enough to begin

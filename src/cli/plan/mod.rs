@@ -6,9 +6,9 @@ use super::exit::{Code, Failure};
 use super::stdout::{grouped, print, print_json, table};
 use super::{Common, ConfigArguments};
 use crate::config::OutOfRange;
-use crate::device::Region;
-use crate::device::Target;
 use crate::device::cpu::pool::BASE_SCRATCH;
+use crate::device::cuda::WORKSPACE;
+use crate::device::{DeviceKind, Precision, Region};
 use crate::sample::ReverseStep;
 use crate::tape::{OpGroup, Program, human_bytes, human_flops};
 use crate::train::{Config, STATE, Share, forward_products, step_groups, step_programs, step_runs};
@@ -48,6 +48,8 @@ struct Plan {
     /// Parts in which a rank computes its images.
     shards_per_rank: usize,
     threads: usize,
+    device: &'static str,
+    precision: &'static str,
     parameters: usize,
     forward_flops_per_image: u64,
     forward_flops: u64,
@@ -87,10 +89,11 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     arguments.scaling.check(ranks)?;
     let ranks = ranks.unwrap_or(1);
     let (config, size) = arguments.config.load_with_size()?;
+    let target = common.planned_target(config.train.precision)?;
     let batch = config.train.batch;
     let share =
         Share::new(&config.train, 0, ranks).map_err(|refused| not_shared(&arguments, &config, ranks, refused))?;
-    let (programs, _) = step_programs(&config, size, &share, Target::default());
+    let (programs, _) = step_programs(&config, size, &share, target);
     // That of the last shard: the whole step, if there is one.
     let program = &programs[programs.len() - 1];
     let forward_flops_per_image = forward_products(program) / share.shard as u64;
@@ -99,7 +102,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let grid = config.sample.batch.min(config.sample.count.div_ceil(ranks));
     let sampler = (grid > 0).then(|| {
         let (model, steps) = (&config.model, config.diffusion.timesteps);
-        ReverseStep { model, size, batch: grid, steps, layout: Some(&program.layout) }.program(Target::default())
+        ReverseStep { model, size, batch: grid, steps, layout: Some(&program.layout) }.program(target)
     });
     let threads = common.threads(if arguments.scaling.is_host() { 1.0 / ranks as f64 } else { 1.0 });
     let memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), threads, ranks);
@@ -122,6 +125,8 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         images_per_rank: share.images(),
         shards_per_rank: share.shards,
         threads,
+        device: if target.kind == DeviceKind::Cpu { "cpu" } else { "cuda" },
+        precision: target.precision.name(),
         parameters: program.layout.parameters(),
         forward_flops_per_image,
         forward_flops: batch as u64 * forward_flops_per_image,
@@ -172,12 +177,19 @@ fn memory(programs: &[Program], sampler: Option<(&Program, usize)>, threads: usi
         part("ema", flat, "moving average of the parameters"),
         part("arena", largest(|program| program.arena_bytes), "activations and temporaries of a step"),
         part("io", largest(|program| program.io_bytes), "pixels, tables and results of a step"),
-        part(
-            "scratch",
-            threads * largest(|program| program.thread_scratch).max(BASE_SCRATCH) * size_of::<f32>(),
-            "workspace of the CPU threads",
-        ),
     ];
+    let target = programs[0].target;
+    match target.kind {
+        DeviceKind::Cpu => {
+            let floats = largest(|program| program.thread_scratch).max(BASE_SCRATCH);
+            parts.push(part("scratch", threads * floats * size_of::<f32>(), "workspace of the CPU threads"));
+        }
+        DeviceKind::Cuda => parts.push(part("workspace", WORKSPACE, "of cuDNN and cuBLASLt")),
+    }
+    if target.precision == Precision::Bf16 {
+        let copies = 1 + usize::from(sampler.is_some());
+        parts.push(part("copies", copies * flat / 2, "parameters in bf16, for training and for the grids' sampler"));
+    }
     if let Some((sampler, images)) = sampler {
         let holds = format!("arena of the grids' sampler, {images} at a time");
         parts.push(part("sampler arena", sampler.arena_bytes, &holds));
@@ -185,7 +197,8 @@ fn memory(programs: &[Program], sampler: Option<(&Program, usize)>, threads: usi
     }
     let copies: Vec<&str> = STATE.map(Region::name).to_vec();
     let share = if ranks > 1 { format!("1/{ranks} of ") } else { String::new() };
-    let holds = format!("copy to be written: {share}{}", copies.join(", "));
+    let on_host = if target.kind == DeviceKind::Cuda { "on the host, " } else { "" };
+    let holds = format!("{on_host}copy to be written: {share}{}", copies.join(", "));
     parts.push(part("checkpoint", copies.len() * flat.div_ceil(ranks), &holds));
     parts
 }
@@ -230,7 +243,11 @@ impl Plan {
         text += &table(&summary, 2);
 
         let of = if self.ranks > 1 { format!("each of {} ranks", self.ranks) } else { "training".to_string() };
-        let _ = writeln!(text, "\nMemory of {of} on {} CPU threads, without the data set", self.threads);
+        let on = match self.device {
+            "cpu" => format!("{} CPU threads", self.threads),
+            _ => format!("a GPU in {}", self.precision),
+        };
+        let _ = writeln!(text, "\nMemory of {of} on {on}, without the data set");
         let mut rows: Vec<Vec<String>> = vec![];
         for part in &self.memory {
             rows.push(vec![part.name.to_string(), right(human_bytes(part.bytes)), part.holds.clone()]);

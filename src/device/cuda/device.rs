@@ -5,7 +5,7 @@ use super::{Argument, CudaError, Gpu, Memory, Place, Precision, PreparedKernel, 
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot};
 
 /// Bytes that libraries may use while they compute.
-const WORKSPACE: usize = 256 << 20;
+pub const WORKSPACE: usize = 256 << 20;
 
 /// A GPU with its libraries and buffers.
 pub struct Cuda {

@@ -90,6 +90,16 @@ pub enum CudaError {
 }
 
 impl CudaError {
+    /// Whether nothing is wrong: there is no GPU here, or the program was built for machines without one.
+    pub fn is_absence(&self) -> bool {
+        let no_device = DriverError(CUresult::CUDA_ERROR_NO_DEVICE);
+        match self {
+            CudaError::NoDriver | CudaError::NoKernels => true,
+            CudaError::Driver { source, .. } => *source == no_device,
+            _ => false,
+        }
+    }
+
     /// Whether there was too little memory.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, CudaError::Driver { source: DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY), .. })

@@ -10,7 +10,7 @@ mod launch;
 mod work;
 
 pub use super::Precision;
-pub use device::{Command, Cuda, Operands};
+pub use device::{Command, Cuda, Operands, WORKSPACE};
 pub use error::CudaError;
 pub use gpu::{Gpu, Memory};
 pub use image::Image;
