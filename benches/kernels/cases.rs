@@ -123,6 +123,11 @@ fn of_activations(shape @ [images, height, width, channels]: [usize; 4]) -> Vec<
             scratch: 4 * linear::cuda::pieces(rows) * channels,
             ..case("bias_gradient_bf16", linear::cuda::bias_gradient([rows, channels], BF16, false).into(), &[len], 0)
         },
+        Case {
+            // y is read too.
+            bytes: 6 * len as u64,
+            ..case("bias_bf16", vec![linear::cuda::bias([rows, channels], BF16, true)], &[channels, len], len)
+        },
     ]
 }
 
