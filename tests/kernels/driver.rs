@@ -1,6 +1,6 @@
 //! What runs kernels on a GPU, with a driver that is made of software: all other tests of this program once more, as on a GPU.
 
-use crate::sim::build_driver;
+use crate::build::{Build, build};
 use ddpm_dist::device::cuda::{CudaError, Gpu, Image};
 use std::io::Write;
 use std::process::Command;
@@ -17,7 +17,7 @@ fn kernels_run_through_a_driver() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    build_driver(folder.path());
+    build(Build::Driver, folder.path());
     // The name that is looked for first: no other driver is to be found before this one.
     std::os::unix::fs::symlink("libcuda.so.1", folder.path().join("libcuda.so")).unwrap();
     let mut again = Command::new(std::env::current_exe().unwrap());

@@ -3,6 +3,8 @@
 
 mod adam_ema;
 mod attention;
+#[path = "../cuda-sim/build.rs"]
+mod build;
 mod cpu;
 mod driver;
 mod elementwise;

@@ -34,6 +34,62 @@ pub enum CudaError {
         /// Why not.
         source: DriverError,
     },
+    /// A library of NVIDIA's that is nowhere.
+    #[error(
+        "there is no {library} here ({file}, looked for in LD_LIBRARY_PATH and where the system has its libraries): {install}"
+    )]
+    NoLibrary {
+        /// `cuDNN 9`
+        library: &'static str,
+        /// Its file.
+        file: &'static str,
+        /// What to do.
+        install: &'static str,
+    },
+    /// A library of a version that this program does not know.
+    #[error("this is {library} {found}, and {needed} is needed: {install}")]
+    WrongLibrary {
+        /// `cuDNN`
+        library: &'static str,
+        /// Version, or what is missing in it.
+        found: String,
+        /// Versions.
+        needed: &'static str,
+        /// What to do.
+        install: &'static str,
+    },
+    /// A library refused something.
+    #[error("{library} cannot {action}: {status}{}{said}", if said.is_empty() { "" } else { "; " })]
+    Library {
+        /// With its version.
+        library: String,
+        /// What was asked for.
+        action: String,
+        /// Number and name of its status.
+        status: String,
+        /// What it says further; may be empty.
+        said: String,
+    },
+    /// Nothing that a library offers may be used.
+    #[error("{library} has nothing for the {what} that this program accepts: {}", refusals.join("; "))]
+    NoPlan {
+        /// With its version.
+        library: String,
+        /// Sizes.
+        what: String,
+        /// Why each was refused.
+        refusals: Vec<String>,
+    },
+    /// A choice made elsewhere that does not hold here.
+    #[error("a plan for the {what} was chosen by {chosen_by}, and this is {here}: choose again")]
+    OtherPlan {
+        /// Sizes.
+        what: String,
+        /// Library and GPU.
+        chosen_by: String,
+        /// Library and GPU.
+        here: String,
+    },
 }
 
 fn cannot(action: impl Into<String>) -> impl FnOnce(DriverError) -> CudaError {
@@ -59,7 +115,8 @@ struct Function {
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    module: CUmodule,
+    /// None where only libraries are used.
+    module: Option<CUmodule>,
     functions: HashMap<String, Function>,
 }
 
@@ -72,6 +129,19 @@ impl Gpu {
     /// # Errors
     /// No driver, no GPU of that number, or one that none of the kernels was compiled for.
     pub fn open(ordinal: usize) -> Result<Gpu, CudaError> {
+        let mut gpu = Gpu::without_kernels(ordinal)?;
+        let image = Image::embedded().ok_or(CudaError::NoKernels)?;
+        // SAFETY: the image is a fatbin as nvcc wrote it, aligned, and lives as long as the program.
+        let module = unsafe { result::module::load_data(image.fatbin.as_ptr().cast()) };
+        gpu.module = Some(module.map_err(cannot(format!("load kernels for {}", image.architectures)))?);
+        Ok(gpu)
+    }
+
+    /// The same for libraries alone, in a program that has no kernels: it launches none.
+    ///
+    /// # Errors
+    /// No driver, or no GPU of that number.
+    pub fn without_kernels(ordinal: usize) -> Result<Gpu, CudaError> {
         // SAFETY: it loads a library that has no requirements at loading.
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::NoDriver);
@@ -82,13 +152,9 @@ impl Gpu {
         if version < OLDEST_DRIVER {
             return Err(CudaError::OldDriver(version));
         }
-        let image = Image::embedded().ok_or(CudaError::NoKernels)?;
         let context = CudaContext::new(ordinal).map_err(cannot(format!("open GPU {ordinal}")))?;
         let stream = context.new_stream().map_err(cannot("make a stream"))?;
-        // SAFETY: the image is a fatbin as nvcc wrote it, aligned, and lives as long as the program.
-        let module = unsafe { result::module::load_data(image.fatbin.as_ptr().cast()) };
-        let module = module.map_err(cannot(format!("load kernels for {}", image.architectures)))?;
-        Ok(Gpu { context, stream, module, functions: HashMap::new() })
+        Ok(Gpu { context, stream, module: None, functions: HashMap::new() })
     }
 
     /// `NVIDIA H200`
@@ -214,8 +280,9 @@ impl Gpu {
             let Ok(terminated) = CString::new(name) else {
                 return Err(find(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)));
             };
+            let module = self.module.ok_or(CudaError::NoKernels)?;
             // SAFETY: the module is loaded.
-            let handle = unsafe { result::module::get_function(self.module, terminated) }.map_err(find)?;
+            let handle = unsafe { result::module::get_function(module, terminated) }.map_err(find)?;
             self.functions.insert(name.to_string(), Function { handle, shared: 0 });
         }
         let Some(function) = self.functions.get_mut(name) else { unreachable!("it has just been put there") };
@@ -256,9 +323,9 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        if self.synchronize().is_ok() {
+        if let (Ok(()), Some(module)) = (self.synchronize(), self.module) {
             // SAFETY: nothing of it runs any more. Where it fails the context goes next, and the module with it.
-            let _ = unsafe { result::module::unload(self.module) };
+            let _ = unsafe { result::module::unload(module) };
         }
     }
 }

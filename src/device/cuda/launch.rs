@@ -1,7 +1,9 @@
 //! A kernel's launch, as an op describes it: a real driver runs it, and so does the machine made of software that tests use.
 
+use serde::{Deserialize, Serialize};
+
 /// Type of the activations that a kernel reads and writes; statistics, parameters and sums are f32 in either case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Precision {
     /// 32 bits.
     F32,

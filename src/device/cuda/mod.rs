@@ -1,5 +1,6 @@
 //! The CUDA device; so far a GPU with the compiled kernels, and what an op asks of them: which one, how many threads, which arguments.
 
+pub mod dnn;
 mod gpu;
 mod image;
 mod launch;

@@ -1,6 +1,7 @@
 //! What an op asks of a GPU: kernels of this program, convolutions of cuDNN and matrix products of cuBLASLt, one after another.
 
 use super::{Argument, Launch, Precision};
+use serde::{Deserialize, Serialize};
 
 /// How an op is computed.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,7 +24,7 @@ pub enum Step {
 }
 
 /// What a convolution gives; the other two tensors are read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Pass {
     /// y.
     Forward,
@@ -34,7 +35,7 @@ pub enum Pass {
 }
 
 /// Sizes of a convolution (a cross-correlation, as all networks have it) of x `[N, H, W, C]` with weights `[O, F, F, C]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ConvolutionShape {
     /// What it gives.
     pub pass: Pass,
