@@ -5,7 +5,6 @@
 
 #include <chrono>
 #include <cstdlib>
-#include <set>
 
 namespace {
 
@@ -40,7 +39,8 @@ const Card card;
 bool is_initialised = false;
 int context_of_device;
 thread_local void *current_context = nullptr;
-std::set<void *> allocations;
+/// With their sizes.
+std::map<uint64_t, size_t> allocations;
 std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
 
 struct Event {
@@ -147,17 +147,30 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
         void *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
         if (!memory)
             return OUT_OF_MEMORY;
-        allocations.insert(memory);
         *address = reinterpret_cast<uint64_t>(memory);
+        allocations[*address] = bytes;
         return SUCCESS;
     });
 }
 int cuMemFree_v2(uint64_t address) {
-    void *memory = reinterpret_cast<void *>(address);
-    if (!allocations.erase(memory))
+    if (!allocations.erase(address))
         return INVALID_VALUE;
-    free(memory);
+    free(reinterpret_cast<void *>(address));
     return SUCCESS;
+}
+/// For the other libraries of the machine: whether these bytes lie in one allocation.
+int cuda_sim_holds(uint64_t address, size_t bytes) {
+    auto next = allocations.upper_bound(address);
+    if (next == allocations.begin())
+        return 0;
+    const auto &[begin, size] = *std::prev(next);
+    return address + bytes <= begin + size;
+}
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *) {
+    return with_context([=] {
+        memset(reinterpret_cast<void *>(to), value, bytes);
+        return SUCCESS;
+    });
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *) {
     return with_context([=] {

@@ -1,6 +1,6 @@
 //! What runs kernels on a GPU, with a driver that is made of software: all other tests of this program once more, as on a GPU.
 
-use crate::sim::build_driver;
+use crate::build::{Build, build};
 use ddpm_dist::device::cuda::{CudaError, Gpu, Image};
 use std::io::Write;
 use std::path::Path;
@@ -27,7 +27,7 @@ fn a_driver_runs_kernels_on_cards_that_can() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    build_driver(folder.path());
+    build(Build::Driver, folder.path());
     // The name that is looked for first: no other driver is to be found before this one.
     std::os::unix::fs::symlink("libcuda.so.1", folder.path().join("libcuda.so")).unwrap();
     let all = ["faults::", "benchmark::", "driver::", "many_tokens"].map(|name| ["--skip", name]);

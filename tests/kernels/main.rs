@@ -4,6 +4,8 @@
 mod adam_ema;
 mod attention;
 mod benchmark;
+#[path = "../cuda-sim/build.rs"]
+mod build;
 mod cpu;
 mod driver;
 mod elementwise;

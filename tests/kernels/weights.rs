@@ -6,7 +6,32 @@ use crate::values::{activations, bytes_of, bytes_of_f32, f32_of, normals, rounde
 use ddpm_dist::device::cuda::Precision;
 use ddpm_dist::ops::conv2d::cuda::{padded, transposed, unpadded};
 use ddpm_dist::ops::copy::cuda::cast;
-use ddpm_dist::ops::linear::cuda::{bias_gradient, pieces};
+use ddpm_dist::ops::linear::cuda::{bias, bias_gradient, pieces};
+
+#[test]
+fn biases_and_residuals_are_added_and_rounded_once() {
+    // Whole packs of channels, odd ones, fewer than a pack, fewer elements than a pack, more than a block.
+    for [rows, channels] in [[64, 8], [16, 32], [49, 3], [5, 13], [1, 1], [300, 24]] {
+        for precision in BOTH {
+            for has_residual in [false, true] {
+                let len = rows * channels;
+                let [[b, b_values], [residual, residual_values], [y, y_values]] =
+                    [(1, channels), (2, len), (3, len)].map(|(seed, len)| activations(seed, len, precision));
+                let inputs = [Buffer::Input(b), Buffer::Input(residual)];
+                let launch = bias([rows, channels], precision, has_residual);
+                let found = run_launch(&launch, &inputs, &[Buffer::Updated(y)]).remove(0);
+
+                let [b, residual, y] =
+                    [b_values, residual_values, y_values].map(|bytes| f32_of(&bytes, Precision::F32));
+                for (i, found) in f32_of(&found, precision).into_iter().enumerate() {
+                    let sum = y[i] + b[i % channels];
+                    let sum = rounded(if has_residual { sum + residual[i] } else { sum }, precision);
+                    assert_eq!(found.to_bits(), sum.to_bits(), "{rows} × {channels}, {precision:?}: element {i}");
+                }
+            }
+        }
+    }
+}
 
 #[test]
 fn bias_gradients_are_sums_of_rows() {

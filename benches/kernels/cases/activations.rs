@@ -48,5 +48,15 @@ fn of(shape @ [images, height, width, channels]: [usize; 4], precision: Precisio
                 vec![Content::F32(channels)],
             )
         },
+        Case {
+            // y is read too.
+            bytes: 3 * Content::of(precision, len).bytes(),
+            ..Case::new(
+                named(shape),
+                [linear::cuda::bias([rows, channels], precision, true)],
+                vec![Content::of(precision, channels), Content::of(precision, len)],
+                vec![Content::of(precision, len)],
+            )
+        },
     ]
 }

@@ -40,8 +40,13 @@ pub(super) struct ProductAddresses {
     pub addend: u64,
 }
 
+fn refused(action: impl Into<String>, CublasError(status): CublasError) -> CudaError {
+    let (status, said) = (format!("{} ({status:?})", status as u32), String::new());
+    CudaError::Library { library: "cuBLASLt".into(), action: action.into(), status, said }
+}
+
 fn cannot(action: &'static str) -> impl Fn(CublasError) -> CudaError {
-    move |source| CudaError::Blas { action, source }
+    move |source| refused(action, source)
 }
 
 impl Blas {
@@ -52,7 +57,11 @@ impl Blas {
     pub fn open(stream: CUstream, workspace: Memory) -> Result<Blas, CudaError> {
         // SAFETY: it loads a library that has no requirements at loading.
         if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoBlas);
+            return Err(CudaError::NoLibrary {
+                library: "cuBLASLt",
+                file: "libcublasLt.so",
+                install: "`pip install nvidia-cublas==13.*`, or install CUDA's libraries",
+            });
         }
         let handle = result::create_handle().map_err(cannot("start"))?;
         Ok(Blas { handle: Rc::new(Handle(handle)), stream, workspace })
@@ -83,7 +92,7 @@ impl Blas {
             let (handle, sum) = (self.handle.0, sum.0);
             result::get_matmul_algo_heuristic(handle, description.0, first.0, second.0, sum, sum, preference.0)
         };
-        let algorithm = found.map_err(|source| CudaError::NoProduct { shape: format!("{shape:?}"), source })?.algo;
+        let algorithm = found.map_err(|source| refused(format!("find an algorithm for the {shape}"), source))?.algo;
         Ok(PreparedProduct { description, first, second, sum, algorithm, at, has_addend: shape.has_addend })
     }
 

@@ -1,8 +1,13 @@
 //! The device behind [`Device::Cuda`](crate::device::Device): buffers, libraries, and ops whose operands have addresses.
 
 use super::blas::{Blas, PreparedProduct, ProductAddresses};
-use super::{Argument, CudaError, Gpu, Memory, Place, Precision, PreparedKernel, Product, Step, Work};
+use super::dnn::{ConvolutionAddresses, ConvolutionPlan, Dnn, PreparedConvolution, Rest};
+use super::{
+    Argument, Convolution, ConvolutionShape, CudaError, Gpu, Memory, Pass, Place, Precision, PreparedKernel, Product,
+    Step, Work,
+};
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot};
+use std::collections::HashMap;
 
 /// Bytes that libraries may use while they compute.
 pub const WORKSPACE: usize = 256 << 20;
@@ -11,7 +16,11 @@ pub const WORKSPACE: usize = 256 << 20;
 pub struct Cuda {
     gpu: Gpu,
     name: String,
+    dnn: Dnn,
     blas: Blas,
+    workspace: Memory,
+    /// The plans that were found for convolutions.
+    plans: HashMap<ConvolutionShape, ConvolutionPlan>,
     buffers: Vec<Memory>,
     /// What kernels read beside their inputs; equal ones are there once.
     constants: Vec<(Vec<u8>, Memory)>,
@@ -33,6 +42,8 @@ pub struct Command(Kind);
 
 enum Kind {
     Kernel(PreparedKernel),
+    /// And what it leaves to a kernel.
+    Convolution(PreparedConvolution, Option<PreparedKernel>),
     Product(PreparedProduct),
 }
 
@@ -82,8 +93,8 @@ impl Cuda {
         let gpu = Gpu::open(ordinal)?;
         let workspace = gpu.allocate(WORKSPACE)?;
         let blas = Blas::open(gpu.stream().cu_stream(), workspace)?;
-        let name = gpu.name()?;
-        Ok(Cuda { gpu, name, blas, buffers: vec![], constants: vec![] })
+        let (name, dnn) = (gpu.name()?, Dnn::open(&gpu)?);
+        Ok(Cuda { gpu, name, dnn, blas, workspace, plans: HashMap::new(), buffers: vec![], constants: vec![] })
     }
 
     /// `NVIDIA H200`
@@ -184,8 +195,41 @@ impl Cuda {
         Ok(Command(match step {
             Step::Kernel(launch) => Kind::Kernel(self.gpu.prepare(launch, |argument| addresses.of(argument))?),
             Step::Product(product) => Kind::Product(self.blas.prepare(&product.shape, addresses.of_product(product))?),
-            Step::Convolution(_) => return Err(CudaError::NoDnn),
+            Step::Convolution(convolution) => self.prepare_convolution(convolution, addresses)?,
         }))
+    }
+
+    fn prepare_convolution(&mut self, of: &Convolution, addresses: &Addresses) -> Result<Kind, CudaError> {
+        let plan = match self.plans.get(&of.shape) {
+            Some(plan) => plan.clone(),
+            None => {
+                let plan = self.dnn.search(&mut self.gpu, &of.shape, WORKSPACE)?;
+                self.plans.insert(of.shape, plan.clone());
+                plan
+            }
+        };
+        let [x, weight, y, bias, residual] =
+            [&of.x, &of.weight, &of.y, &of.bias, &of.residual].map(|argument| addresses.of(argument));
+        let at = ConvolutionAddresses { x, weight, y, bias, residual };
+        // SAFETY: they are addresses of slots inside their buffers, and this thread has the library for itself.
+        let prepared = unsafe { plan.prepare(&at, self.workspace.address) }?;
+        let left = match (plan.rest(), of.shape.adds) {
+            (Rest::Nothing, _) => return Ok(Kind::Convolution(prepared, None)),
+            (Rest::Bias, _) => &of.bias_kernel,
+            (Rest::Gradient(precision), adds) if precision == output_precision(&of.shape) && adds => &of.add_kernel,
+            (Rest::Gradient(_), false) => &of.cast_kernel,
+            (Rest::Gradient(_), true) => &None,
+        };
+        let Some(launch) = left else {
+            let (library, what) = (format!("cuDNN {}", self.dnn.version()), of.shape.to_string());
+            let refusals = vec!["the sum of a bf16 gradient and an f32 one is not implemented".into()];
+            return Err(CudaError::NoPlan { library, what, refusals });
+        };
+        let kernel = self.gpu.prepare(launch, |argument| match argument {
+            Argument::Scratch => self.workspace.address,
+            operand => addresses.of(operand),
+        })?;
+        Ok(Kind::Convolution(prepared, Some(kernel)))
     }
 
     /// Begins what was prepared on this device.
@@ -199,11 +243,22 @@ impl Cuda {
                 match kind {
                     Kind::Kernel(kernel) => self.gpu.begin(kernel)?,
                     Kind::Product(product) => self.blas.run(product)?,
+                    Kind::Convolution(convolution, rest) => {
+                        convolution.run()?;
+                        if let Some(kernel) = rest {
+                            self.gpu.begin(kernel)?;
+                        }
+                    }
                 }
             }
         }
         Ok(())
     }
+}
+
+/// Type of what a convolution gives.
+fn output_precision(shape: &ConvolutionShape) -> Precision {
+    if shape.pass == Pass::WeightGradient { Precision::F32 } else { shape.precision }
 }
 
 fn bytes_of<T: Element>(data: &[T]) -> &[u8] {

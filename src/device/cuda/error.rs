@@ -1,6 +1,5 @@
 //! What keeps a GPU from working.
 
-use cudarc::cublaslt::result::CublasError;
 use cudarc::driver::result::DriverError;
 use cudarc::driver::sys::CUresult;
 
@@ -24,32 +23,6 @@ pub enum CudaError {
     /// See [`Image::embedded`].
     #[error("this program has no CUDA kernels, as there was no nvcc where it was built")]
     NoKernels,
-    /// cuDNN is not to be found.
-    #[error(
-        "there is no cuDNN here (libcudnn.so): `pip install nvidia-cudnn-cu13`, and put its folder on LD_LIBRARY_PATH"
-    )]
-    NoDnn,
-    /// cuBLASLt is not to be found.
-    #[error(
-        "there is no cuBLASLt here (libcublasLt.so): `pip install nvidia-cublas==13.*`, and put its folder on LD_LIBRARY_PATH"
-    )]
-    NoBlas,
-    /// cuBLASLt refused something.
-    #[error("cuBLASLt cannot {action}: {source}")]
-    Blas {
-        /// What was asked for.
-        action: &'static str,
-        /// Why not.
-        source: CublasError,
-    },
-    /// cuBLASLt has no algorithm for a product.
-    #[error("cuBLASLt cannot multiply {shape}: {source}")]
-    NoProduct {
-        /// Sizes and types.
-        shape: String,
-        /// Why not.
-        source: CublasError,
-    },
     /// A card of a generation before those that kernels are compiled for.
     #[error(
         "GPU {ordinal} ({name}) has compute capability {}.{}, and the kernels are for {}.{} and later ({architectures}): use an A100, H100, H200 or B200",
@@ -86,6 +59,62 @@ pub enum CudaError {
         action: String,
         /// Why not.
         source: DriverError,
+    },
+    /// A library of NVIDIA's that is nowhere.
+    #[error(
+        "there is no {library} here ({file}, looked for in LD_LIBRARY_PATH and where the system has its libraries): {install}"
+    )]
+    NoLibrary {
+        /// `cuDNN 9`
+        library: &'static str,
+        /// Its file.
+        file: &'static str,
+        /// What to do.
+        install: &'static str,
+    },
+    /// A library of a version that this program does not know.
+    #[error("this is {library} {found}, and {needed} is needed: {install}")]
+    WrongLibrary {
+        /// `cuDNN`
+        library: &'static str,
+        /// Version, or what is missing in it.
+        found: String,
+        /// Versions.
+        needed: &'static str,
+        /// What to do.
+        install: &'static str,
+    },
+    /// A library refused something.
+    #[error("{library} cannot {action}: {status}{}{said}", if said.is_empty() { "" } else { "; " })]
+    Library {
+        /// With its version.
+        library: String,
+        /// What was asked for.
+        action: String,
+        /// Number and name of its status.
+        status: String,
+        /// What it says further; may be empty.
+        said: String,
+    },
+    /// Nothing that a library offers may be used.
+    #[error("{library} has nothing for the {what} that this program accepts: {}", refusals.join("; "))]
+    NoPlan {
+        /// With its version.
+        library: String,
+        /// Sizes.
+        what: String,
+        /// Why each was refused.
+        refusals: Vec<String>,
+    },
+    /// A choice made elsewhere that does not hold here.
+    #[error("a plan for the {what} was chosen by {chosen_by}, and this is {here}: choose again")]
+    OtherPlan {
+        /// Sizes.
+        what: String,
+        /// Library and GPU.
+        chosen_by: String,
+        /// Library and GPU.
+        here: String,
     },
 }
 

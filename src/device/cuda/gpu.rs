@@ -33,7 +33,8 @@ struct Function {
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    module: CUmodule,
+    /// None where only libraries are used.
+    module: Option<CUmodule>,
     functions: HashMap<String, Function>,
 }
 
@@ -46,6 +47,20 @@ impl Gpu {
     /// # Errors
     /// No driver, no GPU of that number, or one that the kernels are not for.
     pub fn open(ordinal: usize) -> Result<Gpu, CudaError> {
+        let mut gpu = Gpu::without_kernels(ordinal)?;
+        let image = Image::embedded().ok_or(CudaError::NoKernels)?;
+        must_suit(ordinal, &gpu.context, image)?;
+        // SAFETY: the image is a fatbin as nvcc wrote it, aligned, and lives as long as the program.
+        let module = unsafe { result::module::load_data(image.fatbin.as_ptr().cast()) };
+        gpu.module = Some(module.map_err(cannot(format!("load kernels for {}", image.architectures)))?);
+        Ok(gpu)
+    }
+
+    /// The same for libraries alone, in a program that has no kernels: it launches none.
+    ///
+    /// # Errors
+    /// No driver, or no GPU of that number.
+    pub fn without_kernels(ordinal: usize) -> Result<Gpu, CudaError> {
         // SAFETY: it loads a library that has no requirements at loading.
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::NoDriver);
@@ -56,14 +71,9 @@ impl Gpu {
         if version < OLDEST_DRIVER {
             return Err(CudaError::OldDriver(version));
         }
-        let image = Image::embedded().ok_or(CudaError::NoKernels)?;
         let context = CudaContext::new(ordinal).map_err(cannot(format!("open GPU {ordinal}")))?;
-        must_suit(ordinal, &context, image)?;
         let stream = context.new_stream().map_err(cannot("make a stream"))?;
-        // SAFETY: the image is a fatbin as nvcc wrote it, aligned, and lives as long as the program.
-        let module = unsafe { result::module::load_data(image.fatbin.as_ptr().cast()) };
-        let module = module.map_err(cannot(format!("load kernels for {}", image.architectures)))?;
-        Ok(Gpu { context, stream, module, functions: HashMap::new() })
+        Ok(Gpu { context, stream, module: None, functions: HashMap::new() })
     }
 
     /// `NVIDIA H200`
@@ -225,8 +235,9 @@ impl Gpu {
             let Ok(terminated) = CString::new(name) else {
                 return Err(find(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)));
             };
+            let module = self.module.ok_or(CudaError::NoKernels)?;
             // SAFETY: the module is loaded.
-            let handle = unsafe { result::module::get_function(self.module, terminated) }.map_err(find)?;
+            let handle = unsafe { result::module::get_function(module, terminated) }.map_err(find)?;
             self.functions.insert(name.to_string(), Function { handle, shared: 0 });
         }
         let Some(function) = self.functions.get_mut(name) else { unreachable!("it has just been put there") };
@@ -282,9 +293,9 @@ fn must_suit(ordinal: usize, context: &CudaContext, image: Image) -> Result<(), 
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        if self.synchronize().is_ok() {
+        if let (Ok(()), Some(module)) = (self.synchronize(), self.module) {
             // SAFETY: nothing of it runs any more. Where it fails the context goes next, and the module with it.
-            let _ = unsafe { result::module::unload(self.module) };
+            let _ = unsafe { result::module::unload(module) };
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod blas;
 mod device;
+pub mod dnn;
 mod error;
 mod gpu;
 mod image;

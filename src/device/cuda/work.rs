@@ -1,6 +1,8 @@
 //! What an op asks of a GPU: kernels of this program, convolutions of cuDNN and matrix products of cuBLASLt, one after another.
 
 use super::{Argument, Launch, Precision};
+use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// What is known of an op's operands beside what the op knows itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,13 +51,13 @@ pub enum Step {
     /// A kernel of this program.
     Kernel(Launch),
     /// Of cuDNN.
-    Convolution(Convolution),
+    Convolution(Box<Convolution>),
     /// Of cuBLASLt.
     Product(Product),
 }
 
 /// What a convolution gives; the other two tensors are read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Pass {
     /// y.
     Forward,
@@ -66,7 +68,7 @@ pub enum Pass {
 }
 
 /// Sizes of a convolution (a cross-correlation, as all networks have it) of x `[N, H, W, C]` with weights `[O, F, F, C]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ConvolutionShape {
     /// What it gives.
     pub pass: Pass,
@@ -116,6 +118,12 @@ pub struct Convolution {
     pub bias: Argument,
     /// The residual, likewise.
     pub residual: Argument,
+    /// Adds bias and residual to y, where the library has no engine that does.
+    pub bias_kernel: Option<Launch>,
+    /// Adds a gradient of the output's type, which stands in the library's workspace ([`Argument::Scratch`]), to what is there, likewise.
+    pub add_kernel: Option<Launch>,
+    /// Makes the weights' f32 gradient from a bf16 one in that workspace, likewise.
+    pub cast_kernel: Option<Launch>,
 }
 
 /// How a matrix stands in memory, row by row.
@@ -148,6 +156,18 @@ pub struct ProductShape {
     pub has_bias: bool,
     /// Whether a matrix is added, which may be c itself.
     pub has_addend: bool,
+}
+
+impl fmt::Display for ProductShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ProductShape { rows, columns, depth, a, c, .. } = self;
+        write!(
+            f,
+            "product of {rows}×{depth} and {depth}×{columns} in {}, result in {}",
+            a.precision.name(),
+            c.precision.name()
+        )
+    }
 }
 
 /// A place in memory: so many elements after the beginning of an operand.

@@ -2,7 +2,8 @@
 
 use super::{Conv2d, KERNEL, Stride};
 use crate::device::cuda::{Argument, Convolution, ConvolutionShape, Form, Launch, Pass, Precision, Step, Work};
-use crate::ops::linear::cuda::bias_gradient_work;
+use crate::ops::copy::{self, Copy};
+use crate::ops::linear::cuda::{bias, bias_gradient_work};
 
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -58,6 +59,17 @@ fn shape(op: &Conv2d, pass: Pass, form: &Form) -> ConvolutionShape {
     }
 }
 
+/// y as a matrix of pixels and channels.
+fn rows(op: &Conv2d) -> [usize; 2] {
+    let (height, width) = op.out_size();
+    [op.images * height * width, op.out]
+}
+
+/// A kernel whose input is the library's workspace.
+fn from_workspace(launch: Launch) -> Launch {
+    launch.with(|operand| if operand == Argument::Input(0) { Argument::Scratch } else { operand })
+}
+
 /// y, with bias and residual.
 pub(super) fn forward(op: &Conv2d, form: &Form) -> Work {
     let convolution = Convolution {
@@ -67,8 +79,14 @@ pub(super) fn forward(op: &Conv2d, form: &Form) -> Work {
         y: Argument::Output(0),
         bias: Argument::Input(2),
         residual: if op.residual { Argument::Input(3) } else { Argument::Null },
+        bias_kernel: Some(bias(rows(op), form.precision, op.residual).with(|operand| match operand {
+            Argument::Input(place) => Argument::Input(2 + place),
+            other => other,
+        })),
+        add_kernel: None,
+        cast_kernel: None,
     };
-    Work { steps: vec![Step::Convolution(convolution)], ..Work::default() }
+    Work { steps: vec![Step::Convolution(Box::new(convolution))], ..Work::default() }
 }
 
 /// dx.
@@ -80,8 +98,11 @@ pub(super) fn input_gradient(op: &Conv2d, form: &Form) -> Work {
         y: Argument::Input(0),
         bias: Argument::Null,
         residual: Argument::Null,
+        bias_kernel: None,
+        add_kernel: Some(from_workspace(copy::cuda::launch(&Copy { shape: op.x_shape() }, form.precision, true))),
+        cast_kernel: None,
     };
-    Work { steps: vec![Step::Convolution(convolution)], ..Work::default() }
+    Work { steps: vec![Step::Convolution(Box::new(convolution))], ..Work::default() }
 }
 
 /// dW and db.
@@ -93,9 +114,11 @@ pub(super) fn weight_gradient(op: &Conv2d, form: &Form) -> Work {
         y: Argument::Input(0),
         bias: Argument::Null,
         residual: Argument::Null,
+        bias_kernel: None,
+        add_kernel: Some(from_workspace(copy::cuda::launch(&Copy { shape: op.weight() }, Precision::F32, true))),
+        cast_kernel: Some(from_workspace(copy::cuda::cast(op.weight().len(), Precision::F32))),
     };
-    let (height, width) = op.out_size();
-    let mut work = bias_gradient_work([op.images * height * width, op.out], form);
-    work.steps.push(Step::Convolution(convolution));
+    let mut work = bias_gradient_work(rows(op), form);
+    work.steps.push(Step::Convolution(Box::new(convolution)));
     work
 }

@@ -1,4 +1,4 @@
-//! Products of cuBLASLt, and `kernels/bias_gradient.cu`.
+//! Products of cuBLASLt; `kernels/bias.cu` and `kernels/bias_gradient.cu`.
 
 use super::Linear;
 use crate::device::cuda::{Argument, Form, Launch, MatrixShape, Place, Precision, Product, ProductShape, Step, Work};
@@ -13,6 +13,13 @@ const PIECES: usize = 512;
 /// Partial sums of each channel, f32, that the workspace holds for `rows` rows.
 pub fn pieces(rows: usize) -> usize {
     rows.div_ceil(ROWS).clamp(1, PIECES)
+}
+
+/// y `[rows, channels]` += b `[channels]` (+ a residual of y's shape), in place: Input 0 is b, Input 1 the residual, Output 0 is y.
+pub fn bias([rows, channels]: [usize; 2], precision: Precision, has_residual: bool) -> Launch {
+    let residual = if has_residual { Argument::Input(1) } else { Argument::Null };
+    let buffers = [Argument::Input(0), residual, Argument::Output(0)];
+    Launch::elementwise("bias", precision, rows * channels, &buffers, &[Argument::u32(channels)])
 }
 
 /// db (+)= the sum over the rows of dy `[rows, channels]`: partial sums, then their total.

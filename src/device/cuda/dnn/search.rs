@@ -1,0 +1,161 @@
+//! The fastest plan that computes what it should: candidates are timed on the GPU, and the first of them that passes a test is taken.
+
+use super::Dnn;
+use super::form::{Form, Tensor, elements, output_of};
+use super::plan::{ConvolutionAddresses, ConvolutionPlan, PreparedConvolution};
+use super::sample::{Patterns, fault, precision_of};
+use crate::device::cuda::{ConvolutionShape, CudaError, Gpu, Memory};
+use std::time::Duration;
+
+/// Plans that are timed, at most.
+const MOST: usize = 24;
+/// Runs of a plan that are timed; their median counts.
+const RUNS: usize = 5;
+
+impl Dnn {
+    /// The fastest plan that may be used, needs at most `limit` bytes of workspace and gives the right result, twice the same bits. Takes
+    /// memory for the convolution's tensors and the workspace, and gives it back.
+    ///
+    /// # Errors
+    /// There is none, too little memory, or cuDNN fails.
+    pub fn search(&self, gpu: &mut Gpu, shape: &ConvolutionShape, limit: usize) -> Result<ConvolutionPlan, CudaError> {
+        let mut refusals = Vec::new();
+        for form in Form::all(shape) {
+            let plans = self.plans(shape, form, limit, MOST, &mut refusals)?;
+            if plans.is_empty() {
+                continue;
+            }
+            let mut bench = Bench::new(shape, form);
+            let found = bench.fastest(gpu, plans, &mut refusals);
+            // Both errors are the GPU's; the first says more.
+            let given_back = bench.give_back(gpu);
+            if let Some(plan) = found? {
+                return Ok(plan);
+            }
+            given_back?;
+        }
+        Err(self.no_plan(shape, refusals))
+    }
+}
+
+/// The tensors of a convolution, filled with random numbers: zeros would run faster.
+struct Bench {
+    shape: ConvolutionShape,
+    form: Form,
+    patterns: Patterns,
+    memory: Vec<Memory>,
+}
+
+impl Bench {
+    fn new(shape: &ConvolutionShape, form: Form) -> Bench {
+        Bench { shape: *shape, form, patterns: Patterns::new(shape, form), memory: Vec::new() }
+    }
+
+    fn give_back(self, gpu: &Gpu) -> Result<(), CudaError> {
+        self.memory.into_iter().try_for_each(|memory| gpu.free(memory))
+    }
+
+    fn allocate(&mut self, gpu: &Gpu, bytes: usize) -> Result<Memory, CudaError> {
+        let memory = gpu.allocate(bytes)?;
+        self.memory.push(memory);
+        Ok(memory)
+    }
+
+    fn fastest(
+        &mut self,
+        gpu: &mut Gpu,
+        plans: Vec<ConvolutionPlan>,
+        refusals: &mut Vec<String>,
+    ) -> Result<Option<ConvolutionPlan>, CudaError> {
+        let part = self.form.part(&self.shape);
+        let mut place = |tensor: Tensor, is_there: bool| -> Result<Memory, CudaError> {
+            if !is_there {
+                return Ok(Memory { address: 0, bytes: 0 });
+            }
+            let bytes = self.content(tensor);
+            let memory = self.allocate(gpu, bytes.len())?;
+            gpu.upload(memory, &bytes)?;
+            Ok(memory)
+        };
+        let [x, weight, y] = [place(Tensor::X, true)?, place(Tensor::Weight, true)?, place(Tensor::Y, true)?];
+        let [bias, residual] = [place(Tensor::Bias, part.has_bias)?, place(Tensor::Residual, part.has_residual)?];
+        let largest = plans.iter().map(ConvolutionPlan::workspace).max().unwrap_or(0);
+        let workspace = self.allocate(gpu, largest)?;
+        let [x_at, weight_at, y_at, bias, residual] = [x, weight, y, bias, residual].map(|memory| memory.address);
+        let addresses = ConvolutionAddresses { x: x_at, weight: weight_at, y: y_at, bias, residual };
+        let output = match output_of(self.shape.pass) {
+            _ if self.form.result_bytes(&self.shape) > 0 => workspace,
+            Tensor::X => x,
+            Tensor::Weight => weight,
+            _ => y,
+        };
+        let tensor = output_of(self.shape.pass);
+        let bytes = elements(&self.shape, tensor) * precision_of(&self.shape, self.form, tensor).bytes();
+        let output = Memory { bytes, ..output };
+
+        let mut timed = Vec::new();
+        for plan in plans {
+            // SAFETY: the tensors are as large as the shape says and stay until all has ended; the workspace is as large as the largest
+            // that a plan needs. Only this thread has the GPU.
+            let prepared = unsafe { plan.prepare(&addresses, workspace.address) }?;
+            match time(gpu, &prepared)? {
+                Ok(time) => timed.push((time, plan, prepared)),
+                Err(why) => refusals.push(self.refusal(&plan, &why)),
+            }
+        }
+        timed.sort_by_key(|(time, ..)| *time);
+        for (time, plan, prepared) in timed {
+            match self.fault(gpu, &prepared, output)? {
+                None => {
+                    drop(prepared);
+                    return Ok(Some(plan.timed(time)));
+                }
+                Some(why) => refusals.push(self.refusal(&plan, &why)),
+            }
+        }
+        Ok(None)
+    }
+
+    fn refusal(&self, plan: &ConvolutionPlan, why: &str) -> String {
+        format!("{}, engine {}: {why}", self.form, plan.choice().engine.engine)
+    }
+
+    /// What a tensor holds before a run; an output that is not added to holds what would spoil every sum.
+    fn content(&self, tensor: Tensor) -> Vec<u8> {
+        let (len, precision) = (elements(&self.shape, tensor), precision_of(&self.shape, self.form, tensor));
+        if tensor == output_of(self.shape.pass) && !self.form.part(&self.shape).adds {
+            return vec![0xFF; len * precision.bytes()];
+        }
+        self.patterns.of(tensor).bytes(len, precision)
+    }
+
+    /// What is wrong with what a plan gives.
+    fn fault(&self, gpu: &Gpu, prepared: &PreparedConvolution, output: Memory) -> Result<Option<String>, CudaError> {
+        let before = self.content(output_of(self.shape.pass));
+        let run = || {
+            gpu.upload(output, &before)?;
+            prepared.run()?;
+            gpu.download(output)
+        };
+        let (first, second) = (run()?, run()?);
+        if first != second {
+            return Ok(Some("two runs give other bits".into()));
+        }
+        let fault = fault(&self.shape, self.form, &self.patterns, &first);
+        Ok(fault.map(|fault| format!("it computes something else: {fault}")))
+    }
+}
+
+/// How long a plan takes, or why it does not run.
+fn time(gpu: &mut Gpu, prepared: &PreparedConvolution) -> Result<Result<Duration, String>, CudaError> {
+    // The first run may load or compile.
+    if let Err(error) = prepared.run() {
+        return match error {
+            CudaError::Library { .. } => Ok(Err(error.to_string())),
+            other => Err(other),
+        };
+    }
+    let mut times = (0..RUNS).map(|_| gpu.time(|_| prepared.run())).collect::<Result<Vec<Duration>, CudaError>>()?;
+    times.sort();
+    Ok(Ok(times[RUNS / 2]))
+}

@@ -1,0 +1,73 @@
+//! Runs tests where there are CUDA libraries: this program once more, with the libraries of the machine made of software before all others.
+
+use crate::build::{Build, build};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// A variable of the environment, and its value.
+pub type Setting = (&'static str, &'static str);
+
+/// Says which case of a test a process is for.
+const CASE: &str = "DDPM_DIST_CUDA_CASE";
+
+/// Runs `body` for each case in a process of its own, with the case's settings. `test` is the name of the test that calls this.
+pub fn run_cases<T>(test: &str, libraries: &[Build], cases: &[(&[Setting], T)], body: impl Fn(&T)) {
+    if let Ok(case) = std::env::var(CASE) {
+        return body(&cases[case.parse::<usize>().unwrap()].1);
+    }
+    if std::env::var("DDPM_DIST_KERNELS").is_ok_and(|place| place == "gpu") {
+        let is_real = |(settings, _): &&(&[Setting], T)| settings.is_empty();
+        if libraries.len() == ALL.len() && cases.iter().any(|case| is_real(&case)) {
+            return cases.iter().filter(is_real).for_each(|(_, case)| body(case));
+        }
+        return not_tested(&format!("{test}: its faults are those of the machine made of software"));
+    }
+    let folders: Vec<&Path> = libraries.iter().map(|library| folder_of(*library)).collect();
+    let path = std::env::join_paths(folders).unwrap();
+    for (i, (settings, _)) in cases.iter().enumerate() {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        again.args(["--exact", test, "--nocapture"]).env("LD_LIBRARY_PATH", &path).env(CASE, i.to_string());
+        let output = again.envs(settings.iter().copied()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("1 passed"), "case {i}, {settings:?}: {said}");
+        // What was not tested there is said here.
+        said.lines().filter(|line| line.starts_with("NOT TESTED")).for_each(say);
+    }
+}
+
+/// The driver, without kernels, and cuDNN.
+pub const ALL: [Build; 2] = [Build::BareDriver, Build::Cudnn];
+
+/// [`run_cases`] of a test that needs all libraries, and no settings.
+pub fn run(test: &str, body: impl Fn()) {
+    run_cases(test, &ALL, &[(&[], ())], |()| body());
+}
+
+/// Says that something was not tested.
+pub fn not_tested(what: &str) {
+    say(&format!("NOT TESTED: {what}"));
+}
+
+fn say(line: &str) {
+    // Nothing could be done about it.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Where a library of the machine is, under the names that are looked for first.
+fn folder_of(library: Build) -> &'static Path {
+    static DRIVER: OnceLock<PathBuf> = OnceLock::new();
+    static CUDNN: OnceLock<PathBuf> = OnceLock::new();
+    let (built, name) = match library {
+        Build::Cudnn => (&CUDNN, "libcudnn.so"),
+        _ => (&DRIVER, "libcuda.so"),
+    };
+    built.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let file = build(library, &folder);
+        std::os::unix::fs::symlink(file.file_name().unwrap(), folder.join(name)).unwrap();
+        folder
+    })
+}

@@ -1,0 +1,11 @@
+//! The libraries of a GPU, on a machine made of software (tests/cuda-sim), or with `DDPM_DIST_KERNELS=gpu` on the first GPU.
+
+#[path = "../cuda-sim/build.rs"]
+mod build;
+mod convolution;
+mod cudnn;
+mod cudnn_faults;
+mod machine;
+#[path = "../kernels/values.rs"]
+#[allow(dead_code, reason = "tests of kernels need more of it")]
+mod values;
