@@ -15,7 +15,7 @@ const FORWARD: Pass = Pass::Forward;
 const WEIGHT: Pass = Pass::WeightGradient;
 
 /// The machine's engines that are wrong (tests/cuda-sim/cudnn.cpp), each alone: the shape, and why it is refused.
-const ENGINES: [(&[Setting], Pass, Precision, &str); 11] = [
+const ENGINES: [(&[Setting], Pass, Precision, &str); 12] = [
     (&[("CUDA_SIM_CUDNN_ENGINES", "0")], FORWARD, Precision::Bf16, "engine 0: it gives other bits each time"),
     (&[("CUDA_SIM_CUDNN_ENGINES", "1")], FORWARD, Precision::Bf16, "engine 1: it is Winograd's"),
     (&[("CUDA_SIM_CUDNN_ENGINES", "1")], WEIGHT, Precision::F32, "engine 1: it is Winograd's"),
@@ -26,6 +26,7 @@ const ENGINES: [(&[Setting], Pass, Precision, &str); 11] = [
     (&[("CUDA_SIM_CUDNN_ENGINES", "5")], WEIGHT, Precision::F32, "engine 5: it computes something else: element"),
     (&[("CUDA_SIM_CUDNN_ENGINES", "7")], FORWARD, Precision::F32, "engine 7: two runs give other bits"),
     (&[("CUDA_SIM_CUDNN_ENGINES", "9")], FORWARD, Precision::F32, "CUDNN_STATUS_EXECUTION_FAILED (5000)"),
+    (&[("CUDA_SIM_CUDNN_ENGINES", "11")], FORWARD, Precision::F32, "engine 11: it computes something else: element"),
     (
         &[("CUDA_SIM_CUDNN_ENGINES", "10")],
         FORWARD,

@@ -3,8 +3,8 @@
 use super::Handle;
 use super::descriptor::{Descriptor, KnobType, NumericalNote};
 use super::graph::Graph;
-use super::library::{Library, Refusal, is_unsupported};
-use crate::device::cuda::{CudaError, Precision};
+use super::library::{Library, Refusal};
+use crate::device::cuda::Precision;
 use cudarc::cudnn::sys::cudnnBackendAttributeName_t as Name;
 use cudarc::cudnn::sys::cudnnBackendDescriptorType_t as Kind;
 use cudarc::cudnn::sys::cudnnBackendHeurMode_t as Mode;
@@ -52,24 +52,18 @@ pub(super) struct EnginePlan {
 /// What is asked for engines, in this order: the second takes longer and knows more, the third knows those that work wherever others do not.
 pub(super) const MODES: [Mode; 3] = [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_B, Mode::CUDNN_HEUR_MODE_FALLBACK];
 
-/// The configurations that cuDNN proposes for a graph, best first by its own guess; none where it has no engine.
+/// The configurations that cuDNN proposes for a graph, best first by its own guess.
 ///
 /// # Errors
-/// What is no lack of support.
-pub(super) fn proposed(library: &'static Library, graph: &Graph, mode: Mode) -> Result<Vec<Config>, CudaError> {
-    let found = || -> Result<Vec<Config>, Refusal> {
-        let heuristics = Descriptor::new(library, Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
-            .with_descriptors(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, &[&graph.graph])?
-            .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
-            .finalized()?;
-        let kind = Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR;
-        let configs = heuristics.descriptors(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, kind)?;
-        configs.into_iter().map(Config::read).collect()
-    };
-    match found() {
-        Err(refusal) if is_unsupported(refusal.status) => Ok(Vec::new()),
-        other => Ok(other?),
-    }
+/// cuDNN's, which may be that it has none.
+pub(super) fn proposed(library: &'static Library, graph: &Graph, mode: Mode) -> Result<Vec<Config>, Refusal> {
+    let heuristics = Descriptor::new(library, Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
+        .with_descriptors(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, &[&graph.graph])?
+        .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
+        .finalized()?;
+    let kind = Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR;
+    let configs = heuristics.descriptors(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, kind)?;
+    configs.into_iter().map(Config::read).collect()
 }
 
 impl Config {

@@ -156,32 +156,47 @@ impl Dnn {
         };
         let (mut plans, mut seen) = (Vec::new(), HashSet::new());
         for mode in MODES {
-            for config in proposed(self.handle.library, &graph, mode)? {
-                let choice = config.choice.clone();
-                if plans.len() == most || !seen.insert(choice.clone()) {
+            let configs = match proposed(self.handle.library, &graph, mode) {
+                Err(refusal) if is_unsupported(refusal.status) => {
+                    refusals.push(format!("{form}: {}", refusal.error));
                     continue;
                 }
-                let mut refuse = |why: String| refusals.push(format!("{form}, engine {}: {why}", choice.engine));
-                if let Some(fault) = config.fault(shape.precision) {
-                    refuse(fault.into());
+                other => other?,
+            };
+            for config in configs {
+                if !seen.insert(config.choice.clone()) {
                     continue;
                 }
-                match config.plan(&self.handle) {
-                    Ok(plan) if plan.workspace > limit => {
-                        refuse(format!("it needs {} bytes of workspace, and may have {limit}", plan.workspace));
-                    }
-                    Ok(plan) => plans.push(ConvolutionPlan::new(self, shape, form, graph.clone(), plan)),
-                    Err(refusal) => refuse(refusal.error.to_string()),
+                let engine = config.choice.engine;
+                match self.accepted(shape, form, limit, &graph, config) {
+                    Ok(plan) => plans.push(plan),
+                    Err(why) => refusals.push(format!("{form}, engine {engine}: {why}")),
+                }
+                if plans.len() == most {
+                    return Ok(plans);
                 }
             }
-            if plans.len() == most {
-                break;
-            }
-        }
-        if plans.is_empty() && seen.is_empty() {
-            refusals.push(format!("{form}: no engine"));
         }
         Ok(plans)
+    }
+
+    /// The plan of a configuration, or why there is none that may be used.
+    fn accepted(
+        &self,
+        shape: &ConvolutionShape,
+        form: Form,
+        limit: usize,
+        graph: &Arc<Graph>,
+        config: Config,
+    ) -> Result<ConvolutionPlan, String> {
+        if let Some(fault) = config.fault(shape.precision) {
+            return Err(fault.into());
+        }
+        let plan = config.plan(&self.handle).map_err(|refusal| refusal.error.to_string())?;
+        if plan.workspace > limit {
+            return Err(format!("it needs {} bytes of workspace, and may have {limit}", plan.workspace));
+        }
+        Ok(ConvolutionPlan::new(self, shape, form, graph.clone(), plan))
     }
 
     fn no_plan(&self, shape: &ConvolutionShape, refusals: Vec<String>) -> CudaError {
