@@ -19,7 +19,7 @@ pub fn run_cases<T>(test: &str, libraries: &[Build], cases: &[(&[Setting], T)], 
     }
     if std::env::var("DDPM_DIST_KERNELS").is_ok_and(|place| place == "gpu") {
         let is_real = |(settings, _): &&(&[Setting], T)| settings.is_empty();
-        if libraries.len() == ALL.len() && cases.iter().any(|case| is_real(&case)) {
+        if libraries.len() >= ALL.len() && cases.iter().any(|case| is_real(&case)) {
             return cases.iter().filter(is_real).for_each(|(_, case)| body(case));
         }
         return not_tested(&format!("{test}: its faults are those of the machine made of software"));
@@ -40,6 +40,9 @@ pub fn run_cases<T>(test: &str, libraries: &[Build], cases: &[(&[Setting], T)], 
 /// The driver, without kernels, and cuDNN.
 pub const ALL: [Build; 2] = [Build::BareDriver, Build::Cudnn];
 
+/// The driver with this program's kernels, and all libraries.
+pub const WITH_KERNELS: [Build; 3] = [Build::Driver, Build::Cudnn, Build::CublasLt];
+
 /// [`run_cases`] of a test that needs all libraries, and no settings.
 pub fn run(test: &str, body: impl Fn()) {
     run_cases(test, &ALL, &[(&[], ())], |()| body());
@@ -57,14 +60,16 @@ fn say(line: &str) {
 
 /// Where a library of the machine is, under the names that are looked for first.
 fn folder_of(library: Build) -> &'static Path {
-    static DRIVER: OnceLock<PathBuf> = OnceLock::new();
-    static CUDNN: OnceLock<PathBuf> = OnceLock::new();
-    let (built, name) = match library {
-        Build::Cudnn => (&CUDNN, "libcudnn.so"),
-        _ => (&DRIVER, "libcuda.so"),
+    static BUILT: [OnceLock<PathBuf>; 4] = [const { OnceLock::new() }; 4];
+    let (i, name) = match library {
+        Build::BareDriver => (0, "libcuda.so"),
+        Build::Driver => (1, "libcuda.so"),
+        Build::Cudnn => (2, "libcudnn.so"),
+        Build::CublasLt => (3, "libcublasLt.so"),
+        Build::Program => unreachable!("it is no library"),
     };
-    built.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    BUILT[i].get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("library-{i}-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let file = build(library, &folder);
         std::os::unix::fs::symlink(file.file_name().unwrap(), folder.join(name)).unwrap();

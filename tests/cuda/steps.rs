@@ -1,0 +1,203 @@
+//! Training steps and reverse steps on a GPU against those on CPU cores, where the same programs run.
+
+use crate::machine::{WITH_KERNELS, not_tested, run_cases};
+use ddpm_dist::collective::Solo;
+use ddpm_dist::device::cuda::{Cuda, Image};
+use ddpm_dist::device::{Device, Precision, Region, cpu::Cpu};
+use ddpm_dist::diffusion::{SamplerConfig, SamplerTable, Schedule};
+use ddpm_dist::rng::{Kind, Stream};
+use ddpm_dist::sample::{Request, ReverseProcess, ReverseStep, Sampler};
+use ddpm_dist::train::{Config, Share, Shards, Trainer};
+use ddpm_dist::unet::{TimestepForm, UnetConfig};
+
+fn gpu() -> Device {
+    Device::Cuda(Box::new(Cuda::open(0).unwrap_or_else(|error| panic!("{error}"))))
+}
+
+fn cpu() -> Device {
+    Device::Cpu(Cpu::new(1))
+}
+
+fn with_kernels(test: &str, body: impl Fn()) {
+    match Image::embedded() {
+        Some(_) => run_cases(test, &WITH_KERNELS, &[(&[], ())], |()| body()),
+        None => not_tested(&format!("{test}: built without nvcc")),
+    }
+}
+
+/// A small network with all that the large ones have, and images of that size.
+fn config(channels: &[usize], image_channels: usize, batch: usize) -> Config {
+    let mut config = Config::default();
+    config.model = UnetConfig {
+        image_channels,
+        channels: channels.to_vec(),
+        blocks: 1,
+        attention_levels: vec![1],
+        groups: 4,
+        dropout: 0.1,
+        ..UnetConfig::default()
+    };
+    config.train.batch = batch;
+    config.train.seed = 5;
+    config.optim.warmup_steps = 0;
+    config
+}
+
+fn pixels(config: &Config, size: [usize; 2], step: u64) -> Vec<u8> {
+    let len = config.train.batch * size[0] * size[1] * config.model.image_channels;
+    let mut words = vec![0u32; len.div_ceil(4)];
+    Stream { seed: 77 + step, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_bits(0, &mut words);
+    words.iter().flat_map(|word| word.to_le_bytes()).take(len).collect()
+}
+
+/// What steps leave.
+struct Run {
+    losses: Vec<Vec<f32>>,
+    timesteps: Vec<Vec<u32>>,
+    norms: Vec<f32>,
+    /// Of the last step.
+    gradients: Vec<f32>,
+    weights: Vec<f32>,
+    ema: Vec<f32>,
+    /// Names and places of the parameters.
+    places: Vec<(String, std::ops::Range<usize>)>,
+}
+
+fn train(mut device: Device, config: &Config, size: [usize; 2], steps: u64) -> Run {
+    let schedule = Schedule::new(&config.diffusion).unwrap();
+    let share = Share::solo(&config.train).unwrap();
+    let mut trainer = Trainer::new(&mut device, config, &schedule, size, share).unwrap();
+    let (mut losses, mut timesteps, mut norms) = (vec![], vec![], vec![]);
+    for step in 0..steps {
+        let found = trainer.step(&mut device, &mut Solo, config, step, &pixels(config, size, step)).unwrap();
+        losses.push(found.losses.to_vec());
+        timesteps.push(found.timesteps.to_vec());
+        assert_eq!(found.norm[1], 1.0, "step {step} is finite");
+        norms.push(found.norm[0]);
+    }
+    let layout = &trainer.program().layout;
+    let places = layout.iter().map(|placed| (placed.name.clone(), placed.range.clone())).collect();
+    let [mut gradients, mut weights, mut ema] = [(); 3].map(|()| vec![0.0; layout.len()]);
+    trainer.gradients(&device, &mut gradients).unwrap();
+    device.download(trainer.buffer(Region::Weights), 0, &mut weights).unwrap();
+    device.download(trainer.buffer(Region::Ema), 0, &mut ema).unwrap();
+    Run { losses, timesteps, norms, gradients, weights, ema, places }
+}
+
+/// ‖found − expected‖/‖expected‖
+fn error(found: &[f32], expected: &[f32]) -> f64 {
+    let square = |x: f64| x * x;
+    let difference: f64 = found.iter().zip(expected).map(|(f, e)| square(f64::from(*f) - f64::from(*e))).sum();
+    let size: f64 = expected.iter().map(|e| square(f64::from(*e))).sum();
+    (difference / size.max(f64::MIN_POSITIVE)).sqrt()
+}
+
+/// A gradient that is zero but for rounding (attention does not see a shift of all keys) has no relative error.
+fn is_noise(name: &str) -> bool {
+    name.ends_with("to_k.bias")
+}
+
+/// Relative error that a gradient may have: of each parameter.
+fn assert_alike(found: &Run, expected: &Run, tolerance: f64) {
+    assert_eq!(found.timesteps, expected.timesteps, "both draw the same bits");
+    assert_eq!(found.places, expected.places);
+    for (step, (found, expected)) in found.losses.iter().zip(&expected.losses).enumerate() {
+        assert!(error(found, expected) < tolerance, "losses of step {step}: {found:?}, expected {expected:?}");
+    }
+    assert!(error(&found.norms, &expected.norms) < tolerance, "{:?}, expected {:?}", found.norms, expected.norms);
+    for (name, range) in found.places.iter().filter(|(name, _)| !is_noise(name)) {
+        let error = error(&found.gradients[range.clone()], &expected.gradients[range.clone()]);
+        assert!(error < tolerance, "gradient of {name}: relative error {error:e}");
+    }
+}
+
+const F32: f64 = 2e-5;
+
+#[test]
+fn a_step_in_f32_is_that_of_the_cpu() {
+    with_kernels("steps::a_step_in_f32_is_that_of_the_cpu", || {
+        let grey = config(&[8, 16], 1, 3);
+        let mut colour = config(&[8, 16], 3, 2);
+        colour.model.timestep = TimestepForm::ScaleShift;
+        colour.model.head_channels = 8;
+        let mut odd = config(&[12, 20], 3, 1);
+        odd.model.blocks = 2;
+        for (config, size) in [(&grey, [8, 8]), (&colour, [12, 20]), (&odd, [6, 10])] {
+            let [found, expected] = [gpu(), cpu()].map(|device| train(device, config, size, 1));
+            assert_alike(&found, &expected, F32);
+        }
+    });
+}
+
+#[test]
+fn shards_add_up_as_on_the_cpu() {
+    with_kernels("steps::shards_add_up_as_on_the_cpu", || {
+        let mut config = config(&[8, 16], 3, 8);
+        config.train.shards = Shards::Fixed(4);
+        let [found, expected] = [gpu(), cpu()].map(|device| train(device, &config, [8, 8], 2));
+        assert_alike(&found, &expected, F32);
+    });
+}
+
+#[test]
+fn twenty_steps_go_the_way_of_the_cpu() {
+    with_kernels("steps::twenty_steps_go_the_way_of_the_cpu", || {
+        let config = config(&[8, 16], 3, 4);
+        let [found, again, expected] = [gpu(), gpu(), cpu()].map(|device| train(device, &config, [8, 8], 20));
+        // Adam's first steps have the size of the learning rate whatever the gradient's: rounding noise grows.
+        for (found, expected) in found.losses.iter().zip(&expected.losses) {
+            assert!(error(found, expected) < 1e-3, "{found:?}, expected {expected:?}");
+        }
+        assert!(error(&found.weights, &expected.weights) < 1e-3);
+        assert!(found.weights == again.weights && found.ema == again.ema, "two runs leave the same bits");
+    });
+}
+
+#[test]
+fn bf16_goes_the_way_of_f32() {
+    with_kernels("steps::bf16_goes_the_way_of_f32", || {
+        let exact = config(&[16, 32], 3, 4);
+        let mut rounded = exact.clone();
+        rounded.train.precision = Precision::Bf16;
+        let [found, again] = [gpu(), gpu()].map(|device| train(device, &rounded, [8, 8], 8));
+        let expected = train(cpu(), &exact, [8, 8], 8);
+        assert!(found.weights == again.weights, "two runs leave the same bits");
+        assert_eq!(found.timesteps, expected.timesteps);
+        let first = [train(gpu(), &rounded, [8, 8], 1), train(cpu(), &exact, [8, 8], 1)];
+        for (name, range) in first[0].places.iter().filter(|(name, _)| !is_noise(name)) {
+            let error = error(&first[0].gradients[range.clone()], &first[1].gradients[range.clone()]);
+            eprintln!("{name} {error:.4}");
+        }
+        for (step, (found, expected)) in found.losses.iter().zip(&expected.losses).enumerate() {
+            eprintln!("{step} {:.5}", error(found, expected));
+        }
+    });
+}
+
+#[test]
+fn images_are_those_of_the_cpu() {
+    with_kernels("steps::images_are_those_of_the_cpu", || {
+        let config = config(&[8, 16], 3, 1);
+        let table = SamplerConfig { steps: 6, ..SamplerConfig::default() };
+        let table = SamplerTable::new(&Schedule::new(&config.diffusion).unwrap(), &table).unwrap();
+        let images = |mut device: Device, precision: Precision, count: usize| {
+            let step = ReverseStep { model: &config.model, size: [8, 8], batch: 2, steps: 10, layout: None };
+            let sampler = Sampler::new(&mut device, &step, precision).unwrap();
+            let mut flat = vec![0.0; sampler.layout().len()];
+            Stream { seed: 3, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_normal(0, &mut flat);
+            flat.iter_mut().for_each(|w| *w *= 0.1);
+            let weights = device.allocate(4 * flat.len()).unwrap();
+            device.upload(weights, 0, &flat).unwrap();
+            let process = ReverseProcess { weights, table: &table };
+            let request = Request { count, seed: 9, initial_noise: None, stages: 0 };
+            sampler.sample(&mut device, &mut Solo, process, request, |_| true).unwrap().unwrap()
+        };
+        let expected = images(cpu(), Precision::F32, 3);
+        let found = images(gpu(), Precision::F32, 3);
+        assert!(error(&found, &expected) < 1e-4, "{}", error(&found, &expected));
+        let first = images(gpu(), Precision::F32, 1);
+        assert!(found.starts_with(&first), "an image does not depend on how many there are");
+        let rounded = images(gpu(), Precision::Bf16, 3);
+        eprintln!("bf16 {}", error(&rounded, &expected));
+    });
+}
