@@ -61,6 +61,7 @@ struct Nvcc {
 /// # Errors
 /// Kernels that do not compile, or a disk that cannot be written.
 fn kernels() -> Result<(), String> {
+    // Not the places where nvcc might appear: docs/kernels.md says why.
     println!("cargo:rerun-if-changed=kernels");
     for name in ["NVCC", "CUDA_HOME", "PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX"] {
         println!("cargo:rerun-if-env-changed={name}");

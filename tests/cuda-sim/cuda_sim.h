@@ -111,6 +111,11 @@ inline float __fdividef(float a, float b) {
     return std::fabs(b) > 0x1p126f && std::isfinite(b) ? 0.0f : sim::off_by(2, double(a) / double(b), b);
 }
 inline float rsqrtf(float x) { return sim::off_by(2, 1.0 / std::sqrt(double(x)), x); }
+/// Of pi x.
+inline void sincospi(double x, double *sine, double *cosine) {
+    const double angle = M_PI * std::remainder(x, 2.0);
+    *sine = std::sin(angle), *cosine = std::cos(angle);
+}
 #define expf(x) sim::exp(x)
 #define logf(x) sim::log(x)
 template <class T> T __ldg(const T *p) { return *p; }

@@ -7,7 +7,7 @@ use ddpm_dist::device::{Device, Precision, Region, cpu::Cpu};
 use ddpm_dist::diffusion::{SamplerConfig, SamplerTable, Schedule};
 use ddpm_dist::rng::{Kind, Stream};
 use ddpm_dist::sample::{Request, ReverseProcess, ReverseStep, Sampler};
-use ddpm_dist::train::{Config, Share, Shards, Trainer};
+use ddpm_dist::train::{Config, Shards, Share, Trainer};
 use ddpm_dist::unet::{TimestepForm, UnetConfig};
 
 fn gpu() -> Device {
@@ -27,8 +27,7 @@ fn with_kernels(test: &str, body: impl Fn()) {
 
 /// A small network with all that the large ones have, and images of that size.
 fn config(channels: &[usize], image_channels: usize, batch: usize) -> Config {
-    let mut config = Config::default();
-    config.model = UnetConfig {
+    let model = UnetConfig {
         image_channels,
         channels: channels.to_vec(),
         blocks: 1,
@@ -37,6 +36,7 @@ fn config(channels: &[usize], image_channels: usize, batch: usize) -> Config {
         dropout: 0.1,
         ..UnetConfig::default()
     };
+    let mut config = Config { model, ..Config::default() };
     config.train.batch = batch;
     config.train.seed = 5;
     config.optim.warmup_steps = 0;
@@ -111,7 +111,10 @@ fn assert_alike(found: &Run, expected: &Run, tolerance: f64) {
     }
 }
 
+/// Relative errors of sums of up to some thousand terms in another order, through some forty layers and back.
 const F32: f64 = 2e-5;
+/// Activations and their gradients are rounded by 2⁻⁹ in some sixty places one after another: as a random walk √60·2⁻⁹, twice that at most.
+const BF16: f64 = 0.03;
 
 #[test]
 fn a_step_in_f32_is_that_of_the_cpu() {
@@ -164,12 +167,9 @@ fn bf16_goes_the_way_of_f32() {
         assert!(found.weights == again.weights, "two runs leave the same bits");
         assert_eq!(found.timesteps, expected.timesteps);
         let first = [train(gpu(), &rounded, [8, 8], 1), train(cpu(), &exact, [8, 8], 1)];
-        for (name, range) in first[0].places.iter().filter(|(name, _)| !is_noise(name)) {
-            let error = error(&first[0].gradients[range.clone()], &first[1].gradients[range.clone()]);
-            eprintln!("{name} {error:.4}");
-        }
-        for (step, (found, expected)) in found.losses.iter().zip(&expected.losses).enumerate() {
-            eprintln!("{step} {:.5}", error(found, expected));
+        assert_alike(&first[0], &first[1], BF16);
+        for (found, expected) in found.losses.iter().zip(&expected.losses) {
+            assert!(error(found, expected) < BF16, "{found:?}, expected {expected:?}");
         }
     });
 }
@@ -198,6 +198,6 @@ fn images_are_those_of_the_cpu() {
         let first = images(gpu(), Precision::F32, 1);
         assert!(found.starts_with(&first), "an image does not depend on how many there are");
         let rounded = images(gpu(), Precision::Bf16, 3);
-        eprintln!("bf16 {}", error(&rounded, &expected));
+        assert!(error(&rounded, &expected) < BF16, "{}", error(&rounded, &expected));
     });
 }

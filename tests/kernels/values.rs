@@ -28,6 +28,8 @@ pub fn f32_of(bytes: &[u8], precision: Precision) -> Vec<f32> {
 pub fn rounded(value: f32, precision: Precision) -> f32 {
     match precision {
         Precision::F32 => value,
+        // The quiet one that hardware gives; rounding could carry another's bits into the sign.
+        Precision::Bf16 if value.is_nan() => f32::from_bits(0x7FFF_0000),
         Precision::Bf16 => {
             let bits = value.to_bits();
             f32::from_bits((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF_0000)
