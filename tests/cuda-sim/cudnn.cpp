@@ -608,7 +608,7 @@ int execute(const Descriptor *plan, const Descriptor *pack) {
         crash("a workspace that lies outside its allocation");
     if (fails("execute") || engine.fault == Fault::FailsToRun)
         return refuse(EXECUTION_FAILED, "the engine does not run");
-    // What the engine leaves there is nobody's business: not a number, wherever it is read.
+    // What the engine leaves there is nobody's business, before it reads its operands and after it has written: not a number.
     memset(workspace, 0xFF, engine.workspace);
 
     auto sizes = dims(pass.x), filter = dims(pass.weights), out = dims(pass.y);
@@ -642,6 +642,7 @@ int execute(const Descriptor *plan, const Descriptor *pack) {
     for (float &value : result)
         value *= factor;
     write(to, output, result, engine.fault == Fault::Unwritten ? 1 : 0);
+    memset(workspace, 0xFF, engine.workspace);
     return SUCCESS;
 }
 

@@ -109,16 +109,12 @@ impl Descriptor {
         Ok(values[0])
     }
 
-    /// All of an attribute's values.
-    pub fn values<T: Value + Default>(&self, name: Name) -> Result<Vec<T>, Refusal> {
-        // SAFETY: nothing is written where there is room for nothing.
-        let count = unsafe { self.get(name, T::TYPE, 0, ptr::null_mut()) }?;
-        let mut values = vec![T::default(); count];
-        if count > 0 {
-            // SAFETY: so many values of that type have room there.
-            let written = unsafe { self.get(name, T::TYPE, count, values.as_mut_ptr().cast()) }?;
-            values.truncate(written);
-        }
+    /// An attribute's values, at most so many.
+    pub fn values<T: Value + Default>(&self, name: Name, most: usize) -> Result<Vec<T>, Refusal> {
+        let mut values = vec![T::default(); most];
+        // SAFETY: so many values of that type have room there.
+        let count = unsafe { self.get(name, T::TYPE, most, values.as_mut_ptr().cast()) }?;
+        values.truncate(count);
         Ok(values)
     }
 
@@ -131,23 +127,24 @@ impl Descriptor {
         Ok(descriptor)
     }
 
-    /// All of an attribute's descriptors.
-    pub fn descriptors(&self, name: Name, kind: Kind) -> Result<Vec<Descriptor>, Refusal> {
+    /// How many descriptors an attribute has.
+    pub fn count(&self, name: Name) -> Result<usize, Refusal> {
         // SAFETY: nothing is written where there is room for nothing.
-        let count = unsafe { self.get(name, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, 0, ptr::null_mut()) }?;
-        let made: Result<Vec<Descriptor>, Refusal> = (0..count).map(|_| Descriptor::new(self.library, kind)).collect();
+        unsafe { self.get(name, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, 0, ptr::null_mut()) }
+    }
+
+    /// An attribute's descriptors, at most so many.
+    pub fn descriptors(&self, name: Name, kind: Kind, most: usize) -> Result<Vec<Descriptor>, Refusal> {
+        let made: Result<Vec<Descriptor>, Refusal> = (0..most).map(|_| Descriptor::new(self.library, kind)).collect();
         let mut made = made?;
-        if count > 0 {
-            let mut raw: Vec<sys::cudnnBackendDescriptor_t> = made.iter().map(|descriptor| descriptor.raw).collect();
-            // SAFETY: the library fills so many descriptors, whose addresses stand there.
-            let written =
-                unsafe { self.get(name, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, count, raw.as_mut_ptr().cast()) }?;
-            made.truncate(written);
-        }
+        let mut raw: Vec<sys::cudnnBackendDescriptor_t> = made.iter().map(|descriptor| descriptor.raw).collect();
+        // SAFETY: the library fills so many descriptors, whose addresses stand there.
+        let count = unsafe { self.get(name, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, most, raw.as_mut_ptr().cast()) }?;
+        made.truncate(count);
         Ok(made)
     }
 
-    /// Gives how many values there are, or how many have been written.
+    /// Writes the values there is room for, and gives how many there are.
     ///
     /// # Safety
     /// So many values of that type have room there.

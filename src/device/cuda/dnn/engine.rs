@@ -49,6 +49,9 @@ pub(super) struct EnginePlan {
     pub workspace: usize,
 }
 
+/// More knobs or notes than an engine has: there are fewer kinds of them in all.
+const MOST: usize = 64;
+
 /// What is asked for engines, in this order: the second takes longer and knows more, the third knows those that work wherever others do not.
 pub(super) const MODES: [Mode; 3] = [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_B, Mode::CUDNN_HEUR_MODE_FALLBACK];
 
@@ -62,7 +65,8 @@ pub(super) fn proposed(library: &'static Library, graph: &Graph, mode: Mode) -> 
         .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
         .finalized()?;
     let kind = Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR;
-    let configs = heuristics.descriptors(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, kind)?;
+    let name = Name::CUDNN_ATTR_ENGINEHEUR_RESULTS;
+    let configs = heuristics.descriptors(name, kind, heuristics.count(name)?)?;
     configs.into_iter().map(Config::read).collect()
 }
 
@@ -71,7 +75,7 @@ impl Config {
     fn read(config: Descriptor) -> Result<Config, Refusal> {
         let engine = config.descriptor(Name::CUDNN_ATTR_ENGINECFG_ENGINE, Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)?;
         let kind = Kind::CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR;
-        let mut parts = config.descriptors(Name::CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, kind)?;
+        let mut parts = config.descriptors(Name::CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, kind, MOST)?;
         let knob = |knob: &Descriptor| -> Result<Knob, Refusal> {
             let KnobType(kind) = knob.value(Name::CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE)?;
             Ok(Knob { kind, value: knob.value(Name::CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE)? })
@@ -140,6 +144,6 @@ impl Config {
 }
 
 fn notes(engine: &Descriptor) -> Result<Vec<u32>, Refusal> {
-    let notes: Vec<NumericalNote> = engine.values(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE)?;
+    let notes: Vec<NumericalNote> = engine.values(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, MOST)?;
     Ok(notes.into_iter().map(|NumericalNote(note)| note).collect())
 }
