@@ -7,7 +7,7 @@ use super::Common;
 use super::exit::Failure;
 use super::stdout::print;
 use crate::data::user_cache_dir;
-use crate::device::cuda::Image;
+use crate::device::cuda::{Cuda, Image};
 use crate::simd::{self, Level};
 use crate::tape::human_bytes;
 use libraries::{Places, Search};
@@ -54,8 +54,9 @@ pub(super) fn run(common: &Common) -> Result<ExitCode, Failure> {
     }
     let warnings = findings.iter().filter(|finding| finding.advice.is_some()).count();
     text += &match warnings {
-        0 => "\nThis version computes on CPU cores; everything it needs is here.\n".to_string(),
-        _ => format!("\nThis version computes on CPU cores; {warnings} of the lines above call for attention.\n"),
+        0 => "\nEverything that training needs is here.\n".to_string(),
+        1 => "\nOne of the lines above calls for attention.\n".to_string(),
+        _ => format!("\n{warnings} of the lines above call for attention.\n"),
     };
     print(&text)?;
     Ok(ExitCode::SUCCESS)
@@ -124,17 +125,10 @@ fn memory() -> Finding {
     ok("memory", found)
 }
 
-/// The parts of an NVIDIA system. None is used yet, so that a missing one matters only where there is a GPU.
+/// What commands compute on if they are not told, and the parts of an NVIDIA system, of which a missing one matters only where there is a GPU.
 fn accelerator() -> Vec<Finding> {
     let has_gpu = Path::new("/dev/nvidia0").exists() || Path::new("/dev/dxg").exists();
     let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
-    let mut device = "CPU cores; this version has no CUDA device yet and uses nothing of the lines below".to_string();
-    if has_gpu {
-        device += "; an NVIDIA GPU is there";
-        if let Some(version) = driver.as_deref().and_then(driver_version) {
-            device += &format!(" (driver {version})");
-        }
-    }
     let places = Places::new();
     let library = |subject, names: &[&str], missing: &str| match places.find(names) {
         Search::Found(path) => ok(subject, path.display().to_string()),
@@ -159,14 +153,18 @@ fn accelerator() -> Vec<Finding> {
         None => "install NVIDIA's driver; in a container start it with --gpus all",
     };
     vec![
-        ok("device", device),
+        device(has_gpu, driver.as_deref().and_then(driver_version)),
         library("CUDA driver", &["libcuda.so.1"], driver_missing),
         library(
             "cuBLASLt",
-            &["libcublasLt.so.13", "libcublasLt.so.12"],
-            "install the CUDA toolkit, and add its folder lib64 to LD_LIBRARY_PATH",
+            &["libcublasLt.so.13"],
+            "`pip install nvidia-cublas==13.*` or install the CUDA toolkit 13, and add its folder to LD_LIBRARY_PATH",
         ),
-        library("cuDNN", &["libcudnn.so.9"], "install cuDNN 9, and add its folder to LD_LIBRARY_PATH"),
+        library(
+            "cuDNN",
+            &["libcudnn.so.9"],
+            "`pip install nvidia-cudnn-cu13` or install cuDNN 9, and add its folder to LD_LIBRARY_PATH",
+        ),
         library(
             "NCCL",
             &["libnccl.so.2"],
@@ -174,6 +172,20 @@ fn accelerator() -> Vec<Finding> {
         ),
         kernels(Image::embedded(), has_gpu),
     ]
+}
+
+/// What `--device auto` chooses.
+fn device(has_gpu: bool, driver: Option<&str>) -> Finding {
+    let there = match (has_gpu, driver) {
+        (false, _) => String::new(),
+        (true, None) => "; an NVIDIA GPU is there".to_string(),
+        (true, Some(version)) => format!("; an NVIDIA GPU is there (driver {version})"),
+    };
+    match Cuda::open(0) {
+        Ok(cuda) => ok("device", cuda.describe()),
+        Err(error) if error.is_absence() && !has_gpu => ok("device", "CPU cores"),
+        Err(error) => warning("device", format!("CPU cores{there}"), format!("no GPU is used: {error}")),
+    }
 }
 
 /// `570.86.15` from the kernel driver's line `NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  …`.

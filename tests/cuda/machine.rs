@@ -1,6 +1,7 @@
 //! Runs tests where there are CUDA libraries: this program once more, with the libraries of the machine made of software before all others.
 
 use crate::build::{Build, build};
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,8 +25,7 @@ pub fn run_cases<T>(test: &str, libraries: &[Build], cases: &[(&[Setting], T)], 
         }
         return not_tested(&format!("{test}: its faults are those of the machine made of software"));
     }
-    let folders: Vec<&Path> = libraries.iter().map(|library| folder_of(*library)).collect();
-    let path = std::env::join_paths(folders).unwrap();
+    let path = library_path(libraries);
     for (i, (settings, _)) in cases.iter().enumerate() {
         let mut again = Command::new(std::env::current_exe().unwrap());
         again.args(["--exact", test, "--nocapture"]).env("LD_LIBRARY_PATH", &path).env(CASE, i.to_string());
@@ -46,6 +46,11 @@ pub const WITH_KERNELS: [Build; 3] = [Build::Driver, Build::Cudnn, Build::Cublas
 /// [`run_cases`] of a test that needs all libraries, and no settings.
 pub fn run(test: &str, body: impl Fn()) {
     run_cases(test, &ALL, &[(&[], ())], |()| body());
+}
+
+/// What the loader is to be told, so that it finds these libraries.
+pub fn library_path(libraries: &[Build]) -> OsString {
+    std::env::join_paths(libraries.iter().map(|library| folder_of(*library))).unwrap()
 }
 
 /// Says that something was not tested.

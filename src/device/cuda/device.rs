@@ -97,6 +97,11 @@ impl Cuda {
         Ok(Cuda { gpu, name, dnn, blas, workspace, plans: HashMap::new(), buffers: vec![], constants: vec![] })
     }
 
+    /// `NVIDIA H200, cuDNN 9.10.2`
+    pub fn describe(&self) -> String {
+        format!("{}, cuDNN {}", self.name, self.dnn.version())
+    }
+
     /// `NVIDIA H200`
     pub fn name(&self) -> &str {
         &self.name

@@ -1,0 +1,150 @@
+//! The program itself on the machine made of software: a run on a GPU as a user has it, and what it says where something is wrong.
+
+use crate::machine::{WITH_KERNELS, library_path, not_tested};
+use ddpm_dist::device::cuda::Image;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// A grey network of two levels on the images that come with the source.
+const CONFIG: &str = "\
+[data]
+path = \"data/fashion-mnist-10k/t10k-images-idx3-ubyte.gz\"
+size = 12
+[model]
+image_channels = 1
+channels = [8, 16]
+blocks = 1
+attention_levels = [1]
+groups = 4
+[train]
+steps = 6
+batch = 4
+[checkpoint]
+every = 3
+[sample]
+count = 2
+every = 0
+steps = 3
+batch = 2
+";
+
+struct Work {
+    folder: tempfile::TempDir,
+}
+
+impl Work {
+    /// None where the program has no kernels.
+    fn new(test: &str) -> Option<Work> {
+        if Image::embedded().is_none() {
+            not_tested(&format!("{test}: built without nvcc"));
+            return None;
+        }
+        if std::env::var("DDPM_DIST_KERNELS").is_ok_and(|place| place == "gpu") {
+            not_tested(&format!("{test}: there is no data set beside this program"));
+            return None;
+        }
+        let work = Work { folder: tempfile::tempdir().unwrap() };
+        std::fs::write(work.path("config.toml"), CONFIG).unwrap();
+        Some(work)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().to_string()
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ddpm-dist"));
+        command
+            .args(arguments)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .env("LD_LIBRARY_PATH", library_path(&WITH_KERNELS));
+        command.env("XDG_CACHE_HOME", self.folder.path()).env("RUST_BACKTRACE", "0");
+        command
+    }
+
+    fn train(&self, run: &str, more: &[&str]) -> Command {
+        let (config, run) = (self.path("config.toml"), self.path(run));
+        self.command(&[&["train", &config, "--run-dir", &run][..], more].concat())
+    }
+}
+
+fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+#[track_caller]
+fn ok(mut command: Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", said(&output));
+    said(&output)
+}
+
+/// Ends with that code and says all of these words.
+#[track_caller]
+fn fails(mut command: Command, code: i32, words: &[&str]) {
+    let output = command.output().unwrap();
+    let said = said(&output);
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {said}");
+    for word in words {
+        assert!(said.contains(word), "`{word}` is not in: {said}");
+    }
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+fn last_checkpoint(run: &str) -> Vec<u8> {
+    std::fs::read(Path::new(run).join("checkpoints/step-00000006/shard-00000-of-00001.safetensors")).unwrap()
+}
+
+#[test]
+fn a_run_trains_goes_on_and_samples() {
+    let Some(work) = Work::new("program::a_run_trains_goes_on_and_samples") else { return };
+    let device = ["--device", "cuda"];
+    ok(work.train("whole", &device));
+    // Stopped after three steps, and gone on with.
+    ok(work.train("parts", &["--device", "cuda", "--set", "train.steps=3"]));
+    ok(work.train("parts", &device));
+    assert!(last_checkpoint(&work.path("whole")) == last_checkpoint(&work.path("parts")), "the same bits");
+    let samples = work.path("samples.png");
+    ok(work.command(&["sample", &work.path("whole"), "--count", "3", "--out", &samples, "--device", "cuda"]));
+    assert!(std::fs::metadata(samples).unwrap().len() > 0);
+    // A GPU that is there is what is taken.
+    let said = ok(work.command(&["doctor"]));
+    assert!(said.contains("a machine made of software, cuDNN 9"), "{said}");
+    let (config, bf16) = (work.path("config.toml"), "train.precision=\"bf16\"");
+    let said = ok(work.command(&["bench", &config, "--set", bf16, "--steps", "2", "--warmup", "1", "--per-op"]));
+    assert!(said.contains("img/s") && said.contains("group_norm"), "{said}");
+    let said = ok(work.command(&["plan", &config, "--set", bf16, "--device", "cuda"]));
+    assert!(said.contains("on a GPU in bf16") && said.contains("workspace"), "{said}");
+}
+
+#[test]
+fn what_keeps_a_gpu_from_working_is_told() {
+    let Some(work) = Work::new("program::what_keeps_a_gpu_from_working_is_told") else { return };
+    let cuda = ["--device", "cuda"];
+    let with = |name: &str, value: &str, more: &[&str]| {
+        let mut command = work.train("refused", more);
+        command.env(name, value);
+        command
+    };
+    fails(with("LD_LIBRARY_PATH", "", &cuda), 7, &["there is no CUDA driver here", "install NVIDIA's driver"]);
+    let bare = library_path(&WITH_KERNELS[..1]);
+    fails(with("LD_LIBRARY_PATH", bare.to_str().unwrap(), &cuda), 7, &["there is no cuDNN", "pip install"]);
+    fails(with("CUDA_SIM_CARD", "7.5 65536", &cuda), 7, &["has compute capability 7.5"]);
+    fails(with("CUDA_SIM_CUBLASLT_FAIL", "create", &cuda), 7, &["cuBLASLt cannot start"]);
+    fails(
+        with("CUDA_SIM_CUBLASLT_FAIL", "heuristic", &cuda),
+        7,
+        &["cuBLASLt cannot find an algorithm for the product of"],
+    );
+    fails(with("CUDA_SIM_CUBLASLT_FAIL", "multiply", &cuda), 7, &["cuBLASLt cannot multiply matrices"]);
+    fails(with("CUDA_SIM_CUDNN_FAIL", "create", &cuda), 7, &["cuDNN"]);
+    fails(
+        with("LD_LIBRARY_PATH", "", &["--device", "cpu", "--set", "train.precision=\"bf16\""]),
+        2,
+        &["CPU cores compute in f32 only"],
+    );
+    fails(work.train("refused", &["--device", "tpu"]), 2, &["auto, cpu, cuda"]);
+    // What is not asked for, and is not there, is done without.
+    let said = ok(with("CUDA_SIM_CUBLASLT_FAIL", "create", &["--set", "train.steps=1"]));
+    assert!(said.contains("computing on CPU cores: cuBLASLt cannot start"), "{said}");
+}
