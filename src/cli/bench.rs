@@ -5,12 +5,13 @@ use super::ranks::Ranks;
 use super::stdout::{json, print, table};
 use super::{Common, ConfigArguments, Stop};
 use crate::config::to_toml;
+use crate::device::Device;
 use crate::files::{Durability, digest};
 use crate::machine::this_program;
 use crate::report::{ReportError, write_atomically};
 use crate::simd;
 use crate::tape::human_bytes;
-use crate::train::{BenchError, BenchOptions, Timings, percentile, time_steps};
+use crate::train::{BenchError, BenchOptions, Timings, TrainConfig, percentile, time_steps};
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -43,6 +44,8 @@ struct Report {
     model: String,
     batch: usize,
     device: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<String>,
     ranks: usize,
     /// Of each rank.
     threads: usize,
@@ -54,6 +57,8 @@ struct Report {
     gflops: f64,
     /// Of the whole process; `null` where the system does not say.
     peak_memory_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_memory_bytes: Option<u64>,
     steps: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     per_op: Option<Vec<OpRow>>,
@@ -92,7 +97,6 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         ranks.same_everywhere(&format!("config {config}, {}", this_program().or_fail(Code::Failed)?))?;
     }
     let mut device = ranks.device(common)?;
-    let threads = device.threads();
     let (warmup, steps) = (u64::from(arguments.warmup), u64::from(arguments.steps));
 
     let bar = console.bar("measuring steps", warmup + steps);
@@ -117,7 +121,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     if !ranks.is_rank_zero() {
         return Ok(ExitCode::SUCCESS);
     }
-    let report = Report::new(&timings, arguments.config.name(), config.train.batch, ranks.number(), threads);
+    let report = Report::new(&timings, arguments.config.name(), &config.train, ranks.number(), &device);
     let image = [size[0], size[1], config.model.image_channels];
     match &arguments.json {
         Some(None) => print(&json(&report)?)?,
@@ -134,7 +138,8 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
 }
 
 impl Report {
-    fn new(timings: &Timings, model: String, batch: usize, ranks: usize, threads: usize) -> Report {
+    fn new(timings: &Timings, model: String, config: &TrainConfig, ranks: usize, device: &Device) -> Report {
+        let batch = config.batch;
         let steps = milliseconds(&timings.steps);
         let median = percentile(&steps, 50.0);
         let row = |(group, durations): &(crate::tape::OpGroup, Vec<Duration>)| {
@@ -158,15 +163,17 @@ impl Report {
             version: env!("CARGO_PKG_VERSION"),
             model,
             batch,
-            device: "cpu",
+            device: device.kind().name(),
+            gpu: device.gpu().map(str::to_owned),
             ranks,
-            threads,
-            dtype: "f32",
+            threads: device.threads(),
+            dtype: config.precision.name(),
             simd: simd::level().name(),
             images_per_second: 1e3 * batch as f64 / median,
             gflops: timings.step_flops as f64 / median / 1e6,
             step_ms: Spread { median, p10: percentile(&steps, 10.0), p90: percentile(&steps, 90.0) },
             peak_memory_bytes: peak_memory(),
+            gpu_memory_bytes: device.gpu_memory(),
             steps: steps.len(),
             per_op: (!rows.is_empty()).then_some(rows),
         }
@@ -174,12 +181,11 @@ impl Report {
 
     fn to_text(&self, [height, width, channels]: [usize; 3], warmup: u64) -> String {
         let Report { model, batch, ranks, threads, simd, .. } = self;
-        let on = if *ranks > 1 { format!("{ranks} ranks of ") } else { String::new() };
+        let each = if *ranks > 1 { format!("{ranks} ranks of ") } else { String::new() };
+        let on = self.gpu.clone().unwrap_or_else(|| format!("{threads} CPU threads ({simd})"));
         let Spread { median, p10, p90 } = self.step_ms;
-        let mut text = format!(
-            "{model}: batch {batch} of {height}×{width}×{channels} on {on}{threads} CPU threads ({simd}), {}\n\n",
-            self.dtype
-        );
+        let mut text =
+            format!("{model}: batch {batch} of {height}×{width}×{channels} on {each}{on}, {}\n\n", self.dtype);
         let row = |name: &str, value: String| vec![name.to_string(), value];
         let steps = format!("{} steps after {warmup}", self.steps);
         let summary = [
@@ -188,7 +194,8 @@ impl Report {
             row("computation", format!("{:.1} GFLOP/s (3 × forward)", self.gflops)),
             row("peak memory", self.peak_memory_bytes.map_or_else(|| "unknown".to_string(), human_bytes)),
         ];
-        text += &table(&summary, 2);
+        let of_gpu = self.gpu_memory_bytes.map(|bytes| row("GPU memory", human_bytes(bytes)));
+        text += &table(&summary.into_iter().chain(of_gpu).collect::<Vec<_>>(), 2);
         let Some(rows) = &self.per_op else { return text };
         let head = ["phase", "op", "count", "ms", "share", "GFLOP/s", "GB/s"].map(String::from).to_vec();
         let cells = rows.iter().map(|row| {

@@ -21,6 +21,16 @@ pub enum DeviceKind {
     Cuda,
 }
 
+impl DeviceKind {
+    /// As the command line names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceKind::Cpu => "cpu",
+            DeviceKind::Cuda => "cuda",
+        }
+    }
+}
+
 /// What a program is made for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Target {
@@ -124,6 +134,22 @@ impl Device {
             Device::Cuda(cuda) => cuda.download(buffer, offset, out)?,
         }
         Ok(())
+    }
+
+    /// `NVIDIA H200`, if it is a GPU.
+    pub fn gpu(&self) -> Option<&str> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => Some(cuda.name()),
+        }
+    }
+
+    /// Bytes of memory that are taken on a GPU.
+    pub fn gpu_memory(&self) -> Option<u64> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => Some(cuda.memory()),
+        }
     }
 
     /// Threads that compute; one begins all work on a GPU.

@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 const CONFIG: &str = "\
 [data]
 path = \"data/fashion-mnist-10k/t10k-images-idx3-ubyte.gz\"
-size = 12
+size = 28
 [model]
 image_channels = 1
 channels = [8, 16]
@@ -112,7 +112,12 @@ fn a_run_trains_goes_on_and_samples() {
     assert!(said.contains("a machine made of software, cuDNN 9"), "{said}");
     let (config, bf16) = (work.path("config.toml"), "train.precision=\"bf16\"");
     let said = ok(work.command(&["bench", &config, "--set", bf16, "--steps", "2", "--warmup", "1", "--per-op"]));
-    assert!(said.contains("img/s") && said.contains("group_norm"), "{said}");
+    assert!(
+        said.contains("on a machine made of software, bf16")
+            && said.contains("GPU memory")
+            && said.contains("group_norm"),
+        "{said}"
+    );
     let said = ok(work.command(&["plan", &config, "--set", bf16, "--device", "cuda"]));
     assert!(said.contains("on a GPU in bf16") && said.contains("workspace"), "{said}");
 }
@@ -127,8 +132,11 @@ fn what_keeps_a_gpu_from_working_is_told() {
         command
     };
     fails(with("LD_LIBRARY_PATH", "", &cuda), 7, &["there is no CUDA driver here", "install NVIDIA's driver"]);
-    let bare = library_path(&WITH_KERNELS[..1]);
-    fails(with("LD_LIBRARY_PATH", bare.to_str().unwrap(), &cuda), 7, &["there is no cuDNN", "pip install"]);
+    let [driver, dnn, blas] = WITH_KERNELS;
+    for (libraries, missing) in [([driver, dnn], "there is no cuBLASLt"), ([driver, blas], "there is no cuDNN")] {
+        let path = library_path(&libraries).into_string().unwrap();
+        fails(with("LD_LIBRARY_PATH", &path, &cuda), 7, &[missing, "pip install"]);
+    }
     fails(with("CUDA_SIM_CARD", "7.5 65536", &cuda), 7, &["has compute capability 7.5"]);
     fails(with("CUDA_SIM_CUBLASLT_FAIL", "create", &cuda), 7, &["cuBLASLt cannot start"]);
     fails(

@@ -125,7 +125,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         images_per_rank: share.images(),
         shards_per_rank: share.shards,
         threads,
-        device: if target.kind == DeviceKind::Cpu { "cpu" } else { "cuda" },
+        device: target.kind.name(),
         precision: target.precision.name(),
         parameters: program.layout.parameters(),
         forward_flops_per_image,

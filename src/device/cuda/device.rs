@@ -107,6 +107,12 @@ impl Cuda {
         &self.name
     }
 
+    /// Bytes of all buffers, and of what else is taken from the GPU's memory here.
+    pub fn memory(&self) -> u64 {
+        let constants = self.constants.iter().map(|(_, memory)| memory);
+        self.buffers.iter().chain(constants).chain([&self.workspace]).map(|memory| memory.bytes as u64).sum()
+    }
+
     /// Allocates a zeroed buffer.
     ///
     /// # Errors
