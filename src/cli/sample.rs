@@ -69,8 +69,6 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     source.model.validate(size[0], size[1]).or_fail(Code::State)?;
     let batch = arguments.batch.map_or(source.batch, usize::from);
     source.model.validate_work(size[0], size[1], batch, "--batch").or_fail(Code::Usage)?;
-    // Images are the same in any batch: as many as there are, divided among the ranks.
-    let batch = batch.min(count.div_ceil(ranks.number()));
     let (diffusion, choice) = source.process()?;
     let table = table(&arguments, diffusion, choice.clone())?;
     let noise = match &arguments.init_noise {
@@ -79,6 +77,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     };
 
     let mut device = ranks.device(common)?;
+    let batch = device.sampling_batch(batch, count, ranks.number());
     let precision = source.precision_on(device.kind());
     let step = ReverseStep { model: &source.model, size, batch, steps: table.steps.len(), layout: None };
     let sampler = Sampler::new(&mut device, &step, precision)?;

@@ -152,6 +152,15 @@ impl Device {
         }
     }
 
+    /// How many images of `count`, which so many ranks share, go through the network together, at most `batch`. On CPU cores any number
+    /// gives the same images, so that there are no more than are wanted; a GPU's libraries choose how they compute by the number.
+    pub fn sampling_batch(&self, batch: usize, count: usize, ranks: usize) -> usize {
+        match self {
+            Device::Cpu(_) => batch.min(count.div_ceil(ranks)),
+            Device::Cuda(_) => batch,
+        }
+    }
+
     /// Threads that compute; one begins all work on a GPU.
     pub fn threads(&self) -> usize {
         match self {

@@ -26,8 +26,7 @@ impl Grids {
         if section.count == 0 {
             return Ok(None);
         }
-        // As many images as there are, divided among the ranks.
-        let batch = section.batch.min(section.count.div_ceil(trainer.share().world_size));
+        let batch = device.sampling_batch(section.batch, section.count, trainer.share().world_size);
         let table = SamplerTable::new(schedule, &section.sampler(&config.diffusion))?;
         let (model, steps, layout) = (&config.model, table.steps.len(), Some(&trainer.program().layout));
         let step = ReverseStep { model, size, batch, steps, layout };
