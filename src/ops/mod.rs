@@ -15,6 +15,7 @@ pub mod group_norm;
 pub mod linear;
 pub mod loss;
 pub mod p_sample;
+pub mod pad;
 pub mod q_sample;
 pub mod silu;
 pub mod timestep_embedding;

@@ -222,7 +222,7 @@ impl ReverseStep<'_> {
         let mut tape = Tape::on(target);
         let image = [batch, height, width, model.image_channels];
         let x = tape.io("x", Spec::f32(image));
-        let input = tape.io("input", Spec::computed(image));
+        let input = tape.io("input", Spec::computed([batch, height, width, tape.padded(model.image_channels)]));
         let t = tape.io("t", Spec::u32([batch]));
         let clock = tape.io("clock", Spec::u32([4]));
         let table = tape.io("table", Spec::f32([steps, 9]));
@@ -341,9 +341,7 @@ impl Sampler {
         self.upload(device, self.slots.x, x)?;
         match self.program.target.precision {
             Precision::F32 => self.upload(device, self.slots.input, x)?,
-            Precision::Bf16 => {
-                self.upload(device, self.slots.input, &x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>())?
-            }
+            Precision::Bf16 => self.upload(device, self.slots.input, &self.rounded(x))?,
         }
         t.fill(table.steps.first().map_or(0, |step| step.timestep));
         self.upload(device, self.slots.t, t)?;
@@ -367,6 +365,17 @@ impl Sampler {
             }
         }
         Ok(true)
+    }
+
+    /// x as the network's input, with its channels filled up.
+    fn rounded(&self, x: &[f32]) -> Vec<bf16> {
+        let channels = self.size[2];
+        let padded = self.slots.input.len / (x.len() / channels);
+        let mut input = vec![bf16::ZERO; self.slots.input.len];
+        for (from, to) in x.chunks_exact(channels).zip(input.chunks_exact_mut(padded)) {
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to = bf16::from_f32(from));
+        }
+        input
     }
 
     fn upload<T: Element>(&self, device: &mut Device, slot: Slot, data: &[T]) -> Result<(), SampleError> {

@@ -78,6 +78,7 @@ impl Gradient<'_> {
     /// # Panics
     /// If some ops write columns of a gradient and others all of it: the sum would miss columns that are not written yet.
     pub fn emit(&mut self, op: impl Op, inputs: &[Var], of: &[Of]) {
+        let specs = op.signature().outputs;
         let mut outputs = Vec::with_capacity(of.len());
         let mut updates = 0;
         for (k, target) in of.iter().enumerate() {
@@ -100,7 +101,9 @@ impl Gradient<'_> {
                         Home::Param(id) => Home::GradientOf(id),
                         _ => Home::Arena,
                     };
-                    let var = self.tape.value(value.shape.clone(), value.dtype, home, false);
+                    // As the op gives it: of weights that are read in bf16 it is f32.
+                    let dtype = specs[k].dtype(self.tape.precision());
+                    let var = self.tape.value(value.shape.clone(), dtype, home, false);
                     self.gradients.of[forward.index()] = Some(var);
                     var
                 }

@@ -1,5 +1,5 @@
 use super::{Op, Param, Part, Shape, Spec};
-use crate::device::{DType, Precision, Region, Target};
+use crate::device::{DType, DeviceKind, Precision, Region, Target};
 use std::sync::Arc;
 
 /// A value on a tape.
@@ -102,6 +102,14 @@ impl Tape {
     /// What activations are.
     pub fn precision(&self) -> Precision {
         self.target.precision
+    }
+
+    /// Channels that images of `channels` have for the first and the last convolution: tensor cores take eight at a time.
+    pub fn padded(&self, channels: usize) -> usize {
+        match (self.target.kind, self.target.precision) {
+            (DeviceKind::Cuda, Precision::Bf16) => channels.next_multiple_of(8),
+            _ => channels,
+        }
     }
 
     /// Runs `body` with `name` added to the path that names params and labels ops.

@@ -13,6 +13,7 @@ use crate::ops::attention::attention;
 use crate::ops::conv2d::{Stride, conv2d};
 use crate::ops::group_norm::{Dropout, Norm, Timestep, group_norm};
 use crate::ops::linear::linear;
+use crate::ops::pad::pad;
 use crate::ops::silu::silu;
 use crate::ops::timestep_embedding::timestep_embedding;
 use crate::ops::upsample::upsample;
@@ -28,7 +29,8 @@ pub struct Randomness {
     pub clock: Var,
 }
 
-/// Puts the network ε_θ(x_t, t) on the tape: `x` is `[N, H, W, C]`, `t` `[N]`; the result has the shape of `x`.
+/// Puts the network ε_θ(x_t, t) on the tape: `x` is `[N, H, W, C]` with C [filled up](Tape::padded), `t` `[N]`; the result has the shape of
+/// `x`.
 ///
 /// Dropout is active where `training` says how to draw it. The config must be [valid](UnetConfig::validate) for the size of `x`.
 pub fn unet(tape: &mut Tape, config: &UnetConfig, x: Var, t: Var, training: Option<Randomness>) -> Var {
@@ -56,7 +58,7 @@ impl Trace<'_> {
         let UnetConfig { channels, blocks, image_channels, .. } = self.config;
         let lowest = channels.len() - 1;
 
-        let mut h = tape.scope("conv_in", |tape| conv3(tape, x, channels[0], Stride::One));
+        let mut h = tape.scope("conv_in", |tape| edge(tape, x, [*image_channels, channels[0]], false));
         let mut skips = vec![h];
         for (level, &width) in channels.iter().enumerate() {
             tape.scope(format!("down_blocks.{level}"), |tape| {
@@ -97,7 +99,7 @@ impl Trace<'_> {
         }
 
         h = tape.scope("conv_norm_out", |tape| norm(tape, &[h], self.norm(true), None, None));
-        tape.scope("conv_out", |tape| conv3(tape, h, *image_channels, Stride::One))
+        tape.scope("conv_out", |tape| edge(tape, h, [channels[0], *image_channels], true))
     }
 
     /// Norm, SiLU, conv, + timestep, norm, SiLU, dropout, conv, + input (through a 1×1 convolution where channels change); or the timestep
@@ -231,6 +233,19 @@ fn conv3(tape: &mut Tape, x: Var, out: usize, stride: Stride) -> Var {
     let weight = tape.param("weight", [out, 3, 3, channels]);
     let bias = tape.param("bias", [out]);
     conv2d(tape, x, weight, bias, stride)
+}
+
+/// The first or the last convolution, whose input or output has the channels of images, filled up.
+fn edge(tape: &mut Tape, x: Var, [channels, out]: [usize; 2], is_out: bool) -> Var {
+    let (padded, with_out) = match is_out {
+        true => (channels, tape.padded(out)),
+        false => (tape.padded(channels), out),
+    };
+    let weight = tape.param("weight", [out, 3, 3, channels]);
+    let bias = tape.param("bias", [out]);
+    let weight = pad(tape, weight, [with_out, padded]);
+    let bias = pad(tape, bias, [with_out; 2]);
+    conv2d(tape, x, weight, bias, Stride::One)
 }
 
 fn dense(tape: &mut Tape, sources: &[Var], out: usize) -> Var {

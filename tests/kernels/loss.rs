@@ -21,7 +21,7 @@ fn check(
     let TrainingBatch { images, height, width, .. } = *batch;
     let schedule = Schedule::new(&DiffusionConfig { objective, ..DiffusionConfig::default() }).unwrap();
     let table = bytes_of_f32(schedule.target_table().as_flattened());
-    let op = MseLoss { batch: batch.clone(), global_batch: 2 * images };
+    let op = MseLoss { padded: batch.channels, batch: batch.clone(), global_batch: 2 * images };
     let (pictures, clock) = (pixels(3, batch.shape().len()), bytes_of_u32(&[5, 40, 0, 0]));
     let t = bytes_of_u32(&[0, 999, 500, 17][..images]);
     let [on_device, on_host] = out;

@@ -36,7 +36,7 @@ impl Loop {
     ) -> Vec<f32> {
         let [images, height, width, channels] = shape;
         let pixels = images * height * width;
-        let op = PSample { shape: shape.into(), steps: self.rows.len() };
+        let op = PSample { shape: shape.into(), steps: self.rows.len(), padded: channels };
         let x = bytes_of_f32(&normals(77, pixels * channels));
         let clock = bytes_of_u32(&[step as u32, 1000, 0x9ABC_DEF0, 0x1234_5678]);
         let [table, times] = [bytes_of_f32(self.rows.as_flattened()), bytes_of_u32(&self.timesteps)];
@@ -45,7 +45,7 @@ impl Loop {
 
         let inputs = [padded(&on_device, channels, with, precision), table, times, clock];
         let outputs = [Buffer::Updated(x), Buffer::Output(pixels * with * precision.bytes())];
-        let launch = cuda::launch(&op, precision, with);
+        let launch = cuda::launch(&PSample { padded: with, ..op }, precision);
         let found = run_launch(&launch, &inputs.map(Buffer::Input), &outputs);
         let is_same = |found: f32, expected: f32| {
             // What is no number has bits of its own on each side.

@@ -24,7 +24,11 @@ fn q_sample_draws_what_the_cpu_draws() {
         let taken =
             indices.iter().flat_map(|&i| &data_set[i as usize * image..][..image]).copied().collect::<Vec<u8>>();
         let clock = bytes_of_u32(&[17, u32::MAX - 1, 0, 0]);
-        let expected = on_cpu(QSample { batch: batch.clone() }, &[taken.clone(), table.clone(), clock.clone()], &[]);
+        let expected = on_cpu(
+            QSample { padded: batch.channels, batch: batch.clone() },
+            &[taken.clone(), table.clone(), clock.clone()],
+            &[],
+        );
         for precision in [Precision::F32, Precision::Bf16] {
             for is_indexed in [false, true] {
                 let launch = cuda::launch(&batch, precision, padded, is_indexed);

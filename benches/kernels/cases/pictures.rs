@@ -49,7 +49,7 @@ fn training(shape: [usize; 4], schedule: &Schedule, precision: Precision, is_ind
     let [images, height, width, channels] = shape;
     let (pixels, elements) = (images * height * width, images * height * width * channels);
     let batch = TrainingBatch { images, height, width, channels, timesteps: TIMESTEPS, flip: true, seed: 1 };
-    let mse = MseLoss { batch: batch.clone(), global_batch: images };
+    let mse = MseLoss { batch: batch.clone(), global_batch: images, padded: PADDED };
     let table = || floats(schedule.target_table().as_flattened());
     let clock = || words([7, 0, 0, 0]);
     let activations = || Content::of(precision, PADDED * pixels);
@@ -92,7 +92,7 @@ fn sampling(shape: [usize; 4], schedule: &Schedule, precision: Precision) -> Cas
     let activations = || Content::of(precision, PADDED * pixels);
     let case = Case::new(
         named(shape),
-        [p_sample::cuda::launch(&PSample { shape: shape.into(), steps: rows.len() }, precision, PADDED)],
+        [p_sample::cuda::launch(&PSample { shape: shape.into(), steps: rows.len(), padded: PADDED }, precision)],
         vec![activations(), floats(rows.as_flattened()), numbers, words([3, 0, 1, 0])],
         vec![Content::F32(channels * pixels), activations()],
     );

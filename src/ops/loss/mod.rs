@@ -13,9 +13,9 @@ use crate::device::cpu::Launch;
 use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 
-/// Inputs: the network's output [N, H, W, C]; pixels u8 [N, H, W, C]; t u32 [N]; the target's coefficients of x_0 and of ε as table
+/// Inputs: the network's output [N, H, W, `padded`]; pixels u8 [N, H, W, C]; t u32 [N]; the target's coefficients of x_0 and of ε as table
 /// [T, 2]; clock u32 [4].
-/// Outputs: gradient [N, H, W, C] of the mean over `global_batch` images; each image's own mean squared error [N].
+/// Outputs: gradient [N, H, W, `padded`] of the mean over `global_batch` images; each image's own mean squared error [N].
 ///
 /// An image whose error is past f32 has a gradient of NaN, so that whoever adds up gradients, over shards and ranks too, learns of it.
 #[derive(Clone, Debug)]
@@ -24,6 +24,8 @@ pub struct MseLoss {
     pub batch: TrainingBatch,
     /// Images of the whole step, over all shards and ranks.
     pub global_batch: usize,
+    /// Channels of the network's output and of its gradient; those from C on are not read, and 0.
+    pub padded: usize,
 }
 
 /// What the loss reads.
@@ -44,7 +46,8 @@ pub struct LossInputs {
 /// Puts the gradient of the loss with respect to `out`, for [`Tape::backward`], and each image's loss on the tape.
 pub fn mse_loss(tape: &mut Tape, batch: &TrainingBatch, global_batch: usize, inputs: LossInputs) -> (Var, Var) {
     let LossInputs { out, pixels, t, table, clock } = inputs;
-    let op = MseLoss { batch: batch.clone(), global_batch };
+    let padded = tape.padded(batch.channels);
+    let op = MseLoss { batch: batch.clone(), global_batch, padded };
     let outputs = tape.push(op, &[out, pixels, t, table, clock]);
     (outputs[0], outputs[1])
 }
@@ -63,16 +66,16 @@ impl Op for MseLoss {
 
     fn signature(&self) -> Signature {
         let TrainingBatch { images, timesteps, .. } = self.batch;
-        let shape = self.batch.shape();
+        let (shape, padded) = (self.batch.shape(), self.batch.shape_with(self.padded));
         Signature {
             inputs: vec![
-                Spec::computed(shape.clone()),
-                Spec::u8(shape.clone()),
+                Spec::computed(padded.clone()),
+                Spec::u8(shape),
                 Spec::u32([images]),
                 Spec::f32([timesteps, 2]),
                 Spec::u32([4]),
             ],
-            outputs: vec![Spec::computed(shape), Spec::f32([images])],
+            outputs: vec![Spec::computed(padded), Spec::f32([images])],
         }
     }
 
@@ -85,12 +88,13 @@ impl Op for MseLoss {
     }
 
     fn cpu(&self, launch: &Launch<'_>) {
+        assert_eq!(self.padded, self.batch.channels, "on CPU cores images are as they are");
         cpu::mse_loss(self, launch);
     }
 
     fn cuda(&self, form: &Form) -> Work {
         let partials = self.batch.images * cuda::partials(&self.batch);
-        let launches = cuda::launches(self, form.precision, self.batch.channels, false);
+        let launches = cuda::launches(self, form.precision, self.padded, false);
         Work::kernels(launches).with_scratch(size_of::<f64>() * partials)
     }
 }

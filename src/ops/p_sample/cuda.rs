@@ -6,11 +6,11 @@ use crate::device::cuda::{Argument, Launch, Precision};
 /// Threads of a block, which have four pixels each.
 const THREADS: usize = 128;
 
-/// One reverse step, where the network's output and its next input have `padded` channels.
-pub fn launch(op: &PSample, precision: Precision, padded: usize) -> Launch {
+/// One reverse step.
+pub fn launch(op: &PSample, precision: Precision) -> Launch {
     let [images, height, width, channels] = op.shape.nhwc();
     let buffers = [0, 1, 2, 3].map(Argument::Input).into_iter().chain([0, 1].map(Argument::Output));
-    let numbers = [height * width, channels, padded].map(Argument::u32);
+    let numbers = [height * width, channels, op.padded].map(Argument::u32);
     let blocks = (height * width).div_ceil(4 * THREADS);
     Launch::new("p_sample", precision, [blocks, images, 1], THREADS, buffers.chain(numbers).collect())
 }

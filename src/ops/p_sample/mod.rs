@@ -15,7 +15,7 @@ use crate::diffusion::SamplerStep;
 use crate::tape::{Op, Scratch, Shape, Signature, Spec, Tape, Var};
 use std::sync::Arc;
 
-/// Inputs: the network's output [N, H, W, C]; for each of S steps a row of the table [S, 9] = x0_from_xt, x0_from_out, eps_from_xt,
+/// Inputs: the network's output [N, H, W, `padded`]; for each of S steps a row of the table [S, 9] = x0_from_xt, x0_from_out, eps_from_xt,
 /// eps_from_out, c_x0, c_xt, c_eps, sigma, clip (x̂_0 is clipped to [−clip, clip]; 0 or +∞ means not at all), and its timestep u32 [S];
 /// clock u32 [4] (clock[0] which of the steps this is, clock[1] the index of the first image, then the seed, low word and high word).
 /// Outputs: x f32 [N, H, W, C], changed in place, and the same as the network's next input.
@@ -27,6 +27,8 @@ pub struct PSample {
     pub shape: Shape,
     /// S, not less than the steps that are taken.
     pub steps: usize,
+    /// Channels of the network's output, of which those from C on are not read, and of its input, where they are 0.
+    pub padded: usize,
 }
 
 /// Counts the clock of [`PSample`] on and gives the next step's timestep to each image; after the last one, that one's.
@@ -76,7 +78,8 @@ pub fn p_sample(tape: &mut Tape, state: State, inputs: StepInputs) {
     let State { x, input, t, clock } = state;
     let StepInputs { out, table, timesteps } = inputs;
     let (shape, steps, images) = (tape.shape(x).clone(), tape.shape(timesteps).len(), tape.shape(t).len());
-    tape.push_into(Arc::new(PSample { shape, steps }), &[out, table, timesteps, clock], &[x, input], 1);
+    let padded = tape.padded(shape.nhwc()[3]);
+    tape.push_into(Arc::new(PSample { shape, steps, padded }), &[out, table, timesteps, clock], &[x, input], 1);
     tape.push_into(Arc::new(NextStep { images, steps }), &[timesteps], &[clock, t], 1);
 }
 
@@ -86,7 +89,8 @@ impl Op for PSample {
     }
 
     fn signature(&self) -> Signature {
-        let (x, computed) = (Spec::f32(self.shape.clone()), Spec::computed(self.shape.clone()));
+        let [n, h, w, _] = self.shape.nhwc();
+        let (x, computed) = (Spec::f32(self.shape.clone()), Spec::computed([n, h, w, self.padded]));
         let steps = self.steps;
         let inputs = vec![computed.clone(), Spec::f32([steps, 9]), Spec::u32([steps]), Spec::u32([4])];
         Signature { inputs, outputs: vec![x, computed] }
@@ -101,11 +105,12 @@ impl Op for PSample {
     }
 
     fn cpu(&self, launch: &Launch<'_>) {
+        assert_eq!(self.padded, self.shape.nhwc()[3], "on CPU cores images are as they are");
         cpu::p_sample(&self.shape, launch);
     }
 
     fn cuda(&self, form: &Form) -> Work {
-        Work::kernels([cuda::launch(self, form.precision, self.shape.nhwc()[3])])
+        Work::kernels([cuda::launch(self, form.precision)])
     }
 }
 

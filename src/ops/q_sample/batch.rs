@@ -33,7 +33,12 @@ const BLOCK: usize = 2048;
 impl TrainingBatch {
     /// [N, H, W, C].
     pub fn shape(&self) -> Shape {
-        Shape::from([self.images, self.height, self.width, self.channels])
+        self.shape_with(self.channels)
+    }
+
+    /// [N, H, W, channels].
+    pub fn shape_with(&self, channels: usize) -> Shape {
+        Shape::from([self.images, self.height, self.width, channels])
     }
 
     /// H·W·C.

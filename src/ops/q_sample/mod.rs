@@ -17,16 +17,19 @@ use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 
 /// Inputs: pixels u8 [N, H, W, C]; √ᾱ_t and √(1−ᾱ_t) as table [T, 2]; clock u32 [4] (see [`TrainingBatch`]).
-/// Outputs: x_t [N, H, W, C]; t u32 [N].
+/// Outputs: x_t [N, H, W, `padded`]; t u32 [N].
 #[derive(Clone, Debug)]
 pub struct QSample {
     /// The images.
     pub batch: TrainingBatch,
+    /// Channels of x_t; those from C on are 0.
+    pub padded: usize,
 }
 
 /// Puts x_t and t on the tape.
 pub fn q_sample(tape: &mut Tape, batch: &TrainingBatch, pixels: Var, table: Var, clock: Var) -> (Var, Var) {
-    let outputs = tape.push(QSample { batch: batch.clone() }, &[pixels, table, clock]);
+    let padded = tape.padded(batch.channels);
+    let outputs = tape.push(QSample { batch: batch.clone(), padded }, &[pixels, table, clock]);
     (outputs[0], outputs[1])
 }
 
@@ -39,7 +42,7 @@ impl Op for QSample {
         let batch = &self.batch;
         Signature {
             inputs: vec![Spec::u8(batch.shape()), Spec::f32([batch.timesteps, 2]), Spec::u32([4])],
-            outputs: vec![Spec::computed(batch.shape()), Spec::u32([batch.images])],
+            outputs: vec![Spec::computed(batch.shape_with(self.padded)), Spec::u32([batch.images])],
         }
     }
 
@@ -52,10 +55,11 @@ impl Op for QSample {
     }
 
     fn cpu(&self, launch: &Launch<'_>) {
+        assert_eq!(self.padded, self.batch.channels, "on CPU cores images are as they are");
         cpu::q_sample(&self.batch, launch);
     }
 
     fn cuda(&self, form: &Form) -> Work {
-        Work::kernels([cuda::launch(&self.batch, form.precision, self.batch.channels, false)])
+        Work::kernels([cuda::launch(&self.batch, form.precision, self.padded, false)])
     }
 }

@@ -25,7 +25,7 @@ fn run(batch: &TrainingBatch, threads: usize, pixels: &[u8], table: &[f32], cloc
     let table_in = tape.io("table", Spec::f32([batch.timesteps, 2]));
     let clock_in = tape.io("clock", Spec::u32([4]));
     let (x_t, t) = (tape.io("x_t", Spec::f32(batch.shape())), tape.io("t", Spec::u32([batch.images])));
-    let op = super::QSample { batch: batch.clone() };
+    let op = super::QSample { padded: batch.channels, batch: batch.clone() };
     tape.push_into(std::sync::Arc::new(op), &[pixels_in, table_in, clock_in], &[x_t, t], 0);
     let mut planned = Planned::new(&tape, threads);
     planned.set("pixels", pixels);
