@@ -35,7 +35,10 @@ pub fn step_programs(config: &Config, size: [usize; 2], share: &Share, target: T
     let before: Option<&dyn Fn(usize) -> Arc<dyn Op>> = if last > 0 { Some(&before) } else { None };
     let reduction = Reduction { buckets: Buckets::default(), before };
     let tape = shard(config, size, share.shard, target, None);
-    let whole = plan(&tape, None, Some(reduction));
+    // Parameters stand where they do on CPU cores, though other instructions may complete their gradients.
+    let places = (target != Target::default())
+        .then(|| plan(&shard(config, size, share.shard, Target::default(), None), None, None).layout);
+    let whole = plan(&tape, places.as_ref(), Some(reduction));
     let accumulating = |t: usize| plan(&shard(config, size, share.shard, target, Some(t)), Some(&whole.layout), None);
     let mut programs: Vec<Program> = (0..last).map(accumulating).collect();
     programs.push(whole);

@@ -5,7 +5,7 @@ use super::*;
 use crate::collective::Solo;
 use crate::device::cpu::{Cpu, Launch};
 use crate::device::cuda::{Form, Work};
-use crate::device::{Device, Region};
+use crate::device::{Device, DeviceKind, Precision, Region, Target};
 use crate::diffusion::{DiffusionConfig, Schedule};
 use crate::ops::adam_ema::{Hyper, adam_ema};
 use crate::ops::grad_norm::grad_norm;
@@ -355,4 +355,17 @@ fn quartiles_of_t_make_up_the_loss() {
     assert_eq!(known.len(), 4, "64 draws of t reach every quarter");
     let (low, high) = known.iter().fold((f64::MAX, 0.0f64), |(l, h), &q| (l.min(q), h.max(q)));
     assert!(low <= metrics.loss && metrics.loss <= high, "{metrics:?}");
+}
+
+#[test]
+fn parameters_stand_at_the_same_places_whatever_computes() {
+    let mut config = small_config();
+    config.model.image_channels = 3;
+    let share = Share::solo(&config.train).unwrap();
+    let layout =
+        |kind, precision| step_programs(&config, [8, 8], &share, Target { kind, precision }).0[0].layout.clone();
+    let expected = layout(DeviceKind::Cpu, Precision::F32);
+    for precision in [Precision::F32, Precision::Bf16] {
+        assert!(layout(DeviceKind::Cuda, precision) == expected, "{precision:?}");
+    }
 }
