@@ -2,7 +2,7 @@
 
 use super::super::InterfaceError;
 use super::wire::{self, Request};
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -114,14 +114,21 @@ impl Client {
     pub fn connect(host: &str, port: u16, prefix: &str, patience: Duration) -> Result<Client, StoreError> {
         let start = Instant::now();
         let name = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+        // What was found there before says more than that the time is up.
+        let mut found = None;
         let stream = loop {
             let left = patience.saturating_sub(start.elapsed()).max(Duration::from_millis(1));
             match try_connect(host, port, left) {
                 Ok(stream) => break stream,
-                Err(source) if start.elapsed() >= patience => {
-                    return Err(StoreError::Unreachable { address: name, after: patience, source });
+                Err(source) => {
+                    if found.is_none() || !matches!(source.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) {
+                        found = Some(source);
+                    }
+                    if let Some(source) = found.take_if(|_| start.elapsed() >= patience) {
+                        return Err(StoreError::Unreachable { address: name, after: patience, source });
+                    }
+                    std::thread::sleep(RETRY.min(left));
                 }
-                Err(_) => std::thread::sleep(RETRY.min(left)),
             }
         };
         Ok(Client { stream, address: name, prefix: prefix.to_string(), reached_at: None, answer: ANSWER })
