@@ -126,8 +126,9 @@ int cuStreamSynchronize(void *stream) {
 int cuStreamWaitEvent(void *stream, void *event, unsigned) {
     return with_context([=] { return sim::wait_for(stream, static_cast<Event *>(event)->mark); });
 }
-int cuStreamDestroy_v2(void *stream) {
-    delete static_cast<sim::Stream *>(stream);
+int cuStreamDestroy_v2(sim::Stream *stream) {
+    sim::captures.erase(stream->capture.get());
+    delete stream;
     return SUCCESS;
 }
 
