@@ -118,6 +118,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         |batch| output.as_mut().map_or(Ok(()), |output| output.append(&batch)).map_err(Unfinished::Writing),
     );
     drop(bar);
+    device.take_notice().into_iter().for_each(|text| console.alarm(text));
     let finished = finished.map_err(|unfinished| match unfinished {
         Unfinished::Sampling(error) => ranks.explained(code_of(&error), &error, error.collective()),
         Unfinished::Writing(failure) => failure,

@@ -113,6 +113,12 @@ pub trait Collective: fmt::Debug {
         range: Range<usize>,
     ) -> Result<(), CollectiveError>;
 
+    /// Whether the host takes part in its sums when a program runs. If not, all that they are is on a device's queues, and a program that
+    /// has been captured there needs no call of this room.
+    fn needs_the_host(&self) -> bool {
+        true
+    }
+
     /// The bytes of all ranks, in their order, at every rank: for what is small (16 MiB at most) and for the host. No sum may be under way.
     ///
     /// # Errors
@@ -142,6 +148,10 @@ impl Collective for Solo {
 
     fn all_reduce_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
         Ok(())
+    }
+
+    fn needs_the_host(&self) -> bool {
+        false
     }
 
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {

@@ -54,6 +54,10 @@ impl Collective for Timed<'_> {
         self.time(|inner| inner.all_reduce_wait(device, buffer, range))
     }
 
+    fn needs_the_host(&self) -> bool {
+        self.inner.needs_the_host()
+    }
+
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
         self.time(|inner| inner.all_gather(mine))
     }

@@ -161,6 +161,14 @@ impl Device {
         }
     }
 
+    /// What the user should know of it and has not been told.
+    pub fn take_notice(&mut self) -> Option<String> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => cuda.take_notice(),
+        }
+    }
+
     /// Threads that compute; one begins all work on a GPU.
     pub fn threads(&self) -> usize {
         match self {

@@ -150,7 +150,7 @@ impl Program {
                 commands.collect::<Result<_, _>>()?
             }
         };
-        Ok(Loaded { program: self.clone(), binding, commands })
+        Ok(Loaded { program: self.clone(), binding, commands, replay: Replay::Cold })
     }
 }
 
@@ -180,6 +180,17 @@ pub struct Loaded {
     binding: Binding,
     /// Of each instruction, on a GPU.
     commands: Vec<Vec<cuda::Command>>,
+    replay: Replay,
+}
+
+/// How far a program on a GPU is on its way to one call of the driver.
+enum Replay {
+    /// It has not run: libraries still load what they need, and a capture allows that no more.
+    Cold,
+    /// It has run.
+    Warm,
+    /// It has been captured.
+    Captured(cuda::Graph),
 }
 
 impl Loaded {
@@ -188,25 +199,57 @@ impl Loaded {
         &self.program
     }
 
-    /// Runs all instructions in order.
+    /// Runs all instructions in order, each time with the same collective. A GPU captures them at the second run, unless sums over ranks need
+    /// the host, and from then on has them as one graph.
     ///
     /// # Errors
-    /// As [`Loaded::run_observed`].
+    /// As [`Loaded::run_observed`]. Where a capture fails, the program runs as it did before, and [`Device::take_notice`] says so.
     pub fn run(&mut self, device: &mut Device, collective: &mut dyn Collective) -> Result<(), RunError> {
-        self.run_observed(device, collective, &mut |_| ())
+        if let (Replay::Warm, true) = (&self.replay, self.is_for_capture(device, collective)) {
+            match self.capture(device, collective) {
+                Ok(graph) => self.replay = Replay::Captured(graph),
+                Err(why) => {
+                    if let Device::Cuda(cuda) = device {
+                        cuda.give_up_graphs(&why.to_string());
+                    }
+                }
+            }
+        }
+        if let (Replay::Captured(graph), Device::Cuda(cuda)) = (&self.replay, &*device) {
+            return Ok(cuda.replay(graph).map_err(DeviceError::from)?);
+        }
+        self.run_observed(device, collective, &mut |_| ())?;
+        self.replay = Replay::Warm;
+        Ok(())
     }
 
-    /// Runs all instructions in order and calls `done` with the number of each that has been completed, or, on a GPU, begun.
+    /// Whether nothing but the GPU takes part in a run.
+    fn is_for_capture(&self, device: &Device, collective: &dyn Collective) -> bool {
+        let is_launch = |instruction: &Instruction| matches!(instruction.kind, Kind::Launch(_));
+        let makes_graphs = matches!(device, Device::Cuda(cuda) if cuda.makes_graphs());
+        makes_graphs && (!collective.needs_the_host() || self.program.instructions.iter().all(is_launch))
+    }
+
+    /// All instructions as a graph. None of them has run.
+    fn capture(&self, device: &mut Device, collective: &mut dyn Collective) -> Result<cuda::Graph, RunError> {
+        let Device::Cuda(cuda) = &*device else { unreachable!("graphs are made on GPUs") };
+        let capture = cuda.capture().map_err(DeviceError::from)?;
+        self.run_observed(device, collective, &mut |_| ())?;
+        Ok(capture.end().map_err(DeviceError::from)?)
+    }
+
+    /// Runs all instructions in order, one by one on a GPU too, and calls `done` with the number of each that has been completed, or, there,
+    /// begun.
     ///
     /// # Errors
     /// What the collective or the device reports: the instructions after it have not run.
     pub fn run_observed(
-        &mut self,
+        &self,
         device: &mut Device,
         collective: &mut dyn Collective,
         done: &mut dyn FnMut(usize),
     ) -> Result<(), RunError> {
-        let Loaded { program, binding, commands } = &*self;
+        let Loaded { program, binding, commands, .. } = self;
         let gradients = || match binding.get(Region::Gradients) {
             Some(buffer) => buffer,
             None => panic!("no buffer for region {}", Region::Gradients.name()),

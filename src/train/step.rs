@@ -278,10 +278,10 @@ impl Trainer {
         step: u64,
         pixels: &[u8],
     ) -> Result<Losses<'_>, RunError> {
-        self.step_observed(device, collective, config, step, pixels, &mut |_, _| ())
+        self.step_with(device, config, step, pixels, &mut |_, program, device| program.run(device, collective))
     }
 
-    /// [`Trainer::step`], with `done` called after each instruction with its program and its number in that.
+    /// [`Trainer::step`], with `done` called after each instruction with its program and its number in that: no program is a CUDA graph.
     ///
     /// # Errors
     /// As [`Trainer::step`].
@@ -294,6 +294,20 @@ impl Trainer {
         pixels: &[u8],
         done: &mut dyn FnMut(usize, usize),
     ) -> Result<Losses<'_>, RunError> {
+        self.step_with(device, config, step, pixels, &mut |which, program, device| {
+            program.run_observed(device, collective, &mut |number| done(which, number))
+        })
+    }
+
+    /// The step, where `run` runs a program of a number.
+    fn step_with(
+        &mut self,
+        device: &mut Device,
+        config: &Config,
+        step: u64,
+        pixels: &[u8],
+        run: &mut dyn FnMut(usize, &mut Loaded, &mut Device) -> Result<(), RunError>,
+    ) -> Result<Losses<'_>, RunError> {
         let Share { shard, shards, .. } = self.share;
         let first = self.share.places().start;
         self.upload(device, self.slots.hyper, &hyper(config, step).to_array())?;
@@ -302,7 +316,7 @@ impl Trainer {
             self.upload(device, self.slots.pixels, pixels)?;
             self.upload(device, self.slots.clock, &[step as u32, (first + images.start) as u32, 0, 0])?;
             let which = i.trailing_ones() as usize;
-            self.programs[which].run_observed(device, collective, &mut |number| done(which, number))?;
+            run(which, &mut self.programs[which], device)?;
             download(device, self.io, self.slots.loss, &mut self.losses[images.clone()])?;
             download(device, self.io, self.slots.t, &mut self.drawn[images])?;
         }

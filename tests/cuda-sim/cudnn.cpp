@@ -1,20 +1,20 @@
 // libcudnn.so.9 of the machine made of software: the calls of its backend interface that this project makes, for graphs of one convolution
 // and sums after it. What the real library refuses is refused, with the rule beside it: names in quotation marks are sections of NVIDIA's
-// "cudnn_graph Library". Executions run at once, on the driver's memory.
+// "cudnn_graph Library". Executions run at once, on the driver's memory, or with the graph that their stream captures.
 //
 // The environment sets faults:
 //   CUDA_SIM_CUDNN_VERSION=8907       what cudnnGetVersion says
-//   CUDA_SIM_CUDNN_FAIL=execute       create, finalize or execute fails
+//   CUDA_SIM_CUDNN_FAIL=execute       create, finalize or execute fails; allocate: an execution takes memory, which no capture allows
 //   CUDA_SIM_CUDNN_WITHOUT=beta,wide  no engine adds to an output (beta), writes f32 weight gradients of bf16 (wide), or fuses (fusion)
 //   CUDA_SIM_CUDNN_ENGINES=5,7        heuristics propose these only
 
 #include "convolution.h"
 #include "cuda_sim.h"
+#include "stream.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <dlfcn.h>
 #include <set>
 #include <sstream>
 
@@ -222,15 +222,6 @@ std::string setting(const char *name) {
 bool lists(const std::string &list, const std::string &word) { return ("," + list + ",").find("," + word + ",") != std::string::npos; }
 bool fails(const char *phase) { return setting("FAIL") == phase; }
 bool is_without(const char *feature) { return lists(setting("WITHOUT"), feature); }
-
-/// A function of the driver, which this process has loaded.
-template <class F> F *of_driver(const char *name) {
-    void *driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
-    void *function = driver ? dlsym(driver, name) : nullptr;
-    if (!function)
-        crash(std::string("the driver that is loaded has no ") + name);
-    return reinterpret_cast<F *>(function);
-}
 
 /// How an engine goes wrong.
 enum class Fault { None, OtherBits, Larger, Rounded, SkipsAnImage, Unwritten, FailsToBuild, FailsToRun };
@@ -543,13 +534,20 @@ const Rule *rule_of(const Descriptor *d, int name) {
     return nullptr;
 }
 
-std::vector<float> read(const void *memory, const Descriptor *tensor, bool is_rounded) {
-    std::vector<float> values(size_t(elements(tensor)));
-    if (precision_of(tensor) == F32) {
-        memcpy(values.data(), memory, values.size() * sizeof(float));
+/// Where a tensor is, and what of; nothing of its descriptor, which may be gone when a graph is launched.
+struct Operand {
+    void *memory;
+    int precision;
+    size_t elements;
+};
+
+std::vector<float> read(const Operand &from, bool is_rounded) {
+    std::vector<float> values(from.elements);
+    if (from.precision == F32) {
+        memcpy(values.data(), from.memory, values.size() * sizeof(float));
     } else {
         std::vector<__nv_bfloat16> narrow(values.size());
-        memcpy(narrow.data(), memory, narrow.size() * sizeof narrow[0]);
+        memcpy(narrow.data(), from.memory, narrow.size() * sizeof narrow[0]);
         std::transform(narrow.begin(), narrow.end(), values.begin(), __bfloat162float);
     }
     // TF32 has 10 bits after the point.
@@ -559,26 +557,71 @@ std::vector<float> read(const void *memory, const Descriptor *tensor, bool is_ro
     return values;
 }
 
-void write(void *memory, const Descriptor *tensor, const std::vector<float> &values, size_t from) {
-    if (precision_of(tensor) == F32) {
-        memcpy(static_cast<float *>(memory) + from, values.data() + from, (values.size() - from) * sizeof(float));
+void write(const Operand &to, const std::vector<float> &values, size_t from) {
+    if (to.precision == F32) {
+        memcpy(static_cast<float *>(to.memory) + from, values.data() + from, (values.size() - from) * sizeof(float));
     } else {
-        auto *to = static_cast<__nv_bfloat16 *>(memory);
+        auto *narrow = static_cast<__nv_bfloat16 *>(to.memory);
         for (size_t i = from; i < values.size(); i++)
-            to[i] = __float2bfloat16_rn(values[i]);
+            narrow[i] = __float2bfloat16_rn(values[i]);
     }
 }
 
-int execute(const Descriptor *plan, const Descriptor *pack) {
+/// A plan with pointers.
+struct Execution {
+    int kind;
+    Fault fault;
+    float alpha, beta;
+    sim::Convolution convolution;
+    Operand x, weights, y, output;
+    std::vector<Operand> addends;
+    void *workspace;
+    size_t workspace_bytes;
+
+    void run() const {
+        // What the engine leaves there is nobody's business, before it reads its operands and after it has written: not a number.
+        memset(workspace, 0xFF, workspace_bytes);
+        sim::Convolution sizes = convolution;
+        const bool is_rounded = fault == Fault::Rounded;
+        std::vector<float> result;
+        switch (kind) {
+        case FORWARD: result = sim::forward(sizes, read(x, is_rounded), read(weights, is_rounded)); break;
+        case BWD_DATA: result = sim::input_gradient(sizes, read(weights, is_rounded), read(y, is_rounded)); break;
+        default:
+            if (fault == Fault::SkipsAnImage)
+                sizes.n--;
+            result = sim::weight_gradient(sizes, read(x, is_rounded), read(y, is_rounded));
+        }
+        // "Scaling parameters": what is multiplied by 0 is not read.
+        std::vector<float> old = beta != 0 ? read(output, false) : std::vector<float>();
+        for (size_t i = 0; i < result.size(); i++)
+            result[i] = alpha * result[i] + (beta != 0 ? beta * old[i] : 0.0f);
+        for (const Operand &addend : addends) {
+            auto terms = read(addend, false);
+            // Either y's shape, or a number for each channel.
+            for (size_t j = 0; j < result.size(); j++)
+                result[j] += terms[j % terms.size()];
+        }
+        static int runs = 0;
+        runs++;
+        const float factor = fault == Fault::Larger ? 1.5f : fault == Fault::OtherBits ? 1 + 1e-2f * float(runs % 7) : 1.0f;
+        for (float &value : result)
+            value *= factor;
+        write(output, result, fault == Fault::Unwritten ? 1 : 0);
+        memset(workspace, 0xFF, workspace_bytes);
+    }
+};
+
+int execute(void *stream, const Descriptor *plan, const Descriptor *pack) {
     const Engine &engine = *engine_of(plan);
     auto operations = plan->part(PLAN_CONFIG)->part(CFG_ENGINE)->part(ENGINE_GRAPH)->all<Descriptor *>(GRAPH_OPS);
-    auto *holds = of_driver<int(uint64_t, size_t)>("cuda_sim_holds");
+    auto *holds = sim::of_driver<int(uint64_t, size_t)>("cuda_sim_holds");
     auto ids = pack->all<int64_t>(PACK_IDS);
     auto pointers = pack->all<void *>(PACK_POINTERS);
     int status = SUCCESS;
-    auto place = [&](const Descriptor *tensor) -> void * {
+    auto place = [&](const Descriptor *tensor) -> Operand {
         if (is_virtual(tensor))
-            return nullptr;
+            return {nullptr, precision_of(tensor), size_t(elements(tensor))};
         auto found = std::find(ids.begin(), ids.end(), tensor->one<int64_t>(TENSOR_ID));
         void *pointer = found == ids.end() ? nullptr : pointers[size_t(found - ids.begin())];
         if (!pointer)
@@ -587,17 +630,15 @@ int execute(const Descriptor *plan, const Descriptor *pack) {
             status = refuse(MISALIGNED_POINTER, "a pointer that is not aligned as its tensor says");
         else if (!holds(reinterpret_cast<uint64_t>(pointer), bytes_of(tensor)))
             crash("a tensor that lies outside its allocation");
-        return pointer;
+        return {pointer, precision_of(tensor), size_t(elements(tensor))};
     };
     const Pass pass = pass_of(operations[0]);
-    void *x = place(pass.x), *weights = place(pass.weights), *y = place(pass.y);
-    std::vector<void *> addends;
-    const Descriptor *output = pass.output();
-    void *to = output == pass.x ? x : output == pass.weights ? weights : y;
+    const Operand x = place(pass.x), weights = place(pass.weights), y = place(pass.y);
+    std::vector<Operand> addends;
+    Operand output = pass.output() == pass.x ? x : pass.output() == pass.weights ? weights : y;
     for (size_t i = 1; i < operations.size(); i++) {
         addends.push_back(place(operations[i]->part(ADDITION_B)));
-        output = operations[i]->part(ADDITION_Y);
-        to = place(output);
+        output = place(operations[i]->part(ADDITION_Y));
     }
     void *workspace = pack->one<void *>(PACK_WORKSPACE);
     if (engine.workspace > 0 && !workspace)
@@ -608,42 +649,21 @@ int execute(const Descriptor *plan, const Descriptor *pack) {
         crash("a workspace that lies outside its allocation");
     if (fails("execute") || engine.fault == Fault::FailsToRun)
         return refuse(EXECUTION_FAILED, "the engine does not run");
-    // What the engine leaves there is nobody's business, before it reads its operands and after it has written: not a number.
-    memset(workspace, 0xFF, engine.workspace);
+    if (fails("allocate")) {
+        uint64_t taken;
+        if (sim::of_driver<int(uint64_t *, size_t)>("cuMemAlloc_v2")(&taken, 256))
+            return refuse(EXECUTION_FAILED, "no memory");
+        sim::of_driver<int(uint64_t)>("cuMemFree_v2")(taken);
+    }
 
     auto sizes = dims(pass.x), filter = dims(pass.weights), out = dims(pass.y);
     auto strides = pass.convolution->all<int64_t>(CONV_STRIDES), before = pass.convolution->all<int64_t>(CONV_PRE);
-    sim::Convolution convolution{sizes[0],  sizes[2], sizes[3], sizes[1], filter[0],                filter[2],
-                                 filter[3], out[2],   out[3],   {strides[0], strides[1]}, {before[0], before[1]}};
-    const bool is_rounded = engine.fault == Fault::Rounded;
-    std::vector<float> result;
-    switch (pass.operation->kind) {
-    case FORWARD: result = sim::forward(convolution, read(x, pass.x, is_rounded), read(weights, pass.weights, is_rounded)); break;
-    case BWD_DATA: result = sim::input_gradient(convolution, read(weights, pass.weights, is_rounded), read(y, pass.y, is_rounded)); break;
-    default:
-        if (engine.fault == Fault::SkipsAnImage)
-            convolution.n--;
-        result = sim::weight_gradient(convolution, read(x, pass.x, is_rounded), read(y, pass.y, is_rounded));
-    }
-    // "Scaling parameters": what is multiplied by 0 is not read.
-    std::vector<float> old = pass.beta != 0 ? read(to, output, false) : std::vector<float>();
-    for (size_t i = 0; i < result.size(); i++)
-        result[i] = pass.alpha * result[i] + (pass.beta != 0 ? pass.beta * old[i] : 0.0f);
-    for (size_t i = 0; i < addends.size(); i++) {
-        const Descriptor *tensor = operations[i + 1]->part(ADDITION_B);
-        auto terms = read(addends[i], tensor, false);
-        // Either y's shape, or a number for each channel.
-        for (size_t j = 0; j < result.size(); j++)
-            result[j] += terms[j % terms.size()];
-    }
-    static int runs = 0;
-    runs++;
-    const float factor = engine.fault == Fault::Larger ? 1.5f : engine.fault == Fault::OtherBits ? 1 + 1e-2f * float(runs % 7) : 1.0f;
-    for (float &value : result)
-        value *= factor;
-    write(to, output, result, engine.fault == Fault::Unwritten ? 1 : 0);
-    memset(workspace, 0xFF, engine.workspace);
-    return SUCCESS;
+    const sim::Convolution convolution{sizes[0],  sizes[2], sizes[3], sizes[1], filter[0],                filter[2],
+                                       filter[3], out[2],   out[3],   {strides[0], strides[1]}, {before[0], before[1]}};
+    const Execution execution{pass.operation->kind, engine.fault, pass.alpha, pass.beta, convolution, x,
+                              weights,              y,            output,     addends,   workspace,   engine.workspace};
+    const bool is_begun = sim::begin(stream, [execution] { execution.run(); });
+    return is_begun ? int(SUCCESS) : refuse(EXECUTION_FAILED, "the driver refuses");
 }
 
 } // namespace
@@ -678,7 +698,7 @@ int cudnnCreate(Handle **handle) {
         return refuse(NOT_INITIALIZED, "the library cannot begin");
     // cudnnCreate: the handle belongs to the context that is current.
     void *context = nullptr;
-    of_driver<int(void **)>("cuCtxGetCurrent")(&context);
+    sim::of_driver<int(void **)>("cuCtxGetCurrent")(&context);
     if (!context)
         return refuse(NOT_INITIALIZED, "no context is current");
     *handle = new Handle;
@@ -793,6 +813,6 @@ int cudnnBackendExecute(Handle *handle, void *plan, void *pack) {
     if (!handle->stream)
         crash("the handle has no stream: the work would not be in order with the rest");
     must_be_whole(p);
-    return execute(p, v);
+    return execute(handle->stream, p, v);
 }
 }

@@ -1,6 +1,8 @@
 // libcuda.so.1 of the machine made of software: the calls of the driver that this project makes. Memory of the device is the host's, and all
-// that is begun has ended when the call returns. A call that a real driver refuses is refused, with the rule beside it.
+// that is begun has ended when the call returns, unless its stream captures (capture.h). A call that a real driver refuses is refused, with
+// the rule beside it.
 
+#include "capture.h"
 #include "cuda_sim.h"
 
 #include <chrono>
@@ -45,6 +47,7 @@ std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
 
 struct Event {
     std::chrono::steady_clock::time_point time;
+    sim::Mark mark = {};
 };
 
 /// A function, and the dynamic shared memory it may have: 48 KB unless it is given more (cuFuncSetAttribute).
@@ -57,6 +60,14 @@ std::map<std::string, Function> functions;
 
 /// Every call but the first few needs a context on its thread.
 int with_context(auto call) { return current_context ? call() : int(INVALID_CONTEXT); }
+
+/// The same for what happens at once, which may not be while this thread captures.
+int at_once(auto call) {
+    return with_context([&]() -> int {
+        const int refused = sim::is_safe();
+        return refused ? refused : call();
+    });
+}
 
 } // namespace
 
@@ -101,22 +112,58 @@ int cuCtxGetCurrent(void **context) {
     *context = current_context;
     return SUCCESS;
 }
-int cuCtxSynchronize() {
-    return with_context([] { return SUCCESS; });
-}
+int cuCtxSynchronize() { return with_context(sim::no_stream_must_capture); }
 
 int cuStreamCreate(void **stream, unsigned) {
     return with_context([=] {
-        *stream = new char;
+        *stream = new sim::Stream;
         return SUCCESS;
     });
 }
-int cuStreamSynchronize(void *) {
-    return with_context([] { return SUCCESS; });
+int cuStreamSynchronize(void *stream) {
+    return with_context([=] { return sim::must_not_capture(stream); });
 }
-int cuStreamDestroy_v2(void *stream) {
-    delete static_cast<char *>(stream);
+int cuStreamWaitEvent(void *stream, void *event, unsigned) {
+    return with_context([=] { return sim::wait_for(stream, static_cast<Event *>(event)->mark); });
+}
+int cuStreamDestroy_v2(sim::Stream *stream) {
+    sim::captures.erase(stream->capture.get());
+    delete stream;
     return SUCCESS;
+}
+
+int cuStreamBeginCapture_v2(void *stream, int mode) {
+    return with_context([=] { return sim::begin_capture(stream, mode); });
+}
+int cuStreamEndCapture(void *stream, sim::Graph **graph) {
+    return with_context([=] { return sim::end_capture(stream, graph); });
+}
+int cuStreamIsCapturing(void *stream, int *status) {
+    // CUstreamCaptureStatus: none, active, invalidated.
+    const auto &capture = static_cast<sim::Stream *>(stream)->capture;
+    *status = !capture ? 0 : capture->is_valid ? 1 : 2;
+    return SUCCESS;
+}
+int cuGraphInstantiateWithFlags(sim::Graph **executable, const sim::Graph *graph, unsigned long long flags) {
+    return with_context([=] { return sim::instantiate(executable, graph, flags); });
+}
+int cuGraphLaunch(const sim::Graph *executable, void *stream) {
+    return with_context([=] { return sim::launch(executable, stream); });
+}
+int cuGraphExecDestroy(sim::Graph *executable) {
+    delete executable;
+    return SUCCESS;
+}
+int cuGraphDestroy(sim::Graph *graph) {
+    delete graph;
+    return SUCCESS;
+}
+/// For tests: launches of graphs so far.
+unsigned long long cuda_sim_graph_launches() { return sim::launches; }
+/// For the other libraries of the machine (stream.h).
+int cuda_sim_begin(void *stream, void (*run)(void *), void *context, void (*destroy)(void *)) {
+    const std::shared_ptr<void> work(context, destroy);
+    return sim::begin(stream, [=] { run(work.get()); });
 }
 
 int cuEventCreate(void **event, unsigned) {
@@ -125,12 +172,15 @@ int cuEventCreate(void **event, unsigned) {
         return SUCCESS;
     });
 }
-int cuEventRecord(void *event, void *) {
+int cuEventRecord(void *event, void *stream) {
     static_cast<Event *>(event)->time = std::chrono::steady_clock::now();
-    return SUCCESS;
+    return sim::mark(stream, &static_cast<Event *>(event)->mark);
 }
-int cuEventSynchronize(void *) { return SUCCESS; }
+int cuEventSynchronize(void *event) { return sim::must_not_be_captured(static_cast<Event *>(event)->mark); }
 int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
+    for (void *event : {from, to})
+        if (const int refused = sim::must_not_be_captured(static_cast<Event *>(event)->mark))
+            return refused;
     *milliseconds = std::chrono::duration<float, std::milli>(static_cast<Event *>(to)->time - static_cast<Event *>(from)->time).count();
     return SUCCESS;
 }
@@ -140,7 +190,7 @@ int cuEventDestroy_v2(void *event) {
 }
 
 int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
-    return with_context([=]() -> int {
+    return at_once([=]() -> int {
         // "If bytesize is 0, cuMemAlloc() returns CUDA_ERROR_INVALID_VALUE"; memory is aligned for any variable.
         if (bytes == 0)
             return INVALID_VALUE;
@@ -153,10 +203,12 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     });
 }
 int cuMemFree_v2(uint64_t address) {
-    if (!allocations.erase(address))
-        return INVALID_VALUE;
-    free(reinterpret_cast<void *>(address));
-    return SUCCESS;
+    return at_once([=] {
+        if (!allocations.erase(address))
+            return INVALID_VALUE;
+        free(reinterpret_cast<void *>(address));
+        return SUCCESS;
+    });
 }
 /// For the other libraries of the machine: whether these bytes lie in one allocation.
 int cuda_sim_holds(uint64_t address, size_t bytes) {
@@ -166,33 +218,26 @@ int cuda_sim_holds(uint64_t address, size_t bytes) {
     const auto &[begin, size] = *std::prev(next);
     return address + bytes <= begin + size;
 }
-int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *) {
-    return with_context([=] {
-        memset(reinterpret_cast<void *>(to), value, bytes);
-        return SUCCESS;
-    });
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
+    return with_context([=] { return sim::begin(stream, [=] { memset(reinterpret_cast<void *>(to), value, bytes); }); });
 }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *) {
-    return with_context([=] {
-        memcpy(reinterpret_cast<void *>(to), from, bytes);
-        return SUCCESS;
-    });
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
+    return with_context([=] { return sim::begin(stream, [=] { memcpy(reinterpret_cast<void *>(to), from, bytes); }); });
 }
 int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
-    return with_context([=] {
+    return at_once([=] {
         memcpy(to, reinterpret_cast<void *>(from), bytes);
         return SUCCESS;
     });
 }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *stream) {
     return with_context([=] {
-        memcpy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes);
-        return SUCCESS;
+        return sim::begin(stream, [=] { memcpy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes); });
     });
 }
 
 int cuModuleLoadData(void **module, const void *image) {
-    return with_context([=] {
+    return at_once([=] {
         // The kernels are in this library already. The magic number of a fatbin, "fatbinary.h" of the toolkit.
         uint32_t magic;
         memcpy(&magic, image, sizeof magic);
@@ -218,8 +263,8 @@ int cuFuncSetAttribute(void *function, int attribute, int value) {
     static_cast<Function *>(function)->dynamic = value;
     return SUCCESS;
 }
-int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *, void **parameters,
-                   void **) {
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   void *stream, void **parameters, void **) {
     return with_context([=]() -> int {
         const Function &f = *static_cast<Function *>(function);
         if (int(shared) > f.dynamic)
@@ -229,9 +274,10 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
             auto *bytes = static_cast<unsigned char *>(parameters[i]);
             launch.arguments.push_back({std::vector<unsigned char>(bytes, bytes + f.kernel->sizes[i])});
         }
-        sim::prepare(launch);
-        sim::run_once();
-        return SUCCESS;
+        return sim::begin(stream, [launch = std::move(launch)] {
+            sim::prepare(launch);
+            sim::run_once();
+        });
     });
 }
 
@@ -247,7 +293,7 @@ int cuGetErrorString(int result, const char **text) {
     case INVALID_DEVICE: *text = "invalid device ordinal"; break;
     case INVALID_CONTEXT: *text = "invalid device context"; break;
     case NOT_FOUND: *text = "named symbol not found"; break;
-    default: *text = "no error";
+    default: *text = sim::text_of(result) ? sim::text_of(result) : "no error";
     }
     return SUCCESS;
 }

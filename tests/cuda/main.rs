@@ -5,6 +5,7 @@ mod build;
 mod convolution;
 mod cudnn;
 mod cudnn_faults;
+mod graph;
 mod machine;
 mod program;
 mod steps;

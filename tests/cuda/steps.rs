@@ -10,7 +10,7 @@ use ddpm_dist::sample::{Request, ReverseProcess, ReverseStep, Sampler};
 use ddpm_dist::train::{Config, Shards, Share, Trainer};
 use ddpm_dist::unet::{TimestepForm, UnetConfig};
 
-fn gpu() -> Device {
+pub fn gpu() -> Device {
     Device::Cuda(Box::new(Cuda::open(0).unwrap_or_else(|error| panic!("{error}"))))
 }
 
@@ -26,7 +26,7 @@ fn with_kernels(test: &str, body: impl Fn()) {
 }
 
 /// A small network with all that the large ones have, and images of that size.
-fn config(channels: &[usize], image_channels: usize, batch: usize) -> Config {
+pub fn config(channels: &[usize], image_channels: usize, batch: usize) -> Config {
     let model = UnetConfig {
         image_channels,
         channels: channels.to_vec(),
@@ -43,7 +43,7 @@ fn config(channels: &[usize], image_channels: usize, batch: usize) -> Config {
     config
 }
 
-fn pixels(config: &Config, size: [usize; 2], step: u64) -> Vec<u8> {
+pub fn pixels(config: &Config, size: [usize; 2], step: u64) -> Vec<u8> {
     let len = config.train.batch * size[0] * size[1] * config.model.image_channels;
     let mut words = vec![0u32; len.div_ceil(4)];
     Stream { seed: 77 + step, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_bits(0, &mut words);
@@ -51,7 +51,8 @@ fn pixels(config: &Config, size: [usize; 2], step: u64) -> Vec<u8> {
 }
 
 /// What steps leave.
-struct Run {
+#[derive(PartialEq)]
+pub struct Run {
     losses: Vec<Vec<f32>>,
     timesteps: Vec<Vec<u32>>,
     norms: Vec<f32>,
@@ -63,13 +64,13 @@ struct Run {
     places: Vec<(String, std::ops::Range<usize>)>,
 }
 
-fn train(mut device: Device, config: &Config, size: [usize; 2], steps: u64) -> Run {
+pub fn train(device: &mut Device, config: &Config, size: [usize; 2], steps: u64) -> Run {
     let schedule = Schedule::new(&config.diffusion).unwrap();
     let share = Share::solo(&config.train).unwrap();
-    let mut trainer = Trainer::new(&mut device, config, &schedule, size, share).unwrap();
+    let mut trainer = Trainer::new(device, config, &schedule, size, share).unwrap();
     let (mut losses, mut timesteps, mut norms) = (vec![], vec![], vec![]);
     for step in 0..steps {
-        let found = trainer.step(&mut device, &mut Solo, config, step, &pixels(config, size, step)).unwrap();
+        let found = trainer.step(device, &mut Solo, config, step, &pixels(config, size, step)).unwrap();
         losses.push(found.losses.to_vec());
         timesteps.push(found.timesteps.to_vec());
         assert_eq!(found.norm[1], 1.0, "step {step} is finite");
@@ -78,7 +79,7 @@ fn train(mut device: Device, config: &Config, size: [usize; 2], steps: u64) -> R
     let layout = &trainer.program().layout;
     let places = layout.iter().map(|placed| (placed.name.clone(), placed.range.clone())).collect();
     let [mut gradients, mut weights, mut ema] = [(); 3].map(|()| vec![0.0; layout.len()]);
-    trainer.gradients(&device, &mut gradients).unwrap();
+    trainer.gradients(device, &mut gradients).unwrap();
     device.download(trainer.buffer(Region::Weights), 0, &mut weights).unwrap();
     device.download(trainer.buffer(Region::Ema), 0, &mut ema).unwrap();
     Run { losses, timesteps, norms, gradients, weights, ema, places }
@@ -126,7 +127,7 @@ fn a_step_in_f32_is_that_of_the_cpu() {
         let mut odd = config(&[12, 20], 3, 1);
         odd.model.blocks = 2;
         for (config, size) in [(&grey, [8, 8]), (&colour, [12, 20]), (&odd, [6, 10])] {
-            let [found, expected] = [gpu(), cpu()].map(|device| train(device, config, size, 1));
+            let [found, expected] = [gpu(), cpu()].map(|mut device| train(&mut device, config, size, 1));
             assert_alike(&found, &expected, F32);
         }
     });
@@ -137,7 +138,7 @@ fn shards_add_up_as_on_the_cpu() {
     with_kernels("steps::shards_add_up_as_on_the_cpu", || {
         let mut config = config(&[8, 16], 3, 8);
         config.train.shards = Shards::Fixed(4);
-        let [found, expected] = [gpu(), cpu()].map(|device| train(device, &config, [8, 8], 2));
+        let [found, expected] = [gpu(), cpu()].map(|mut device| train(&mut device, &config, [8, 8], 2));
         assert_alike(&found, &expected, F32);
     });
 }
@@ -146,7 +147,7 @@ fn shards_add_up_as_on_the_cpu() {
 fn twenty_steps_go_the_way_of_the_cpu() {
     with_kernels("steps::twenty_steps_go_the_way_of_the_cpu", || {
         let config = config(&[8, 16], 3, 4);
-        let [found, again, expected] = [gpu(), gpu(), cpu()].map(|device| train(device, &config, [8, 8], 20));
+        let [found, again, expected] = [gpu(), gpu(), cpu()].map(|mut device| train(&mut device, &config, [8, 8], 20));
         // Adam's first steps have the size of the learning rate whatever the gradient's: rounding noise grows.
         for (found, expected) in found.losses.iter().zip(&expected.losses) {
             assert!(error(found, expected) < 1e-3, "{found:?}, expected {expected:?}");
@@ -162,11 +163,11 @@ fn bf16_goes_the_way_of_f32() {
         let exact = config(&[16, 32], 3, 4);
         let mut rounded = exact.clone();
         rounded.train.precision = Precision::Bf16;
-        let [found, again] = [gpu(), gpu()].map(|device| train(device, &rounded, [8, 8], 8));
-        let expected = train(cpu(), &exact, [8, 8], 8);
+        let [found, again] = [gpu(), gpu()].map(|mut device| train(&mut device, &rounded, [8, 8], 8));
+        let expected = train(&mut cpu(), &exact, [8, 8], 8);
         assert!(found.weights == again.weights, "two runs leave the same bits");
         assert_eq!(found.timesteps, expected.timesteps);
-        let first = [train(gpu(), &rounded, [8, 8], 1), train(cpu(), &exact, [8, 8], 1)];
+        let first = [train(&mut gpu(), &rounded, [8, 8], 1), train(&mut cpu(), &exact, [8, 8], 1)];
         assert_alike(&first[0], &first[1], BF16);
         for (found, expected) in found.losses.iter().zip(&expected.losses) {
             assert!(error(found, expected) < BF16, "{found:?}, expected {expected:?}");
@@ -174,30 +175,32 @@ fn bf16_goes_the_way_of_f32() {
     });
 }
 
+/// Images of a network with drawn weights, two at a time, in six steps each.
+pub fn images(device: &mut Device, precision: Precision, count: usize) -> Vec<f32> {
+    let config = config(&[8, 16], 3, 1);
+    let table = SamplerConfig { steps: 6, ..SamplerConfig::default() };
+    let table = SamplerTable::new(&Schedule::new(&config.diffusion).unwrap(), &table).unwrap();
+    let step = ReverseStep { model: &config.model, size: [8, 8], batch: 2, steps: 10, layout: None };
+    let sampler = Sampler::new(device, &step, precision).unwrap();
+    let mut flat = vec![0.0; sampler.layout().len()];
+    Stream { seed: 3, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_normal(0, &mut flat);
+    flat.iter_mut().for_each(|w| *w *= 0.1);
+    let weights = device.allocate(4 * flat.len()).unwrap();
+    device.upload(weights, 0, &flat).unwrap();
+    let process = ReverseProcess { weights, table: &table };
+    let request = Request { count, seed: 9, initial_noise: None, stages: 0 };
+    sampler.sample(device, &mut Solo, process, request, |_| true).unwrap().unwrap()
+}
+
 #[test]
 fn images_are_those_of_the_cpu() {
     with_kernels("steps::images_are_those_of_the_cpu", || {
-        let config = config(&[8, 16], 3, 1);
-        let table = SamplerConfig { steps: 6, ..SamplerConfig::default() };
-        let table = SamplerTable::new(&Schedule::new(&config.diffusion).unwrap(), &table).unwrap();
-        let images = |mut device: Device, precision: Precision, count: usize| {
-            let step = ReverseStep { model: &config.model, size: [8, 8], batch: 2, steps: 10, layout: None };
-            let sampler = Sampler::new(&mut device, &step, precision).unwrap();
-            let mut flat = vec![0.0; sampler.layout().len()];
-            Stream { seed: 3, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_normal(0, &mut flat);
-            flat.iter_mut().for_each(|w| *w *= 0.1);
-            let weights = device.allocate(4 * flat.len()).unwrap();
-            device.upload(weights, 0, &flat).unwrap();
-            let process = ReverseProcess { weights, table: &table };
-            let request = Request { count, seed: 9, initial_noise: None, stages: 0 };
-            sampler.sample(&mut device, &mut Solo, process, request, |_| true).unwrap().unwrap()
-        };
-        let expected = images(cpu(), Precision::F32, 3);
-        let found = images(gpu(), Precision::F32, 3);
+        let expected = images(&mut cpu(), Precision::F32, 3);
+        let found = images(&mut gpu(), Precision::F32, 3);
         assert!(error(&found, &expected) < 1e-4, "{}", error(&found, &expected));
-        let first = images(gpu(), Precision::F32, 1);
+        let first = images(&mut gpu(), Precision::F32, 1);
         assert!(found.starts_with(&first), "an image does not depend on how many there are");
-        let rounded = images(gpu(), Precision::Bf16, 3);
+        let rounded = images(&mut gpu(), Precision::Bf16, 3);
         assert!(error(&rounded, &expected) < BF16, "{}", error(&rounded, &expected));
     });
 }

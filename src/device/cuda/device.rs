@@ -1,10 +1,11 @@
 //! The device behind [`Device::Cuda`](crate::device::Device): buffers, libraries, and ops whose operands have addresses.
 
 use super::blas::{Blas, PreparedProduct, ProductAddresses};
+use super::capture::Graphs;
 use super::dnn::{ConvolutionAddresses, ConvolutionPlan, Dnn, PreparedConvolution, Rest};
 use super::{
-    Argument, Convolution, ConvolutionShape, CudaError, Gpu, Memory, Pass, Place, Precision, PreparedKernel, Product,
-    Step, Work,
+    Argument, Capture, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Place, Precision,
+    PreparedKernel, Product, Step, Work,
 };
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot};
 use std::collections::HashMap;
@@ -19,6 +20,7 @@ pub struct Cuda {
     dnn: Dnn,
     blas: Blas,
     workspace: Memory,
+    graphs: Graphs,
     /// The plans that were found for convolutions.
     plans: HashMap<ConvolutionShape, ConvolutionPlan>,
     buffers: Vec<Memory>,
@@ -88,13 +90,15 @@ impl Cuda {
     /// The GPU of that number.
     ///
     /// # Errors
-    /// No driver, GPU or library, or one that is too old.
+    /// No driver, GPU or library, or one that is too old; a `DDPM_DIST_CUDA_GRAPH` that is neither `on` nor `off`.
     pub fn open(ordinal: usize) -> Result<Cuda, CudaError> {
+        let graphs = Graphs::new()?;
         let gpu = Gpu::open(ordinal)?;
         let workspace = gpu.allocate(WORKSPACE)?;
         let blas = Blas::open(gpu.stream().cu_stream(), workspace)?;
         let (name, dnn) = (gpu.name()?, Dnn::open(&gpu)?);
-        Ok(Cuda { gpu, name, dnn, blas, workspace, plans: HashMap::new(), buffers: vec![], constants: vec![] })
+        let (plans, buffers, constants) = (HashMap::new(), vec![], vec![]);
+        Ok(Cuda { gpu, name, dnn, blas, workspace, graphs, plans, buffers, constants })
     }
 
     /// `NVIDIA H200, cuDNN 9.10.2`
@@ -264,6 +268,38 @@ impl Cuda {
             }
         }
         Ok(())
+    }
+
+    /// Whether what runs often should be captured: until that has failed, or never with `DDPM_DIST_CUDA_GRAPH=off`.
+    pub fn makes_graphs(&self) -> bool {
+        self.graphs.are_on()
+    }
+
+    /// Captures what is begun on this device from now on by this thread, in place of running it.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn capture(&self) -> Result<Capture, CudaError> {
+        Capture::begin(self.gpu.stream())
+    }
+
+    /// Begins what was captured on this device.
+    ///
+    /// # Errors
+    /// As [`Cuda::run`].
+    pub fn replay(&self, graph: &Graph) -> Result<(), CudaError> {
+        // SAFETY: this is the device.
+        unsafe { graph.launch() }
+    }
+
+    /// Makes no more graphs; [`Cuda::take_notice`] then says why.
+    pub fn give_up_graphs(&mut self, why: &str) {
+        self.graphs.give_up(why);
+    }
+
+    /// What the user should know and has not been told.
+    pub fn take_notice(&mut self) -> Option<String> {
+        self.graphs.take_notice()
     }
 }
 

@@ -52,6 +52,9 @@ pub enum CudaError {
         /// Bytes.
         found: usize,
     },
+    /// What `DDPM_DIST_CUDA_GRAPH` says.
+    #[error("DDPM_DIST_CUDA_GRAPH={0} is unknown: it is on or off; unset it to have steps captured as CUDA graphs")]
+    UnknownGraphSetting(String),
     /// The driver refused something.
     #[error("CUDA cannot {action}: {source}")]
     Driver {

@@ -1,6 +1,7 @@
 //! The CUDA device: a GPU with this program's kernels, cuDNN and cuBLASLt, and what ops ask of them.
 
 mod blas;
+mod capture;
 mod device;
 pub mod dnn;
 mod error;
@@ -11,6 +12,7 @@ mod launch;
 mod work;
 
 pub use super::Precision;
+pub use capture::{Capture, Graph};
 pub use device::{Command, Cuda, Operands, WORKSPACE};
 pub use error::CudaError;
 pub use gpu::{Gpu, Memory};

@@ -189,6 +189,7 @@ impl<'a> Run<'a> {
             dataset.replacements().iter().for_each(|text| self.console.alarm(text));
             self.save_if_due(known.idle)?;
             self.draw_if_due()?;
+            self.device.take_notice().into_iter().for_each(|text| self.console.alarm(text));
         }
         Ok(Ended::Finished)
     }
