@@ -300,6 +300,7 @@ impl Trainer {
             self.upload(device, self.slots.clock, &[step as u32, (first + images.start) as u32, 0, 0])?;
             let which = i.trailing_ones() as usize;
             self.programs[which].run_observed(device, collective, &mut |number| done(which, number))?;
+            collective.settle().map_err(RunError::from)?;
             download(device, self.io, self.slots.loss, &mut self.losses[images.clone()])?;
             download(device, self.io, self.slots.t, &mut self.drawn[images])?;
         }

@@ -1,10 +1,15 @@
-// libcuda.so.1 of the machine made of software: the calls of the driver that this project makes. Memory of the device is the host's, and all
-// that is begun has ended when the call returns. A call that a real driver refuses is refused, with the rule beside it.
+// libcuda.so.1 of the machine made of software: the calls of the driver that this project makes. Memory of the device is the host's, and what
+// is begun has ended when the call returns, unless its stream waits for another one or for another process. A call that a real driver refuses is refused, with the rule beside it.
 
 #include "cuda_sim.h"
 
 #include <chrono>
 #include <cstdlib>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <set>
+#include <thread>
 
 namespace {
 
@@ -16,7 +21,8 @@ enum Result {
     NOT_INITIALIZED = 3,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
-    NOT_FOUND = 500
+    NOT_FOUND = 500,
+    NOT_READY = 600
 };
 
 /// What this machine is: an A100, or what the environment says.
@@ -43,9 +49,49 @@ thread_local void *current_context = nullptr;
 std::map<uint64_t, size_t> allocations;
 std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
 
-struct Event {
-    std::chrono::steady_clock::time_point time;
+/// A place in a stream that an event was recorded at.
+struct Moment {
+    /// Whether what is before it has ended; an event that was never recorded has.
+    bool is_over = true;
+    std::chrono::steady_clock::time_point time = start;
 };
+struct Event {
+    std::shared_ptr<Moment> last = std::make_shared<Moment>();
+};
+
+/// What is left of a stream: each does its work and gives whether it has ended.
+struct Stream {
+    std::deque<std::function<bool()>> left;
+};
+/// All that are not destroyed, or that were before their work had ended.
+std::set<Stream *> streams;
+
+/// Goes on with all streams as far as they come.
+void go_on() {
+    for (bool is_moving = true; is_moving;) {
+        is_moving = false;
+        for (Stream *stream : streams)
+            for (; !stream->left.empty() && stream->left.front()(); is_moving = true)
+                stream->left.pop_front();
+    }
+}
+
+int begin(void *stream, std::function<bool()> work) {
+    if (!stream) {
+        // The order of that stream among the others is not needed here.
+        work();
+        return SUCCESS;
+    }
+    static_cast<Stream *>(stream)->left.push_back(std::move(work));
+    go_on();
+    return SUCCESS;
+}
+
+/// Waits as a host does.
+void wait_until(auto is_over) {
+    for (go_on(); !is_over(); go_on())
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+}
 
 /// A function, and the dynamic shared memory it may have: 48 KB unless it is given more (cuFuncSetAttribute).
 struct Function {
@@ -107,31 +153,60 @@ int cuCtxSynchronize() {
 
 int cuStreamCreate(void **stream, unsigned) {
     return with_context([=] {
-        *stream = new char;
+        *stream = *streams.insert(new Stream).first;
         return SUCCESS;
     });
 }
-int cuStreamSynchronize(void *) {
-    return with_context([] { return SUCCESS; });
+int cuStreamSynchronize(void *stream) {
+    return with_context([=] {
+        wait_until([=] { return !stream || static_cast<Stream *>(stream)->left.empty(); });
+        return SUCCESS;
+    });
+}
+int cuStreamWaitEvent(void *stream, void *event, unsigned) {
+    // "captures in event all work ... at the time of this call": an event that is recorded again later does not matter.
+    return with_context([=] { return begin(stream, [moment = static_cast<Event *>(event)->last] { return moment->is_over; }); });
 }
 int cuStreamDestroy_v2(void *stream) {
-    delete static_cast<char *>(stream);
+    // "the function will return immediately and the resources ... will be released automatically once the device has completed all work"
+    go_on();
+    if (auto *s = static_cast<Stream *>(stream); s->left.empty()) {
+        streams.erase(s);
+        delete s;
+    }
     return SUCCESS;
+}
+/// For the other libraries of the machine: what a stream does, which is asked again until it has ended.
+int cuda_sim_begin(void *stream, int (*work)(void *), void *data) {
+    return begin(stream, [=] { return work(data) != 0; });
 }
 
 int cuEventCreate(void **event, unsigned) {
     return with_context([=] {
-        *event = new Event{start};
+        *event = new Event;
         return SUCCESS;
     });
 }
-int cuEventRecord(void *event, void *) {
-    static_cast<Event *>(event)->time = std::chrono::steady_clock::now();
+int cuEventRecord(void *event, void *stream) {
+    auto moment = std::make_shared<Moment>(Moment{false, start});
+    static_cast<Event *>(event)->last = moment;
+    return begin(stream, [=] {
+        moment->time = std::chrono::steady_clock::now();
+        return moment->is_over = true;
+    });
+}
+int cuEventQuery(void *event) {
+    return with_context([=] {
+        go_on();
+        return static_cast<Event *>(event)->last->is_over ? SUCCESS : NOT_READY;
+    });
+}
+int cuEventSynchronize(void *event) {
+    wait_until([=] { return static_cast<Event *>(event)->last->is_over; });
     return SUCCESS;
 }
-int cuEventSynchronize(void *) { return SUCCESS; }
 int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
-    *milliseconds = std::chrono::duration<float, std::milli>(static_cast<Event *>(to)->time - static_cast<Event *>(from)->time).count();
+    *milliseconds = std::chrono::duration<float, std::milli>(static_cast<Event *>(to)->last->time - static_cast<Event *>(from)->last->time).count();
     return SUCCESS;
 }
 int cuEventDestroy_v2(void *event) {
@@ -166,16 +241,14 @@ int cuda_sim_holds(uint64_t address, size_t bytes) {
     const auto &[begin, size] = *std::prev(next);
     return address + bytes <= begin + size;
 }
-int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *) {
-    return with_context([=] {
-        memset(reinterpret_cast<void *>(to), value, bytes);
-        return SUCCESS;
-    });
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
+    return with_context([=] { return begin(stream, [=] { return memset(reinterpret_cast<void *>(to), value, bytes) != nullptr; }); });
 }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *) {
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
     return with_context([=] {
-        memcpy(reinterpret_cast<void *>(to), from, bytes);
-        return SUCCESS;
+        // "For transfers from pageable host memory ... the function will return once the pageable buffer has been copied to staging memory".
+        std::vector<char> staged(static_cast<const char *>(from), static_cast<const char *>(from) + bytes);
+        return begin(stream, [=, staged = std::move(staged)] { return memcpy(reinterpret_cast<void *>(to), staged.data(), bytes) != nullptr; });
     });
 }
 int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
@@ -184,10 +257,9 @@ int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
         return SUCCESS;
     });
 }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *stream) {
     return with_context([=] {
-        memcpy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes);
-        return SUCCESS;
+        return begin(stream, [=] { return memcpy(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes) != nullptr; });
     });
 }
 
@@ -218,7 +290,7 @@ int cuFuncSetAttribute(void *function, int attribute, int value) {
     static_cast<Function *>(function)->dynamic = value;
     return SUCCESS;
 }
-int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *, void **parameters,
+int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *stream, void **parameters,
                    void **) {
     return with_context([=]() -> int {
         const Function &f = *static_cast<Function *>(function);
@@ -229,9 +301,11 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
             auto *bytes = static_cast<unsigned char *>(parameters[i]);
             launch.arguments.push_back({std::vector<unsigned char>(bytes, bytes + f.kernel->sizes[i])});
         }
-        sim::prepare(launch);
-        sim::run_once();
-        return SUCCESS;
+        return begin(stream, [launch = std::move(launch)] {
+            sim::prepare(launch);
+            sim::run_once();
+            return true;
+        });
     });
 }
 

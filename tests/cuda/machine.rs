@@ -1,6 +1,7 @@
 //! Runs tests where there are CUDA libraries: this program once more, with the libraries of the machine made of software before all others.
 
 use crate::build::{Build, build};
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,8 +25,7 @@ pub fn run_cases<T>(test: &str, libraries: &[Build], cases: &[(&[Setting], T)], 
         }
         return not_tested(&format!("{test}: its faults are those of the machine made of software"));
     }
-    let folders: Vec<&Path> = libraries.iter().map(|library| folder_of(*library)).collect();
-    let path = std::env::join_paths(folders).unwrap();
+    let path = path_of(libraries);
     for (i, (settings, _)) in cases.iter().enumerate() {
         let mut again = Command::new(std::env::current_exe().unwrap());
         again.args(["--exact", test, "--nocapture"]).env("LD_LIBRARY_PATH", &path).env(CASE, i.to_string());
@@ -58,21 +58,30 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
+/// Where the libraries are looked for.
+pub fn path_of(libraries: &[Build]) -> OsString {
+    let folders: Vec<&Path> = libraries.iter().map(|library| folder_of(*library)).collect();
+    std::env::join_paths(folders).unwrap()
+}
+
 /// Where a library of the machine is, under the names that are looked for first.
 fn folder_of(library: Build) -> &'static Path {
-    static BUILT: [OnceLock<PathBuf>; 4] = [const { OnceLock::new() }; 4];
+    static BUILT: [OnceLock<PathBuf>; 5] = [const { OnceLock::new() }; 5];
     let (i, name) = match library {
         Build::BareDriver => (0, "libcuda.so"),
         Build::Driver => (1, "libcuda.so"),
         Build::Cudnn => (2, "libcudnn.so"),
         Build::CublasLt => (3, "libcublasLt.so"),
+        Build::Nccl => (4, "libnccl.so.2"),
         Build::Program => unreachable!("it is no library"),
     };
     BUILT[i].get_or_init(|| {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("library-{i}-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let file = build(library, &folder);
-        std::os::unix::fs::symlink(file.file_name().unwrap(), folder.join(name)).unwrap();
+        if !file.ends_with(name) {
+            std::os::unix::fs::symlink(file.file_name().unwrap(), folder.join(name)).unwrap();
+        }
         folder
     })
 }

@@ -6,6 +6,7 @@ mod convolution;
 mod cudnn;
 mod cudnn_faults;
 mod machine;
+mod nccl;
 mod steps;
 #[path = "../kernels/values.rs"]
 #[allow(dead_code, reason = "tests of kernels need more of it")]

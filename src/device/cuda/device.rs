@@ -8,6 +8,7 @@ use super::{
 };
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot};
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Bytes that libraries may use while they compute.
 pub const WORKSPACE: usize = 256 << 20;
@@ -90,7 +91,18 @@ impl Cuda {
     /// # Errors
     /// No driver, GPU or library, or one that is too old.
     pub fn open(ordinal: usize) -> Result<Cuda, CudaError> {
-        let gpu = Gpu::open(ordinal)?;
+        Cuda::with(Gpu::open(ordinal)?)
+    }
+
+    /// The same for copies, libraries and sums between GPUs alone, in a program that has no kernels.
+    ///
+    /// # Errors
+    /// No driver, GPU or library, or one that is too old.
+    pub fn without_kernels(ordinal: usize) -> Result<Cuda, CudaError> {
+        Cuda::with(Gpu::without_kernels(ordinal)?)
+    }
+
+    fn with(gpu: Gpu) -> Result<Cuda, CudaError> {
         let workspace = gpu.allocate(WORKSPACE)?;
         let blas = Blas::open(gpu.stream().cu_stream(), workspace)?;
         let (name, dnn) = (gpu.name()?, Dnn::open(&gpu)?);
@@ -100,6 +112,11 @@ impl Cuda {
     /// `NVIDIA H200`
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What it computes on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
     }
 
     /// Allocates a zeroed buffer.
@@ -125,6 +142,14 @@ impl Cuda {
         let (first, bytes) = (offset * size_of::<T>(), len * size_of::<T>());
         assert!(first + bytes <= memory.bytes, "{bytes} bytes from {first} on of a buffer of {}", memory.bytes);
         Memory { address: memory.address + first as u64, bytes }
+    }
+
+    /// Floats of a buffer, for a library.
+    ///
+    /// # Panics
+    /// If they lie outside.
+    pub fn floats(&self, buffer: BufferId, range: &Range<usize>) -> Memory {
+        self.part::<f32>(buffer, range.start, range.len())
     }
 
     /// Copies `data` into a buffer from element `offset` on.
