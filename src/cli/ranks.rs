@@ -6,11 +6,13 @@ use super::{Common, Stop};
 use crate::cluster::watchdog::Watchdog;
 use crate::cluster::{Cores, Preemption};
 use crate::collective::host::{Host, Meeting, MeetingError};
+use crate::collective::nccl::Nccl;
 use crate::collective::{Activity, Collective, CollectiveError, Solo};
 use crate::device::{Device, DeviceKind};
 use crate::rendezvous::store::{Client, ServeError, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, Launcher, World, detect};
 use crate::report::{Console, Verbosity};
+use crate::train::Shards;
 use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -25,7 +27,7 @@ const EXPLAINED: Duration = Duration::from_secs(6);
 
 /// This rank, and its connection to the others.
 pub(super) struct Ranks {
-    collective: Box<dyn Collective>,
+    link: Link,
     world: Option<World>,
     /// The address of this machine that the others are to use, if one was chosen.
     interface: Option<IpAddr>,
@@ -33,6 +35,12 @@ pub(super) struct Ranks {
     /// This rank's part of the cores that it may use.
     part: f64,
     together: Option<Together>,
+}
+
+/// What adds up.
+enum Link {
+    Alone(Solo),
+    Several(Box<Nccl>),
 }
 
 /// What there is where there are several ranks.
@@ -74,14 +82,7 @@ impl Ranks {
             Detected::Alone | Detected::Node(_) => None,
         };
         let Some(world) = world.as_ref().filter(|world| world.size > 1) else {
-            return Ok(Ranks {
-                collective: Box::new(Solo),
-                world,
-                interface: None,
-                patience,
-                part: 1.0,
-                together: None,
-            });
+            return Ok(Ranks { link: Link::Alone(Solo), world, interface: None, patience, part: 1.0, together: None });
         };
         let interface = common.launch.interface()?;
         let (rank, size) = (world.rank, world.size);
@@ -110,7 +111,7 @@ impl Ranks {
         let part = part_of_cores(&mut host)?;
         let together = Together { activity, watchdog, _preemption: preemption, _store: server.map(Serving) };
         Ok(Ranks {
-            collective: Box::new(host),
+            link: Link::Several(Box::new(Nccl::over(host, patience))),
             world: Some(world.clone()),
             interface,
             patience,
@@ -152,8 +153,36 @@ impl Ranks {
         Ok(device)
     }
 
+    /// What this rank trains on. GPUs add up among themselves, where that can be.
+    pub fn training_device(&mut self, common: &Common, shards: Shards) -> Result<Device, Failure> {
+        let device = self.device(common)?;
+        self.join_gpus(&device, &self.joint(common), shards)?;
+        Ok(device)
+    }
+
+    fn join_gpus(&mut self, device: &Device, console: &Console, shards: Shards) -> Result<(), Failure> {
+        let Link::Several(ranks) = &mut self.link else { return Ok(()) };
+        if device.kind() == DeviceKind::Cuda && shards != Shards::Auto {
+            console.alarm(format!(
+                "gradients are summed through the memory of the host, which is slow: train.shards = {shards} fixes their order"
+            ));
+            return Ok(());
+        }
+        let joined = ranks.join_gpus(device);
+        if let Some(notice) = ranks.notice() {
+            console.alarm(notice);
+        }
+        joined.map_err(|error| {
+            let code = if matches!(error, CollectiveError::Device(_)) { Code::Device } else { Code::PeerLost };
+            self.explained(code, &error, Some(&error))
+        })
+    }
+
     pub fn collective(&mut self) -> &mut dyn Collective {
-        &mut *self.collective
+        match &mut self.link {
+            Link::Alone(solo) => solo,
+            Link::Several(ranks) => &mut **ranks,
+        }
     }
 
     /// What opens a connection to the store of the ranks, where there are several.
@@ -175,12 +204,15 @@ impl Ranks {
 
     /// Number of ranks.
     pub fn number(&self) -> usize {
-        self.collective.world_size()
+        match &self.link {
+            Link::Alone(solo) => solo.world_size(),
+            Link::Several(ranks) => ranks.world_size(),
+        }
     }
 
     /// Refuses ranks that do not say the same of what they are about to do.
     pub fn same_everywhere(&mut self, mine: &str) -> Result<(), Failure> {
-        let all = self.collective.all_gather(mine.as_bytes().to_vec()).or_fail(Code::PeerLost)?;
+        let all = self.collective().all_gather(mine.as_bytes().to_vec()).or_fail(Code::PeerLost)?;
         let Some(rank) = all.iter().position(|theirs| *theirs != all[0]) else { return Ok(()) };
         let [zero, other] = [&all[0], &all[rank]].map(|said| String::from_utf8_lossy(said).into_owned());
         let message = format!("the ranks do not belong together: rank 0 has {zero}, rank {rank} {other}");
@@ -189,17 +221,20 @@ impl Ranks {
 
     /// This rank.
     pub fn rank(&self) -> usize {
-        self.collective.rank()
+        match &self.link {
+            Link::Alone(solo) => solo.rank(),
+            Link::Several(ranks) => ranks.rank(),
+        }
     }
 
     /// Returns when all ranks have come here, or one is gone.
     pub fn leave_together(&mut self) {
         // Whoever is gone has done its part.
-        let _ = self.collective.all_gather(Vec::new());
+        let _ = self.collective().all_gather(Vec::new());
     }
 
     pub fn is_rank_zero(&self) -> bool {
-        self.collective.rank() == 0
+        self.rank() == 0
     }
 
     /// Whether this is the first rank of its machine.

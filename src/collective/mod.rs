@@ -1,8 +1,10 @@
-//! Sums between ranks: [`Solo`] for one, [`Host`](host::Host) for those on host memory, [`Fake`](fake::Fake) for plans and tests.
+//! Sums between ranks: [`Solo`] for one, [`Host`](host::Host) for those on host memory, [`Nccl`](nccl::Nccl) for those on GPUs,
+//! [`Fake`](fake::Fake) for plans and tests.
 
 mod activity;
 pub mod fake;
 pub mod host;
+pub mod nccl;
 #[cfg(test)]
 pub(crate) mod testing;
 mod timed;
@@ -124,6 +126,18 @@ pub trait Collective: fmt::Debug {
     /// # Errors
     /// A rank that does not take part, or more bytes than that.
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError>;
+
+    /// Returns when the sums that were waited for are there, or their deadline has passed: to be called before anything is read that was
+    /// computed from them, for a device with queues would not return from that before a rank comes that never does.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn settle(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    /// Lets sums be added up in an order that depends on the ranks' hardware, if that is faster.
+    fn allow_any_order(&mut self) {}
 
     /// Changes the deadline of the operations that are begun from now on.
     fn set_patience(&mut self, patience: Duration);

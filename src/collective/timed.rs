@@ -62,6 +62,15 @@ impl Collective for Timed<'_> {
         self.time(|inner| inner.all_gather(mine))
     }
 
+    fn settle(&mut self) -> Result<(), CollectiveError> {
+        // Not only the others are waited for, but this rank's own GPU too.
+        self.inner.settle()
+    }
+
+    fn allow_any_order(&mut self) {
+        self.inner.allow_any_order();
+    }
+
     fn set_patience(&mut self, patience: Duration) {
         self.inner.set_patience(patience);
     }

@@ -278,7 +278,10 @@ impl Trainer {
         step: u64,
         pixels: &[u8],
     ) -> Result<Losses<'_>, RunError> {
-        self.step_with(device, config, step, pixels, &mut |_, program, device| program.run(device, collective))
+        self.step_with(device, config, step, pixels, &mut |_, program, device| {
+            program.run(device, collective)?;
+            Ok(collective.settle()?)
+        })
     }
 
     /// [`Trainer::step`], with `done` called after each instruction with its program and its number in that: no program is a CUDA graph.
@@ -295,7 +298,8 @@ impl Trainer {
         done: &mut dyn FnMut(usize, usize),
     ) -> Result<Losses<'_>, RunError> {
         self.step_with(device, config, step, pixels, &mut |which, program, device| {
-            program.run_observed(device, collective, &mut |number| done(which, number))
+            program.run_observed(device, collective, &mut |number| done(which, number))?;
+            Ok(collective.settle()?)
         })
     }
 

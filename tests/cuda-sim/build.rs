@@ -17,6 +17,8 @@ pub enum Build {
     Cudnn,
     /// cuBLASLt's library.
     CublasLt,
+    /// NCCL's library, between the processes of this machine.
+    Nccl,
 }
 
 const SANITIZERS: [&str; 2] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
@@ -28,6 +30,7 @@ impl Build {
             Build::Driver | Build::BareDriver => &["sim.cpp", "driver.cpp"],
             Build::Cudnn => &["cudnn.cpp"],
             Build::CublasLt => &["cublaslt.cpp"],
+            Build::Nccl => &["nccl.cpp"],
         }
     }
 
@@ -40,7 +43,7 @@ impl Build {
         match self {
             Build::Program => &SANITIZERS,
             Build::Driver | Build::BareDriver => &["-fPIC", "-shared", "-DCUDA_SIM_LIBRARY"],
-            Build::Cudnn | Build::CublasLt => &["-fPIC", "-shared", "-O3"],
+            Build::Cudnn | Build::CublasLt | Build::Nccl => &["-fPIC", "-shared", "-O3"],
         }
     }
 
@@ -50,6 +53,7 @@ impl Build {
             Build::Driver | Build::BareDriver => "libcuda.so.1".to_string(),
             Build::Cudnn => "libcudnn.so.9".to_string(),
             Build::CublasLt => "libcublasLt.so.13".to_string(),
+            Build::Nccl => "libnccl.so.2".to_string(),
         }
     }
 }

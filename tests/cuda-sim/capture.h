@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -79,7 +80,22 @@ struct Capture {
 /// CUstream. The only kind is CU_STREAM_NON_BLOCKING, which the legacy stream neither waits for nor keeps waiting.
 struct Stream {
     std::shared_ptr<Capture> capture = nullptr;
+    /// What it has not done yet: each does its work and gives whether it has ended.
+    std::deque<std::function<bool()>> left = {};
 };
+
+/// All that are not destroyed, or that were before their work had ended.
+inline std::set<Stream *> streams;
+
+/// Goes on with all streams as far as they come.
+inline void go_on() {
+    for (bool is_moving = true; is_moving;) {
+        is_moving = false;
+        for (Stream *stream : streams)
+            for (; !stream->left.empty() && stream->left.front()(); is_moving = true)
+                stream->left.pop_front();
+    }
+}
 
 /// Where a stream that captures was when an event was recorded there.
 struct Mark {
@@ -97,13 +113,31 @@ inline int spoil(Capture &capture, int result) {
     return result;
 }
 
-/// Runs `work` now, or keeps it where the stream captures.
+/// Begins `work`, which is asked again until it has ended: it waits for another stream or for another process. This machine captures none.
+inline int begin_slow(void *on, std::function<bool()> work) {
+    auto *stream = static_cast<Stream *>(on);
+    if (!stream)
+        return CAPTURE_INVALID_VALUE;
+    if (stream->capture)
+        return spoil(*stream->capture, CAPTURE_UNSUPPORTED);
+    stream->left.push_back(std::move(work));
+    go_on();
+    return CAPTURED;
+}
+
+/// Runs `work` in the order of the stream, or keeps it where that captures.
 inline int begin(void *on, Work work) {
     auto *stream = static_cast<Stream *>(on);
-    if (!stream || !stream->capture) {
+    if (!stream) {
+        // The order of that stream among the others is not needed here.
         work();
         return CAPTURED;
     }
+    if (!stream->capture)
+        return begin_slow(stream, [work = std::move(work)] {
+            work();
+            return true;
+        });
     Capture &capture = *stream->capture;
     // "Invalidation": "further use of any streams which are being captured ... is invalid and will return an error".
     if (!capture.is_valid)

@@ -7,6 +7,11 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <set>
+#include <thread>
 
 namespace {
 
@@ -18,7 +23,8 @@ enum Result {
     NOT_INITIALIZED = 3,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
-    NOT_FOUND = 500
+    NOT_FOUND = 500,
+    NOT_READY = 600
 };
 
 /// What this machine is: an A100, or what the environment says.
@@ -45,10 +51,22 @@ thread_local void *current_context = nullptr;
 std::map<uint64_t, size_t> allocations;
 std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
 
+/// A place in a stream that an event was recorded at.
+struct Moment {
+    /// Whether what is before it has ended; an event that was never recorded has.
+    bool is_over = true;
+    std::chrono::steady_clock::time_point time = start;
+};
 struct Event {
-    std::chrono::steady_clock::time_point time;
+    std::shared_ptr<Moment> last = std::make_shared<Moment>();
     sim::Mark mark = {};
 };
+
+/// Waits as a host does.
+void wait_until(auto is_over) {
+    for (sim::go_on(); !is_over(); sim::go_on())
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+}
 
 /// A function, and the dynamic shared memory it may have: 48 KB unless it is given more (cuFuncSetAttribute).
 struct Function {
@@ -116,20 +134,40 @@ int cuCtxSynchronize() { return with_context(sim::no_stream_must_capture); }
 
 int cuStreamCreate(void **stream, unsigned) {
     return with_context([=] {
-        *stream = new sim::Stream;
+        *stream = *sim::streams.insert(new sim::Stream).first;
         return SUCCESS;
     });
 }
 int cuStreamSynchronize(void *stream) {
-    return with_context([=] { return sim::must_not_capture(stream); });
+    return with_context([=] {
+        if (const int refused = sim::must_not_capture(stream))
+            return refused;
+        wait_until([=] { return !stream || static_cast<sim::Stream *>(stream)->left.empty(); });
+        return int(SUCCESS);
+    });
 }
 int cuStreamWaitEvent(void *stream, void *event, unsigned) {
-    return with_context([=] { return sim::wait_for(stream, static_cast<Event *>(event)->mark); });
+    return with_context([=] {
+        const Event &waited = *static_cast<Event *>(event);
+        if (waited.mark.stream || (stream && static_cast<sim::Stream *>(stream)->capture))
+            return sim::wait_for(stream, waited.mark);
+        // "captures in event all work ... at the time of this call": an event that is recorded again later does not matter.
+        return sim::begin_slow(stream, [moment = waited.last] { return moment->is_over; });
+    });
 }
 int cuStreamDestroy_v2(sim::Stream *stream) {
+    // "the function will return immediately and the resources ... will be released automatically once the device has completed all work"
     sim::captures.erase(stream->capture.get());
-    delete stream;
+    sim::go_on();
+    if (stream->left.empty()) {
+        sim::streams.erase(stream);
+        delete stream;
+    }
     return SUCCESS;
+}
+/// For the other libraries of the machine: what a stream does, which is asked again until it has ended.
+int cuda_sim_begin_slow(void *stream, int (*work)(void *), void *data) {
+    return sim::begin_slow(stream, [=] { return work(data) != 0; });
 }
 
 int cuStreamBeginCapture_v2(void *stream, int mode) {
@@ -168,20 +206,43 @@ int cuda_sim_begin(void *stream, void (*run)(void *), void *context, void (*dest
 
 int cuEventCreate(void **event, unsigned) {
     return with_context([=] {
-        *event = new Event{start};
+        *event = new Event;
         return SUCCESS;
     });
 }
 int cuEventRecord(void *event, void *stream) {
-    static_cast<Event *>(event)->time = std::chrono::steady_clock::now();
-    return sim::mark(stream, &static_cast<Event *>(event)->mark);
+    Event &recorded = *static_cast<Event *>(event);
+    const int result = sim::mark(stream, &recorded.mark);
+    if (result || recorded.mark.stream)
+        return result;
+    auto moment = std::make_shared<Moment>(Moment{false, start});
+    recorded.last = moment;
+    return sim::begin(stream, [=] {
+        moment->time = std::chrono::steady_clock::now();
+        moment->is_over = true;
+    });
 }
-int cuEventSynchronize(void *event) { return sim::must_not_be_captured(static_cast<Event *>(event)->mark); }
+int cuEventQuery(void *event) {
+    return with_context([=] {
+        const Event &asked = *static_cast<Event *>(event);
+        if (const int refused = sim::must_not_be_captured(asked.mark))
+            return refused;
+        sim::go_on();
+        return int(asked.last->is_over ? SUCCESS : NOT_READY);
+    });
+}
+int cuEventSynchronize(void *event) {
+    const Event &awaited = *static_cast<Event *>(event);
+    if (const int refused = sim::must_not_be_captured(awaited.mark))
+        return refused;
+    wait_until([&] { return awaited.last->is_over; });
+    return SUCCESS;
+}
 int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
     for (void *event : {from, to})
         if (const int refused = sim::must_not_be_captured(static_cast<Event *>(event)->mark))
             return refused;
-    *milliseconds = std::chrono::duration<float, std::milli>(static_cast<Event *>(to)->time - static_cast<Event *>(from)->time).count();
+    *milliseconds = std::chrono::duration<float, std::milli>(static_cast<Event *>(to)->last->time - static_cast<Event *>(from)->last->time).count();
     return SUCCESS;
 }
 int cuEventDestroy_v2(void *event) {
@@ -222,7 +283,13 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream
     return with_context([=] { return sim::begin(stream, [=] { memset(reinterpret_cast<void *>(to), value, bytes); }); });
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
-    return with_context([=] { return sim::begin(stream, [=] { memcpy(reinterpret_cast<void *>(to), from, bytes); }); });
+    return with_context([=] {
+        if (stream && static_cast<sim::Stream *>(stream)->capture)
+            return sim::begin(stream, [=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
+        // "For transfers from pageable host memory ... the function will return once the pageable buffer has been copied to staging memory".
+        std::vector<char> staged(static_cast<const char *>(from), static_cast<const char *>(from) + bytes);
+        return sim::begin(stream, [=, staged = std::move(staged)] { memcpy(reinterpret_cast<void *>(to), staged.data(), bytes); });
+    });
 }
 int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
     return at_once([=] {

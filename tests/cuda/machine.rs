@@ -65,19 +65,22 @@ fn say(line: &str) {
 
 /// Where a library of the machine is, under the names that are looked for first.
 fn folder_of(library: Build) -> &'static Path {
-    static BUILT: [OnceLock<PathBuf>; 4] = [const { OnceLock::new() }; 4];
+    static BUILT: [OnceLock<PathBuf>; 5] = [const { OnceLock::new() }; 5];
     let (i, name) = match library {
         Build::BareDriver => (0, "libcuda.so"),
         Build::Driver => (1, "libcuda.so"),
         Build::Cudnn => (2, "libcudnn.so"),
         Build::CublasLt => (3, "libcublasLt.so"),
+        Build::Nccl => (4, "libnccl.so.2"),
         Build::Program => unreachable!("it is no library"),
     };
     BUILT[i].get_or_init(|| {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("library-{i}-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let file = build(library, &folder);
-        std::os::unix::fs::symlink(file.file_name().unwrap(), folder.join(name)).unwrap();
+        if !file.ends_with(name) {
+            std::os::unix::fs::symlink(file.file_name().unwrap(), folder.join(name)).unwrap();
+        }
         folder
     })
 }

@@ -7,6 +7,7 @@ mod cudnn;
 mod cudnn_faults;
 mod graph;
 mod machine;
+mod nccl;
 mod program;
 mod steps;
 #[path = "../kernels/values.rs"]

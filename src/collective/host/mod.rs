@@ -24,7 +24,7 @@ use segment::Span;
 use shared::{Part, Shared};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use worker::{Job, Task, Worker};
@@ -139,6 +139,26 @@ impl Host {
 
     fn finish(&mut self) -> Result<Task, CollectiveError> {
         self.done.recv().unwrap_or(Err(CollectiveError::Ended))
+    }
+
+    /// Begins what [`Host::barrier`] does; to be followed by [`Host::all_are_here`] until they are.
+    pub(super) fn call_all(&mut self) -> Result<(), CollectiveError> {
+        self.begin("gather", 0, Job::Gather(vec![Vec::new()]))
+    }
+
+    /// Whether every rank has come to where this one [called](Host::call_all). Nobody waits.
+    pub(super) fn all_are_here(&mut self) -> Result<bool, CollectiveError> {
+        match self.done.try_recv() {
+            Ok(done) => done.map(|_| true),
+            Err(TryRecvError::Empty) => Ok(false),
+            Err(TryRecvError::Disconnected) => Err(CollectiveError::Ended),
+        }
+    }
+
+    /// Finds out, at once and alone, whether a rank has hung up.
+    pub(super) fn look(&mut self) -> Result<(), CollectiveError> {
+        self.hand_over(0, Job::Look)?;
+        self.finish().map(drop)
     }
 
     /// Returns when every rank has come here.

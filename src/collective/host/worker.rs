@@ -26,6 +26,15 @@ pub(super) enum Job {
     Taken(Vec<Span>),
     /// Replaces this rank's bytes by all ranks' bytes, in the order of the ranks.
     Gather(Vec<Vec<u8>>),
+    /// Whether a rank has hung up: nothing is sent, and no other rank takes part.
+    Look,
+}
+
+impl Job {
+    /// Whether all ranks do it together, under a number.
+    fn is_operation(&self) -> bool {
+        matches!(self, Job::Sum(_) | Job::SumShared(_) | Job::Gather(_))
+    }
 }
 
 /// A job, its number among the operations and its deadline.
@@ -75,14 +84,16 @@ impl Worker {
     pub fn serve(mut self, todo: &Receiver<Task>, give: &SyncSender<Result<Task, CollectiveError>>) {
         while let Ok(Task { sequence, patience, job }) = todo.recv() {
             (self.sequence, self.patience) = (sequence, patience);
-            let is_new = !matches!(job, Job::Taken(_));
-            if is_new {
+            let is_operation = job.is_operation();
+            if is_operation {
                 self.activity.begun();
             }
             match self.work(job) {
                 Ok(None) => {}
                 Ok(Some(job)) => {
-                    self.activity.completed();
+                    if is_operation {
+                        self.activity.completed();
+                    }
                     // Nobody listens any more when the collective is dropped.
                     if give.send(Ok(Task { sequence, patience, job })).is_err() {
                         return;
@@ -111,6 +122,12 @@ impl Worker {
                 self.say(Kind::Taken, floats * size_of::<f32>(), &[], &mut [])?;
                 None
             }
+            Job::Look => match self.mesh.others().find(|&rank| self.mesh.has_hung_up(rank)) {
+                Some(rank) => {
+                    return Err(CollectiveError::PeerLost { rank, operation: "sums between GPUs".into() });
+                }
+                None => Some(Job::Look),
+            },
             Job::Gather(mut mine) => Some(Job::Gather(self.gather(mine.pop().unwrap_or_default())?)),
         })
     }

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot};
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Bytes that libraries may use while they compute.
 pub const WORKSPACE: usize = 256 << 20;
@@ -92,8 +93,19 @@ impl Cuda {
     /// # Errors
     /// No driver, GPU or library, or one that is too old; a `DDPM_DIST_CUDA_GRAPH` that is neither `on` nor `off`.
     pub fn open(ordinal: usize) -> Result<Cuda, CudaError> {
+        Cuda::with(Gpu::open(ordinal)?)
+    }
+
+    /// The same for copies, libraries and sums between GPUs alone, in a program that has no kernels.
+    ///
+    /// # Errors
+    /// No driver, GPU or library, or one that is too old.
+    pub fn without_kernels(ordinal: usize) -> Result<Cuda, CudaError> {
+        Cuda::with(Gpu::without_kernels(ordinal)?)
+    }
+
+    fn with(gpu: Gpu) -> Result<Cuda, CudaError> {
         let graphs = Graphs::new()?;
-        let gpu = Gpu::open(ordinal)?;
         let workspace = gpu.allocate(WORKSPACE)?;
         let blas = Blas::open(gpu.stream().cu_stream(), workspace)?;
         let (name, dnn) = (gpu.name()?, Dnn::open(&gpu)?);
@@ -115,6 +127,11 @@ impl Cuda {
     pub fn memory(&self) -> u64 {
         let constants = self.constants.iter().map(|(_, memory)| memory);
         self.buffers.iter().chain(constants).chain([&self.workspace]).map(|memory| memory.bytes as u64).sum()
+    }
+
+    /// What it computes on.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
     }
 
     /// Allocates a zeroed buffer.
@@ -140,6 +157,14 @@ impl Cuda {
         let (first, bytes) = (offset * size_of::<T>(), len * size_of::<T>());
         assert!(first + bytes <= memory.bytes, "{bytes} bytes from {first} on of a buffer of {}", memory.bytes);
         Memory { address: memory.address + first as u64, bytes }
+    }
+
+    /// Floats of a buffer, for a library.
+    ///
+    /// # Panics
+    /// If they lie outside.
+    pub fn floats(&self, buffer: BufferId, range: &Range<usize>) -> Memory {
+        self.part::<f32>(buffer, range.start, range.len())
     }
 
     /// Copies `data` into a buffer from element `offset` on.

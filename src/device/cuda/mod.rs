@@ -8,7 +8,9 @@ mod error;
 mod gpu;
 mod image;
 mod kernel;
+mod lane;
 mod launch;
+pub mod nccl;
 mod work;
 
 pub use super::Precision;
@@ -18,5 +20,6 @@ pub use error::CudaError;
 pub use gpu::{Gpu, Memory};
 pub use image::Image;
 pub use kernel::PreparedKernel;
+pub use lane::{Lane, Mark};
 pub use launch::{Argument, Launch};
 pub use work::{Convolution, ConvolutionShape, Form, MatrixShape, Pass, Place, Product, ProductShape, Step, Work};

@@ -1,0 +1,249 @@
+//! Ranks with a GPU each, which add up between the GPUs where all have NCCL.
+//!
+//! The [host's collective](Host) does the rest: small messages, and finding out who is missing. NCCL itself would wait for a rank that never
+//! comes for ever, and its errors name nobody. So its communicator is one whose calls return at once, every wait is a look at it that is
+//! repeated until a deadline, and meanwhile the host's connections show who is gone. Before a step's results are read, the ranks call each
+//! other on the host while their GPUs still compute ([`Collective::settle`]): a rank that does not come is named as it is on host memory.
+
+mod agreement;
+
+use super::host::Host;
+use super::{Collective, CollectiveError};
+use crate::device::cuda::CudaError;
+use crate::device::cuda::nccl::{self, Communicator};
+use crate::device::{BufferId, Device, DeviceError};
+use agreement::Agreed;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+/// How often is looked whether a rank has hung up.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long after NCCL's word that something is wrong a rank's connection may break that is the reason.
+const NEWS: Duration = Duration::from_secs(1);
+/// For so long nothing is done between two looks at NCCL, and later this.
+const BUSY: Duration = Duration::from_millis(1);
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// The collective of ranks that have a GPU each.
+#[derive(Debug)]
+pub struct Nccl {
+    /// None where sums go through the host. Dropped before the host, whose end the others take for this rank's.
+    communicator: Option<Communicator>,
+    host: Host,
+    notice: Option<String>,
+    patience: Duration,
+    /// Whether sums need not have the order of the tree.
+    any_order: bool,
+    /// Whether the GPU has sums that have not been settled.
+    has_sums: bool,
+}
+
+impl Nccl {
+    /// Ranks that have met; they add up over the host as long as they have not [joined their GPUs](Nccl::join_gpus).
+    pub fn over(host: Host, patience: Duration) -> Nccl {
+        Nccl { communicator: None, host, notice: None, patience, any_order: false, has_sums: false }
+    }
+
+    /// Lets the GPUs add up, if all ranks have one and a library for it, or leaves a [notice](Nccl::notice). All ranks call it.
+    ///
+    /// # Errors
+    /// A rank that does not take part, or GPUs that do not find each other.
+    pub fn join_gpus(&mut self, device: &Device) -> Result<(), CollectiveError> {
+        let Device::Cuda(cuda) = device else { return Ok(()) };
+        let id = match agreement::agree(&mut self.host)? {
+            Agreed::Join(id) => id,
+            Agreed::Apart(reason) => {
+                self.notice =
+                    Some(format!("gradients are summed through the memory of the host, which is slow: {reason}"));
+                return Ok(());
+            }
+        };
+        let (rank, size) = (self.host.rank(), self.host.world_size());
+        let joined = Communicator::join(cuda.gpu(), id, rank, size);
+        self.communicator = Some(self.unless_lost(joined)?);
+        self.until("the GPUs' meeting", Communicator::is_ready)
+    }
+
+    /// Why the GPUs do not add up, for the log.
+    pub fn notice(&self) -> Option<&str> {
+        self.notice.as_deref()
+    }
+
+    /// The ranks on the host.
+    pub fn host(&mut self) -> &mut Host {
+        &mut self.host
+    }
+
+    fn gpus(&mut self) -> Result<&mut Communicator, CollectiveError> {
+        self.communicator.as_mut().ok_or(CollectiveError::Ended)
+    }
+
+    /// Whether a sum goes through the host.
+    fn is_by_host(&self) -> bool {
+        self.communicator.is_none() || !self.any_order
+    }
+
+    /// Looks until something `is_over`, a rank is gone, or the deadline has passed. After an error there are no more sums.
+    fn until(
+        &mut self,
+        operation: &str,
+        is_over: impl FnMut(&mut Communicator) -> Result<bool, CudaError>,
+    ) -> Result<(), CollectiveError> {
+        let result = self.look_until(operation, is_over);
+        if result.is_err() {
+            self.end();
+        }
+        result
+    }
+
+    fn look_until(
+        &mut self,
+        operation: &str,
+        mut is_over: impl FnMut(&mut Communicator) -> Result<bool, CudaError>,
+    ) -> Result<(), CollectiveError> {
+        let start = Instant::now();
+        let mut looked = start;
+        loop {
+            match is_over(self.gpus()?) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(error) => return Err(self.reason_of(error)),
+            }
+            if looked.elapsed() >= LOOK {
+                self.host.look()?;
+                looked = Instant::now();
+            }
+            if start.elapsed() >= self.patience {
+                return Err(self.who_is_late(operation));
+            }
+            pause(start);
+        }
+    }
+
+    fn unless_lost<T>(&mut self, result: Result<T, CudaError>) -> Result<T, CollectiveError> {
+        result.map_err(|error| {
+            let reason = self.reason_of(error);
+            self.end();
+            reason
+        })
+    }
+
+    /// What NCCL or the GPU says is wrong, unless a rank is gone: then that is why.
+    fn reason_of(&mut self, error: CudaError) -> CollectiveError {
+        let start = Instant::now();
+        while start.elapsed() < NEWS {
+            if let Err(lost) = self.host.look() {
+                return lost;
+            }
+            std::thread::sleep(LOOK / 2);
+        }
+        device_error(error)
+    }
+
+    /// Who does not answer a call either: ranks that wait for the same come to it within the same deadline.
+    fn who_is_late(&mut self, operation: &str) -> CollectiveError {
+        match self.host.barrier() {
+            Err(CollectiveError::TimedOut { ranks, after, .. }) => {
+                CollectiveError::TimedOut { ranks, operation: operation.into(), after }
+            }
+            Err(error) => error,
+            Ok(()) => device_error(nccl::stuck(operation, self.patience)),
+        }
+    }
+
+    /// Ends what the GPUs have under way.
+    fn end(&mut self) {
+        if let Some(communicator) = &mut self.communicator {
+            communicator.abort();
+        }
+        self.communicator = None;
+    }
+
+    fn settle_sums(&mut self) -> Result<(), CollectiveError> {
+        let mark = self.gpus()?.mark().map_err(device_error)?;
+        self.host.call_all()?;
+        let start = Instant::now();
+        // The host's deadline ends this.
+        while !self.host.all_are_here()? {
+            pause(start);
+        }
+        self.look_until("sums between GPUs", |gpus| gpus.is_over(&mark))
+    }
+}
+
+/// Between two looks at something that began at `start`.
+fn pause(start: Instant) {
+    if start.elapsed() < BUSY {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn device_error(error: CudaError) -> CollectiveError {
+    CollectiveError::Device(DeviceError::Cuda(error))
+}
+
+impl Collective for Nccl {
+    fn rank(&self) -> usize {
+        self.host.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.host.world_size()
+    }
+
+    fn all_reduce_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        let cuda = match device {
+            Device::Cuda(cuda) if !self.is_by_host() => cuda,
+            device => return self.host.all_reduce_start(device, buffer, range),
+        };
+        let floats = cuda.floats(buffer, &range);
+        let begun = self.gpus()?.begin_sum(floats);
+        self.unless_lost(begun)?;
+        self.has_sums = true;
+        self.until("all-reduce", Communicator::is_ready)?;
+        self.gpus()?.sum_is_begun().map_err(device_error)
+    }
+
+    fn all_reduce_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        match device {
+            Device::Cuda(_) if !self.is_by_host() => self.gpus()?.wait_for_sum().map_err(device_error),
+            device => self.host.all_reduce_wait(device, buffer, range),
+        }
+    }
+
+    fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        self.host.all_gather(mine)
+    }
+
+    fn settle(&mut self) -> Result<(), CollectiveError> {
+        if !std::mem::take(&mut self.has_sums) {
+            return Ok(());
+        }
+        let result = self.settle_sums();
+        if result.is_err() {
+            self.end();
+        }
+        result
+    }
+
+    fn allow_any_order(&mut self) {
+        self.any_order = true;
+    }
+
+    fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+        self.host.set_patience(patience);
+    }
+}

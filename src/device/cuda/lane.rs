@@ -1,0 +1,106 @@
+//! A second queue of a GPU beside the one that computes, and marks at which one waits for the other.
+
+use super::{CudaError, Gpu};
+use cudarc::driver::result::DriverError;
+use cudarc::driver::{CudaEvent, CudaStream};
+use std::fmt;
+use std::sync::Arc;
+
+fn cannot(action: &'static str) -> impl FnOnce(DriverError) -> CudaError {
+    move |source| CudaError::Driver { action: action.into(), source }
+}
+
+/// A place in a queue: all that was begun there before it.
+pub struct Mark(CudaEvent);
+
+/// A queue beside that of a [`Gpu`]: neither waits for the other unless it is told to.
+pub struct Lane {
+    compute: Arc<CudaStream>,
+    stream: Arc<CudaStream>,
+    /// Marks that nobody looks at any more.
+    spare: Vec<Mark>,
+}
+
+impl fmt::Debug for Lane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Lane")
+    }
+}
+
+impl Lane {
+    /// An empty queue.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn beside(gpu: &Gpu) -> Result<Lane, CudaError> {
+        let compute = Arc::clone(gpu.stream());
+        let stream = compute.context().new_stream().map_err(cannot("make a stream"))?;
+        Ok(Lane { compute, stream, spare: Vec::new() })
+    }
+
+    /// The queue, for libraries.
+    pub(super) fn stream(&self) -> &CudaStream {
+        &self.stream
+    }
+
+    /// Lets this thread use the GPU.
+    pub(super) fn bind(&self) -> Result<(), CudaError> {
+        self.stream.context().bind_to_thread().map_err(cannot("use the GPU on this thread"))
+    }
+
+    /// What is begun here from now on waits for all that was begun where the GPU computes.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn follow(&mut self) -> Result<(), CudaError> {
+        let mark = self.compute_mark()?;
+        self.stream.wait(&mark.0).map_err(cannot("wait for an event"))?;
+        // The wait is for what was recorded when it was asked for.
+        self.spare.push(mark);
+        Ok(())
+    }
+
+    /// What the GPU computes from now on waits for what was begun here before `mark`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn lead(&mut self, mark: Mark) -> Result<(), CudaError> {
+        self.compute.wait(&mark.0).map_err(cannot("wait for an event"))?;
+        self.spare.push(mark);
+        Ok(())
+    }
+
+    /// Marks what was begun here so far.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn mark(&mut self) -> Result<Mark, CudaError> {
+        let mark = self.unused()?;
+        mark.0.record(&self.stream).map_err(cannot("record an event"))?;
+        Ok(mark)
+    }
+
+    /// Marks what was begun where the GPU computes.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn compute_mark(&mut self) -> Result<Mark, CudaError> {
+        let mark = self.unused()?;
+        mark.0.record(&self.compute).map_err(cannot("record an event"))?;
+        Ok(mark)
+    }
+
+    fn unused(&mut self) -> Result<Mark, CudaError> {
+        let made = || self.stream.context().new_event(None).map(Mark).map_err(cannot("make an event"));
+        self.spare.pop().map_or_else(made, Ok)
+    }
+
+    /// Whether all before a mark has ended. Nobody waits.
+    ///
+    /// # Errors
+    /// What a kernel did wrong.
+    pub fn is_over(&self, mark: &Mark) -> Result<bool, CudaError> {
+        self.bind()?;
+        mark.0.try_is_complete().map_err(cannot("finish what was begun"))
+    }
+}
