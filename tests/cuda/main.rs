@@ -2,11 +2,14 @@
 
 #[path = "../cuda-sim/build.rs"]
 mod build;
+#[path = "../common/mod.rs"]
+mod common;
 mod convolution;
 mod cudnn;
 mod cudnn_faults;
 mod machine;
 mod nccl;
+mod nccl_train;
 mod steps;
 #[path = "../kernels/values.rs"]
 #[allow(dead_code, reason = "tests of kernels need more of it")]
