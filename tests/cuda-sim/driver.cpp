@@ -44,6 +44,12 @@ struct Card {
 };
 const Card card;
 
+/// How many there are: one, or what the environment says.
+int gpus() {
+    const char *said = getenv("CUDA_SIM_GPUS");
+    return said ? atoi(said) : 1;
+}
+
 bool is_initialised = false;
 int context_of_device;
 thread_local void *current_context = nullptr;
@@ -99,14 +105,14 @@ int cuDriverGetVersion(int *version) {
     return SUCCESS;
 }
 int cuDeviceGetCount(int *count) {
-    *count = 1;
+    *count = gpus();
     return is_initialised ? SUCCESS : NOT_INITIALIZED;
 }
 int cuDeviceGet(int *device, int ordinal) {
     if (!is_initialised)
         return NOT_INITIALIZED;
     *device = ordinal;
-    return ordinal == 0 ? SUCCESS : INVALID_DEVICE;
+    return ordinal >= 0 && ordinal < gpus() ? SUCCESS : INVALID_DEVICE;
 }
 int cuDeviceGetName(char *name, int length, int) {
     snprintf(name, length, "a machine made of software");

@@ -2,12 +2,15 @@
 
 #[path = "../cuda-sim/build.rs"]
 mod build;
+#[path = "../common/mod.rs"]
+mod common;
 mod convolution;
 mod cudnn;
 mod cudnn_faults;
 mod graph;
 mod machine;
 mod nccl;
+mod nccl_train;
 mod program;
 mod steps;
 #[path = "../kernels/values.rs"]
