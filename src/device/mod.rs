@@ -121,6 +121,17 @@ impl Device {
         Ok(())
     }
 
+    /// Returns when all that was begun has ended.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(cuda) => Ok(cuda.synchronize()?),
+        }
+    }
+
     /// Copies elements from `offset` on out of `buffer`.
     ///
     /// # Errors

@@ -218,7 +218,7 @@ impl Loaded {
         if let (Replay::Captured(graph), Device::Cuda(cuda)) = (&self.replay, &*device) {
             return Ok(cuda.replay(graph).map_err(DeviceError::from)?);
         }
-        self.run_observed(device, collective, &mut |_| ())?;
+        self.run_each(device, collective, &mut |_, _| Ok(()))?;
         self.replay = Replay::Warm;
         Ok(())
     }
@@ -234,12 +234,11 @@ impl Loaded {
     fn capture(&self, device: &mut Device, collective: &mut dyn Collective) -> Result<cuda::Graph, RunError> {
         let Device::Cuda(cuda) = &*device else { unreachable!("graphs are made on GPUs") };
         let capture = cuda.capture().map_err(DeviceError::from)?;
-        self.run_observed(device, collective, &mut |_| ())?;
+        self.run_each(device, collective, &mut |_, _| Ok(()))?;
         Ok(capture.end().map_err(DeviceError::from)?)
     }
 
-    /// Runs all instructions in order, one by one on a GPU too, and calls `done` with the number of each that has been completed, or, there,
-    /// begun.
+    /// Runs all instructions in order and calls `done` with the number of each that has been completed: a GPU is waited for after each.
     ///
     /// # Errors
     /// What the collective or the device reports: the instructions after it have not run.
@@ -248,6 +247,20 @@ impl Loaded {
         device: &mut Device,
         collective: &mut dyn Collective,
         done: &mut dyn FnMut(usize),
+    ) -> Result<(), RunError> {
+        self.run_each(device, collective, &mut |device, number| {
+            device.synchronize()?;
+            done(number);
+            Ok(())
+        })
+    }
+
+    /// Runs, or on a GPU begins, all instructions in order, and calls `then` after each.
+    fn run_each(
+        &self,
+        device: &mut Device,
+        collective: &mut dyn Collective,
+        then: &mut dyn FnMut(&Device, usize) -> Result<(), RunError>,
     ) -> Result<(), RunError> {
         let Loaded { program, binding, commands, .. } = self;
         let gradients = || match binding.get(Region::Gradients) {
@@ -270,7 +283,7 @@ impl Loaded {
                     collective.all_reduce_wait(device, gradients(), range.clone())?;
                 }
             }
-            done(number);
+            then(device, number)?;
         }
         Ok(())
     }

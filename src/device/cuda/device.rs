@@ -272,6 +272,14 @@ impl Cuda {
         Ok(Kind::Convolution(prepared, Some(kernel)))
     }
 
+    /// Returns when all that was begun has ended.
+    ///
+    /// # Errors
+    /// What a kernel or a library did wrong.
+    pub fn synchronize(&self) -> Result<(), CudaError> {
+        self.gpu.synchronize()
+    }
+
     /// Begins what was prepared on this device.
     ///
     /// # Errors
