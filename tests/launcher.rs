@@ -165,7 +165,7 @@ fn what_makes_no_sense_is_refused() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let place = taken.local_addr().unwrap().to_string();
     for (options, code, words) in [
-        (&["--gpus", "2"][..], 7, &["no GPU device in this build", "--ranks"][..]),
+        (&["--gpus", "2"][..], 7, &["there is no CUDA driver here"][..]),
         (&["--ranks", "2", "--gpus", "2"], 2, &["exclude each other"]),
         (&["--max-restarts", "2"], 2, &["--max-restarts needs --ranks"]),
         (&["--ranks", "2", "--nnodes", "2"], 2, &["--node-rank"]),

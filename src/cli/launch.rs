@@ -3,6 +3,7 @@
 use super::exit::{self, Code, Failure, OrFail};
 use super::{Command, Common};
 use crate::cluster::launcher::{self, Codes, Inbox, Job, LaunchError, Timing, Voice, launch};
+use crate::device::cuda::Gpu;
 use crate::rendezvous::{
     Detected, Environment, Launcher, MAX_RANKS, Node, OWN_RUN_ID, World, address_of_interface, detect,
 };
@@ -28,10 +29,10 @@ const SILENCE: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Several ranks")]
 pub(super) struct LaunchArguments {
-    /// Start N CPU ranks on this machine that work together; `plan` starts none and shows what they would need
+    /// Start N ranks on this machine that work together, on what --device says; `plan` starts none and shows what they would need
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_RANKS as i64))]
     ranks: Option<u16>,
-    /// Start N ranks, one per GPU of this machine (not in this build)
+    /// Start N ranks, one per GPU of this machine, as --ranks N --device cuda does
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_RANKS as i64))]
     gpus: Option<u16>,
     /// Number of machines, each with its own launcher [default: 1]
@@ -65,6 +66,11 @@ pub(super) struct LaunchArguments {
 }
 
 impl LaunchArguments {
+    /// Whether each rank must have a GPU.
+    pub fn wants_gpus(&self) -> bool {
+        self.gpus.is_some()
+    }
+
     /// How many ranks a command that starts none is to reckon with.
     pub(super) fn planned_ranks(&self) -> Option<usize> {
         self.ranks.map(usize::from)
@@ -156,9 +162,13 @@ pub(super) fn launch_if_asked(command: &Command, common: &Common) -> Result<Opti
     let Role::Launcher { ranks, node, nodes, meet } = role(flags, &detected).or_fail(Code::Usage)? else {
         return Ok(None);
     };
-    if flags.gpus.is_some() {
-        let refused = "there is no GPU device in this build: use --ranks N for CPU ranks";
-        return Err(Failure::new(Code::Device, refused));
+    if flags.wants_gpus() {
+        // Once for all ranks.
+        let found = Gpu::count().or_fail(Code::Device)?;
+        if found < ranks {
+            let refused = format!("--gpus {ranks}: this machine has {found}; CUDA_VISIBLE_DEVICES may hide some");
+            return Err(Failure::new(Code::Device, refused));
+        }
     }
     let program = std::env::current_exe().map_err(|error| {
         Failure::new(Code::Failed, format!("cannot find this program to start it as ranks: {error}"))
@@ -261,9 +271,7 @@ impl LaunchArguments {
 /// What this process is, by its options and its environment.
 fn role(flags: &LaunchArguments, detected: &Detected) -> Result<Role, String> {
     if flags.ranks.is_some() && flags.gpus.is_some() {
-        return Err(
-            "--ranks and --gpus exclude each other: --ranks is for CPU ranks, --gpus for one rank per GPU".into()
-        );
+        return Err("--ranks and --gpus exclude each other: --gpus N is --ranks N --device cuda".into());
     }
     let number = flags.ranks.or(flags.gpus).map(usize::from);
     let nodes = flags.nnodes.map_or(1, usize::from);

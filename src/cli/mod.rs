@@ -113,12 +113,13 @@ impl Common {
     /// What a rank computes on: the GPU of its number on this machine, or such a part of the cores.
     fn device(&self, local_rank: usize, part: f64) -> Result<Device, Failure> {
         let cpu = || Device::Cpu(Cpu::new(self.threads(part)));
-        if self.device == DeviceChoice::Cpu {
+        let choice = if self.launch.wants_gpus() { DeviceChoice::Cuda } else { self.device };
+        if choice == DeviceChoice::Cpu {
             return Ok(cpu());
         }
         match Cuda::open(local_rank) {
             Ok(cuda) => Ok(Device::Cuda(Box::new(cuda))),
-            Err(error) if self.device == DeviceChoice::Cuda => Err(Failure::new(Code::Device, error)),
+            Err(error) if choice == DeviceChoice::Cuda => Err(Failure::new(Code::Device, error)),
             Err(error) => {
                 if !error.is_absence() {
                     self.console().alarm(format!("computing on CPU cores: {error} (--device cpu does not ask)"));

@@ -42,6 +42,19 @@ pub struct Gpu {
 unsafe impl Send for Gpu {}
 
 impl Gpu {
+    /// Number of GPUs of this machine.
+    ///
+    /// # Errors
+    /// No driver.
+    pub fn count() -> Result<usize, CudaError> {
+        // SAFETY: it loads a library that has no requirements at loading.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CudaError::NoDriver);
+        }
+        let count = CudaContext::device_count().map_err(cannot("count the GPUs"))?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
     /// The GPU of that number.
     ///
     /// # Errors
