@@ -127,8 +127,17 @@ pub trait Collective: fmt::Debug {
     /// A rank that does not take part, or more bytes than that.
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError>;
 
-    /// Returns when the sums that were waited for are there, or their deadline has passed: to be called before anything is read that was
-    /// computed from them, for a device with queues would not return from that before a rank comes that never does.
+    /// Notes that the sums that were waited for since the last time belong to one step, which [`Collective::settle`] will be called for.
+    ///
+    /// # Errors
+    /// The device's.
+    fn note_sums(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    /// Returns when the sums of the first step that was noted and not settled are there, or their deadline has passed: to be called before
+    /// anything is read that was computed from them, for a device with queues would not return from that before a rank comes that never
+    /// does.
     ///
     /// # Errors
     /// A rank that does not take part.

@@ -62,6 +62,10 @@ impl Collective for Timed<'_> {
         self.time(|inner| inner.all_gather(mine))
     }
 
+    fn note_sums(&mut self) -> Result<(), CollectiveError> {
+        self.inner.note_sums()
+    }
+
     fn settle(&mut self) -> Result<(), CollectiveError> {
         // Not only the others are waited for, but this rank's own GPU too.
         self.inner.settle()

@@ -170,6 +170,10 @@ impl Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BufferId(pub(in crate::device) usize);
 
+/// Words of host memory through which inputs and results of programs pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StagingId(pub(in crate::device) usize);
+
 /// Which buffer stands behind each region of a program during a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Binding([Option<BufferId>; Region::COUNT]);

@@ -7,9 +7,10 @@ pub mod cpu;
 pub mod cuda;
 mod memory;
 
-pub use memory::{ALIGNMENT, Binding, BufferId, DType, DeviceError, Element, Precision, Region, Slot};
+pub use memory::{ALIGNMENT, Binding, BufferId, DType, DeviceError, Element, Precision, Region, Slot, StagingId};
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// Kinds of devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,6 +39,15 @@ pub struct Target {
     pub kind: DeviceKind,
     /// What it computes in.
     pub precision: Precision,
+}
+
+/// A moment between two instructions of a program.
+#[derive(Debug)]
+pub enum Tick {
+    /// By the host's clock.
+    Cpu(Instant),
+    /// By a GPU's, once it comes there.
+    Cuda(cuda::Tick),
 }
 
 /// A place where programs run.
@@ -132,6 +142,32 @@ impl Device {
         }
     }
 
+    /// The moment when all that was begun has ended.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    pub fn tick(&self) -> Result<Tick, DeviceError> {
+        match self {
+            Device::Cpu(_) => Ok(Tick::Cpu(Instant::now())),
+            Device::Cuda(cuda) => Ok(Tick::Cuda(cuda.gpu().tick()?)),
+        }
+    }
+
+    /// Time from one moment of this device to a later one, which is waited for.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    ///
+    /// # Panics
+    /// If they are not of one kind of device.
+    pub fn time_between(&self, from: &Tick, to: &Tick) -> Result<Duration, DeviceError> {
+        match (from, to) {
+            (Tick::Cpu(from), Tick::Cpu(to)) => Ok(to.duration_since(*from)),
+            (Tick::Cuda(from), Tick::Cuda(to)) => Ok(from.until(to)?),
+            _ => panic!("moments of different devices"),
+        }
+    }
+
     /// Copies elements from `offset` on out of `buffer`.
     ///
     /// # Errors
@@ -143,6 +179,80 @@ impl Device {
         match self {
             Device::Cpu(cpu) => cpu.download(buffer, offset, out),
             Device::Cuda(cuda) => cuda.download(buffer, offset, out)?,
+        }
+        Ok(())
+    }
+
+    /// How many steps of a loop may be under way when the results of one are wanted. A GPU then has something to do while the host looks at
+    /// them; CPU cores do what they are told at once.
+    pub fn steps_ahead(&self) -> usize {
+        match self {
+            Device::Cpu(_) => 0,
+            Device::Cuda(_) => 1,
+        }
+    }
+
+    /// Makes `words` words of host memory, zeroed, through which inputs and results of programs pass: copies from and to it are begun in the
+    /// order of the programs, and nobody waits for them.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn stage(&mut self, words: usize) -> Result<StagingId, DeviceError> {
+        match self {
+            Device::Cpu(cpu) => Ok(cpu.stage(words)?),
+            Device::Cuda(cuda) => Ok(cuda.stage(words)?),
+        }
+    }
+
+    /// Their content, when the copies that were begun have ended.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    pub fn staged(&mut self, id: StagingId) -> Result<&mut [u32], DeviceError> {
+        match self {
+            Device::Cpu(cpu) => Ok(cpu.staged(id)),
+            Device::Cuda(cuda) => Ok(cuda.staged(id)?),
+        }
+    }
+
+    /// Begins to copy words from `first` on to a slot of a buffer.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    ///
+    /// # Panics
+    /// If words or slot end before.
+    pub fn begin_upload(
+        &mut self,
+        id: StagingId,
+        first: usize,
+        buffer: BufferId,
+        slot: Slot,
+    ) -> Result<(), DeviceError> {
+        match self {
+            Device::Cpu(cpu) => cpu.copy_from_staging(id, first, buffer, slot),
+            Device::Cuda(cuda) => cuda.begin_upload(id, first, buffer, slot)?,
+        }
+        Ok(())
+    }
+
+    /// Begins to copy a slot of a buffer to words from `first` on.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    ///
+    /// # Panics
+    /// If words or slot end before.
+    pub fn begin_download(
+        &mut self,
+        buffer: BufferId,
+        slot: Slot,
+        id: StagingId,
+        first: usize,
+    ) -> Result<(), DeviceError> {
+        match self {
+            Device::Cpu(cpu) => cpu.copy_to_staging(buffer, slot, id, first),
+            Device::Cuda(cuda) => cuda.begin_download(buffer, slot, id, first)?,
         }
         Ok(())
     }

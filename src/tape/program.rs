@@ -3,6 +3,7 @@ use crate::collective::{Collective, CollectiveError};
 use crate::device::{Binding, Device, DeviceError, Precision, Region, Slot, Target, cuda};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 use thiserror::Error;
 
 /// The queue an instruction belongs to. On the CPU they are one.
@@ -203,7 +204,7 @@ impl Loaded {
     /// the host, and from then on has them as one graph.
     ///
     /// # Errors
-    /// As [`Loaded::run_observed`]. Where a capture fails, the program runs as it did before, and [`Device::take_notice`] says so.
+    /// As [`Loaded::run_timed`]. Where a capture fails, the program runs as it did before, and [`Device::take_notice`] says so.
     pub fn run(&mut self, device: &mut Device, collective: &mut dyn Collective) -> Result<(), RunError> {
         if let (Replay::Warm, true) = (&self.replay, self.is_for_capture(device, collective)) {
             match self.capture(device, collective) {
@@ -218,7 +219,7 @@ impl Loaded {
         if let (Replay::Captured(graph), Device::Cuda(cuda)) = (&self.replay, &*device) {
             return Ok(cuda.replay(graph).map_err(DeviceError::from)?);
         }
-        self.run_each(device, collective, &mut |_, _| Ok(()))?;
+        self.run_observed(device, collective, &mut |_, _| Ok(()))?;
         self.replay = Replay::Warm;
         Ok(())
     }
@@ -234,29 +235,37 @@ impl Loaded {
     fn capture(&self, device: &mut Device, collective: &mut dyn Collective) -> Result<cuda::Graph, RunError> {
         let Device::Cuda(cuda) = &*device else { unreachable!("graphs are made on GPUs") };
         let capture = cuda.capture().map_err(DeviceError::from)?;
-        self.run_each(device, collective, &mut |_, _| Ok(()))?;
+        self.run_observed(device, collective, &mut |_, _| Ok(()))?;
         Ok(capture.end().map_err(DeviceError::from)?)
     }
 
-    /// Runs all instructions in order and calls `done` with the number of each that has been completed: a GPU is waited for after each.
+    /// Runs all instructions in order, and tells the time of each by the device's clock: on a GPU from the end of the one before it, which
+    /// for work of few microseconds is the time that the host takes to begin it.
     ///
     /// # Errors
     /// What the collective or the device reports: the instructions after it have not run.
-    pub fn run_observed(
+    pub fn run_timed(
         &self,
         device: &mut Device,
         collective: &mut dyn Collective,
-        done: &mut dyn FnMut(usize),
+        took: &mut dyn FnMut(usize, Duration),
     ) -> Result<(), RunError> {
-        self.run_each(device, collective, &mut |device, number| {
-            device.synchronize()?;
-            done(number);
+        let mut ticks = vec![device.tick()?];
+        self.run_observed(device, collective, &mut |device, _| {
+            ticks.push(device.tick()?);
             Ok(())
-        })
+        })?;
+        for (number, pair) in ticks.windows(2).enumerate() {
+            took(number, device.time_between(&pair[0], &pair[1])?);
+        }
+        Ok(())
     }
 
     /// Runs, or on a GPU begins, all instructions in order, and calls `then` after each.
-    fn run_each(
+    ///
+    /// # Errors
+    /// Those of `then`, and what the collective or the device reports: the instructions after it have not run.
+    pub fn run_observed(
         &self,
         device: &mut Device,
         collective: &mut dyn Collective,

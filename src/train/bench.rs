@@ -18,7 +18,7 @@ pub struct BenchOptions<'a> {
     pub warmup: u64,
     /// Steps that are measured.
     pub steps: u64,
-    /// Whether every op is measured too; reading the clock costs well under a microsecond per instruction.
+    /// Whether every op is measured too, by the device's clock; looking at it costs a microsecond per instruction at most.
     pub per_op: bool,
     /// Ends the measurement after the step in progress.
     pub stop: &'a AtomicBool,
@@ -91,32 +91,40 @@ pub fn time_steps(
         not_finite: 0,
     };
     let mut sums = vec![Duration::ZERO; timings.ops.len()];
-    for step in 0..options.warmup + options.steps {
+    // Ops are measured in steps that wait for each other, and all others as training runs them.
+    let ahead = if options.per_op { 0 } else { device.steps_ahead() };
+    let (mut begun, mut finished) = (0, 0);
+    let mut since = Instant::now();
+    loop {
         // All ranks stop at the same step, whichever of them was told to.
         let stops = collective.all_gather(vec![u8::from(options.stop.load(Ordering::Relaxed))]);
-        if stops.map_err(RunError::from)?.iter().any(|stop| *stop == [1]) {
-            break;
+        let is_stopped = stops.map_err(RunError::from)?.iter().any(|stop| *stop == [1]);
+        let goes_on = begun < options.warmup + options.steps && !is_stopped;
+        if goes_on && options.per_op {
+            sums.fill(Duration::ZERO);
+            trainer.begin_timed(device, collective, config, begun, &pixels, &mut |program, number, took| {
+                sums[group_of[program][number]] += took;
+            })?;
+        } else if goes_on {
+            trainer.begin(device, collective, config, begun, &pixels)?;
         }
-        sums.fill(Duration::ZERO);
-        let start = Instant::now();
-        let losses = if options.per_op {
-            let mut last = start;
-            trainer.step_observed(device, collective, config, step, &pixels, &mut |program, number| {
-                let now = Instant::now();
-                sums[group_of[program][number]] += now - last;
-                last = now;
-            })?
-        } else {
-            trainer.step(device, collective, config, step, &pixels)?
-        };
+        begun += u64::from(goes_on);
+        match trainer.under_way() {
+            0 => break,
+            under_way if goes_on && under_way <= ahead => continue,
+            _ => {}
+        }
+        let losses = trainer.finish(device, collective)?;
         let finite = losses.norm[1] == 1.0 && losses.losses.iter().all(|loss| loss.is_finite());
-        let whole = start.elapsed();
+        let whole = since.elapsed();
+        since = Instant::now();
         timings.not_finite += u64::from(!finite);
-        if step >= options.warmup {
+        if finished >= options.warmup {
             timings.steps.push(whole);
             timings.ops.iter_mut().zip(&sums).for_each(|((_, durations), &sum)| durations.push(sum));
         }
-        done(step + 1);
+        finished += 1;
+        done(finished);
     }
     Ok(timings)
 }

@@ -13,6 +13,7 @@ mod run;
 mod shards;
 mod state;
 mod step;
+mod transfer;
 
 #[cfg(test)]
 mod shards_tests;

@@ -11,9 +11,10 @@
 //! A batch is divided into shards ([`Share`]). For each shard but the last one of a rank, lines 3 to 5 end with the gradient, which is added
 //! to those of the shards before it ([`accumulate`]).
 
+use super::transfer::Transfer;
 use super::{Config, Optimizer, Share};
 use crate::collective::Collective;
-use crate::device::{Binding, BufferId, Device, DeviceError, Element, Region, Slot, Target};
+use crate::device::{Binding, BufferId, Device, DeviceError, Region, Target};
 use crate::diffusion::Schedule;
 use crate::ops::accumulate::{Accumulate, accumulate};
 use crate::ops::adam_ema::{Hyper, adam_ema, bias_correction};
@@ -24,6 +25,7 @@ use crate::ops::q_sample::{TrainingBatch, q_sample};
 use crate::tape::{Buckets, Loaded, Op, Phase, Program, Reduction, RunError, Spec, Tape, plan};
 use crate::unet::{Randomness, initial_parameters, unet};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Traces one training step of a rank with the given share of images of `[height, width]`: one program for each number of ones in which the
 /// number of a shard can end (in binary), of which the last one, that of the last shard, also sums over ranks and updates the weights.
@@ -151,19 +153,7 @@ pub struct Trainer {
     share: Share,
     binding: Binding,
     buffers: [BufferId; 4],
-    io: BufferId,
-    slots: Slots,
-    losses: Vec<f32>,
-    drawn: Vec<u32>,
-}
-
-struct Slots {
-    pixels: Slot,
-    clock: Slot,
-    hyper: Slot,
-    loss: Slot,
-    t: Slot,
-    norm: Slot,
+    transfer: Transfer,
 }
 
 /// The flat buffers that make up the state of a run.
@@ -199,22 +189,17 @@ impl Trainer {
         // After the device's share, which is the larger one: what does not fit is then refused before anything is drawn.
         let initial = initial_parameters(&tape, &whole.layout, config.train.seed)
             .map_err(|_| DeviceError::OutOfMemory { device: "this machine".into(), bytes: flat_bytes })?;
-        let slot = |name| whole.io(name);
-        let slots = Slots {
-            pixels: slot("pixels"),
-            clock: slot("clock"),
-            hyper: slot("hyper"),
-            loss: slot("loss"),
-            t: slot("t"),
-            norm: slot("norm"),
-        };
-        let tables = [slot("forward_table"), slot("target_table")];
+        let tables = [
+            (whole.io("forward_table"), schedule.q_sample_table()),
+            (whole.io("target_table"), schedule.target_table()),
+        ];
+        for (slot, table) in tables {
+            device.upload(io, slot.offset / size_of::<f32>(), table.as_flattened())?;
+        }
+        let transfer = Transfer::new(device, whole, io, share)?;
         let load = |program: Program| Arc::new(program).load(device, binding);
         let programs = programs.into_iter().map(load).collect::<Result<_, _>>()?;
-        let (losses, drawn) = (vec![0.0; share.images()], vec![0; share.images()]);
-        let trainer = Trainer { losses, drawn, programs, copy, share, binding, buffers, io, slots };
-        trainer.upload(device, tables[0], schedule.q_sample_table().as_flattened())?;
-        trainer.upload(device, tables[1], schedule.target_table().as_flattened())?;
+        let trainer = Trainer { programs, copy, share, binding, buffers, transfer };
         trainer.set_parameters(device, &initial)?;
         Ok(trainer)
     }
@@ -266,10 +251,46 @@ impl Trainer {
         self.copy.as_ref().map_or(Ok(()), |copy| copy.refresh(device, &self.binding))
     }
 
-    /// Runs step `step` (from 0) on this rank's `pixels` `[N, H, W, C]`.
+    /// Begins step `step` (from 0) on this rank's `pixels` `[N, H, W, C]`, which may be others as soon as this returns.
     ///
     /// # Errors
-    /// A rank that does not answer.
+    /// A rank that does not answer; what the device did wrong, also in earlier steps.
+    ///
+    /// # Panics
+    /// If two steps are under way already.
+    pub fn begin(
+        &mut self,
+        device: &mut Device,
+        collective: &mut dyn Collective,
+        config: &Config,
+        step: u64,
+        pixels: &[u8],
+    ) -> Result<(), RunError> {
+        self.begin_with(device, config, step, pixels, &mut |_, program, device| program.run(device, collective))?;
+        Ok(collective.note_sums()?)
+    }
+
+    /// Steps that have been begun and not finished.
+    pub fn under_way(&self) -> usize {
+        self.transfer.under_way()
+    }
+
+    /// Waits for the first of the steps that are under way, and gives what it gave.
+    ///
+    /// # Errors
+    /// As [`Trainer::begin`].
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn finish(&mut self, device: &mut Device, collective: &mut dyn Collective) -> Result<Losses<'_>, RunError> {
+        collective.settle()?;
+        Ok(self.transfer.finish(device)?)
+    }
+
+    /// [`Trainer::begin`] and [`Trainer::finish`], where no other step is under way.
+    ///
+    /// # Errors
+    /// As they have.
     pub fn step(
         &mut self,
         device: &mut Device,
@@ -278,69 +299,53 @@ impl Trainer {
         step: u64,
         pixels: &[u8],
     ) -> Result<Losses<'_>, RunError> {
-        self.step_with(device, config, step, pixels, &mut |_, program, device| {
-            program.run(device, collective)?;
-            Ok(collective.settle()?)
-        })
+        self.begin(device, collective, config, step, pixels)?;
+        self.finish(device, collective)
     }
 
-    /// [`Trainer::step`], with `done` called after each instruction with its program and its number in that: no program is a CUDA graph.
+    /// [`Trainer::begin`], with `took` called for each instruction with its program, its number in that, and its time: no program is a CUDA
+    /// graph. It returns when the step has been computed.
     ///
     /// # Errors
-    /// As [`Trainer::step`].
-    pub fn step_observed(
+    /// As [`Trainer::begin`].
+    pub fn begin_timed(
         &mut self,
         device: &mut Device,
         collective: &mut dyn Collective,
         config: &Config,
         step: u64,
         pixels: &[u8],
-        done: &mut dyn FnMut(usize, usize),
-    ) -> Result<Losses<'_>, RunError> {
-        self.step_with(device, config, step, pixels, &mut |which, program, device| {
-            program.run_observed(device, collective, &mut |number| done(which, number))?;
-            Ok(collective.settle()?)
-        })
+        took: &mut dyn FnMut(usize, usize, Duration),
+    ) -> Result<(), RunError> {
+        self.begin_with(device, config, step, pixels, &mut |which, program, device| {
+            program.run_timed(device, collective, &mut |number, time| took(which, number, time))
+        })?;
+        Ok(collective.note_sums()?)
     }
 
-    /// The step, where `run` runs a program of a number.
-    fn step_with(
+    /// Begins the step, where `run` runs a program of a number.
+    fn begin_with(
         &mut self,
         device: &mut Device,
         config: &Config,
         step: u64,
         pixels: &[u8],
         run: &mut dyn FnMut(usize, &mut Loaded, &mut Device) -> Result<(), RunError>,
-    ) -> Result<Losses<'_>, RunError> {
-        let Share { shard, shards, .. } = self.share;
-        let first = self.share.places().start;
-        self.upload(device, self.slots.hyper, &hyper(config, step).to_array())?;
-        for (i, pixels) in pixels.chunks_exact(pixels.len() / shards).enumerate() {
-            let images = i * shard..(i + 1) * shard;
-            self.upload(device, self.slots.pixels, pixels)?;
-            self.upload(device, self.slots.clock, &[step as u32, (first + images.start) as u32, 0, 0])?;
-            let which = i.trailing_ones() as usize;
+    ) -> Result<(), RunError> {
+        self.transfer.open(device, step, &hyper(config, step), pixels)?;
+        for shard in 0..self.share.shards {
+            self.transfer.give(device, shard)?;
+            let which = shard.trailing_ones() as usize;
             run(which, &mut self.programs[which], device)?;
-            download(device, self.io, self.slots.loss, &mut self.losses[images.clone()])?;
-            download(device, self.io, self.slots.t, &mut self.drawn[images])?;
+            self.transfer.take(device, shard)?;
         }
-        let mut norm = [0.0f32; 2];
-        download(device, self.io, self.slots.norm, &mut norm)?;
-        Ok(Losses { losses: &self.losses, timesteps: &self.drawn, norm })
+        Ok(self.transfer.close(device)?)
     }
 
     /// Programs, of which a step runs program t for each shard whose number ends in t ones.
     pub fn programs(&self) -> impl ExactSizeIterator<Item = &Program> {
         self.programs.iter().map(Loaded::program)
     }
-
-    fn upload<T: Element>(&self, device: &mut Device, slot: Slot, data: &[T]) -> Result<(), DeviceError> {
-        device.upload(self.io, slot.offset / size_of::<T>(), data)
-    }
-}
-
-fn download<T: Element>(device: &Device, io: BufferId, slot: Slot, out: &mut [T]) -> Result<(), DeviceError> {
-    device.download(io, slot.offset / size_of::<T>(), out)
 }
 
 /// The scalars of step `step` (from 0).

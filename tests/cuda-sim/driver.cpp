@@ -55,6 +55,16 @@ int context_of_device;
 thread_local void *current_context = nullptr;
 /// With their sizes.
 std::map<uint64_t, size_t> allocations;
+/// Memory of the host that is page-locked, likewise.
+std::map<uint64_t, size_t> locked;
+
+bool is_in(const std::map<uint64_t, size_t> &memories, uint64_t address, size_t bytes) {
+    auto next = memories.upper_bound(address);
+    if (next == memories.begin())
+        return false;
+    const auto &[begin, size] = *std::prev(next);
+    return address + bytes <= begin + size;
+}
 std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
 
 /// A place in a stream that an event was recorded at.
@@ -202,6 +212,13 @@ int cuGraphDestroy(sim::Graph *graph) {
     delete graph;
     return SUCCESS;
 }
+/// For tests: what has been begun and has not ended.
+unsigned long long cuda_sim_left() {
+    unsigned long long left = 0;
+    for (const sim::Stream *stream : sim::streams)
+        left += stream->left.size();
+    return left;
+}
 /// For tests: launches of graphs so far.
 unsigned long long cuda_sim_graph_launches() { return sim::launches; }
 /// For the other libraries of the machine (stream.h).
@@ -245,9 +262,13 @@ int cuEventSynchronize(void *event) {
     return SUCCESS;
 }
 int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
-    for (void *event : {from, to})
+    for (void *event : {from, to}) {
         if (const int refused = sim::must_not_be_captured(static_cast<Event *>(event)->mark))
             return refused;
+        // "If either event has been recorded ... but has not yet completed ... CUDA_ERROR_NOT_READY"
+        if (!static_cast<Event *>(event)->last->is_over)
+            return NOT_READY;
+    }
     *milliseconds = std::chrono::duration<float, std::milli>(static_cast<Event *>(to)->last->time - static_cast<Event *>(from)->last->time).count();
     return SUCCESS;
 }
@@ -277,20 +298,34 @@ int cuMemFree_v2(uint64_t address) {
         return SUCCESS;
     });
 }
-/// For the other libraries of the machine: whether these bytes lie in one allocation.
-int cuda_sim_holds(uint64_t address, size_t bytes) {
-    auto next = allocations.upper_bound(address);
-    if (next == allocations.begin())
-        return 0;
-    const auto &[begin, size] = *std::prev(next);
-    return address + bytes <= begin + size;
+int cuMemHostAlloc(void **memory, size_t bytes, unsigned flags) {
+    return at_once([=]() -> int {
+        *memory = flags == 0 && bytes > 0 ? aligned_alloc(4096, (bytes + 4095) / 4096 * 4096) : nullptr;
+        if (!*memory)
+            return flags == 0 && bytes > 0 ? OUT_OF_MEMORY : INVALID_VALUE;
+        memset(*memory, 0xA5, bytes);
+        locked[reinterpret_cast<uint64_t>(*memory)] = bytes;
+        return SUCCESS;
+    });
 }
+int cuMemFreeHost(void *memory) {
+    return at_once([=] {
+        if (!locked.erase(reinterpret_cast<uint64_t>(memory)))
+            return INVALID_VALUE;
+        free(memory);
+        return SUCCESS;
+    });
+}
+/// For the other libraries of the machine: whether these bytes lie in one allocation.
+int cuda_sim_holds(uint64_t address, size_t bytes) { return is_in(allocations, address, bytes); }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
     return with_context([=] { return sim::begin(stream, [=] { memset(reinterpret_cast<void *>(to), value, bytes); }); });
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
     return with_context([=] {
-        if (stream && static_cast<sim::Stream *>(stream)->capture)
+        // What is page-locked is read when the stream comes to it: "may overlap with host code".
+        const bool is_locked = is_in(locked, reinterpret_cast<uint64_t>(from), bytes);
+        if (is_locked || (stream && static_cast<sim::Stream *>(stream)->capture))
             return sim::begin(stream, [=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
         // "For transfers from pageable host memory ... the function will return once the pageable buffer has been copied to staging memory".
         std::vector<char> staged(static_cast<const char *>(from), static_cast<const char *>(from) + bytes);
@@ -299,8 +334,18 @@ int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stre
 }
 int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
     return at_once([=] {
+        // Not in the order of any of the streams, none of which is the legacy one or waits for it.
         memcpy(to, reinterpret_cast<void *>(from), bytes);
         return SUCCESS;
+    });
+}
+int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
+    return with_context([=]() -> int {
+        const int result = sim::begin(stream, [=] { memcpy(to, reinterpret_cast<void *>(from), bytes); });
+        // "For transfers from device memory to pageable host memory, the function will return only once the copy has completed."
+        if (result || is_in(locked, reinterpret_cast<uint64_t>(to), bytes))
+            return result;
+        return cuStreamSynchronize(stream);
     });
 }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *stream) {

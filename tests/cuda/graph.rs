@@ -74,22 +74,23 @@ fn captured_steps_leave_the_bits_of_those_that_are_not() {
 }
 
 #[test]
-fn observed_steps_are_not_captured() {
-    with_kernels("graph::observed_steps_are_not_captured", &[(&[], "")], |_| {
+fn timed_steps_are_not_captured() {
+    with_kernels("graph::timed_steps_are_not_captured", &[(&[], "")], |_| {
         let (config, mut device) = (small(Precision::F32, 1), gpu());
         let (schedule, share) = (Schedule::new(&config.diffusion).unwrap(), Share::solo(&config.train).unwrap());
         let mut trainer = Trainer::new(&mut device, &config, &schedule, SIZE, share).unwrap();
         let (before, instructions) = (launches(), trainer.program().instructions.len());
         // Nor is one that has been captured before launched here.
-        for (step, is_observed, launched) in
+        for (step, is_timed, launched) in
             [(0, true, 0), (1, true, 0), (2, false, 0), (3, false, 1), (4, true, 1), (5, false, 2)]
         {
             let (mut done, pixels) = (0, pixels(&config, SIZE, step));
-            match is_observed {
+            match is_timed {
                 true => {
                     trainer
-                        .step_observed(&mut device, &mut Solo, &config, step, &pixels, &mut |_, _| done += 1)
+                        .begin_timed(&mut device, &mut Solo, &config, step, &pixels, &mut |_, _, _| done += 1)
                         .unwrap();
+                    trainer.finish(&mut device, &mut Solo).unwrap();
                     assert_eq!(done, instructions, "step {step}");
                 }
                 false => drop(trainer.step(&mut device, &mut Solo, &config, step, &pixels).unwrap()),

@@ -1,5 +1,6 @@
 //! The libraries of a GPU, on a machine made of software (tests/cuda-sim), or with `DDPM_DIST_KERNELS=gpu` on the first GPU.
 
+mod ahead;
 #[path = "../cuda-sim/build.rs"]
 mod build;
 #[path = "../common/mod.rs"]

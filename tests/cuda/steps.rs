@@ -65,12 +65,23 @@ pub struct Run {
 }
 
 pub fn train(device: &mut Device, config: &Config, size: [usize; 2], steps: u64) -> Run {
+    train_ahead(device, config, size, steps, 0)
+}
+
+/// The same where so many steps are under way when the results of one are read.
+pub fn train_ahead(device: &mut Device, config: &Config, size: [usize; 2], steps: u64, ahead: usize) -> Run {
     let schedule = Schedule::new(&config.diffusion).unwrap();
     let share = Share::solo(&config.train).unwrap();
     let mut trainer = Trainer::new(device, config, &schedule, size, share).unwrap();
     let (mut losses, mut timesteps, mut norms) = (vec![], vec![], vec![]);
-    for step in 0..steps {
-        let found = trainer.step(device, &mut Solo, config, step, &pixels(config, size, step)).unwrap();
+    for step in 0..steps + ahead as u64 {
+        if step < steps {
+            trainer.begin(device, &mut Solo, config, step, &pixels(config, size, step)).unwrap();
+        }
+        if step < ahead as u64 {
+            continue;
+        }
+        let found = trainer.finish(device, &mut Solo).unwrap();
         losses.push(found.losses.to_vec());
         timesteps.push(found.timesteps.to_vec());
         assert_eq!(found.norm[1], 1.0, "step {step} is finite");

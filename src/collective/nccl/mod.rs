@@ -9,10 +9,11 @@ mod agreement;
 
 use super::host::Host;
 use super::{Collective, CollectiveError};
-use crate::device::cuda::CudaError;
 use crate::device::cuda::nccl::{self, Communicator};
+use crate::device::cuda::{CudaError, Mark};
 use crate::device::{BufferId, Device, DeviceError};
 use agreement::Agreed;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -34,14 +35,24 @@ pub struct Nccl {
     patience: Duration,
     /// Whether sums need not have the order of the tree.
     any_order: bool,
-    /// Whether the GPU has sums that have not been settled.
+    /// Whether the GPU has sums that have not been noted.
     has_sums: bool,
+    /// For each step that was noted and not settled the end of its sums, if it has any.
+    noted: VecDeque<Option<Mark>>,
 }
 
 impl Nccl {
     /// Ranks that have met; they add up over the host as long as they have not [joined their GPUs](Nccl::join_gpus).
     pub fn over(host: Host, patience: Duration) -> Nccl {
-        Nccl { communicator: None, host, notice: None, patience, any_order: false, has_sums: false }
+        Nccl {
+            communicator: None,
+            host,
+            notice: None,
+            patience,
+            any_order: false,
+            has_sums: false,
+            noted: VecDeque::new(),
+        }
     }
 
     /// Lets the GPUs add up, if all ranks have one and a library for it, or leaves a [notice](Nccl::notice). All ranks call it.
@@ -159,15 +170,14 @@ impl Nccl {
         self.communicator = None;
     }
 
-    fn settle_sums(&mut self) -> Result<(), CollectiveError> {
-        let mark = self.gpus()?.mark().map_err(device_error)?;
+    fn settle_sums(&mut self, mark: &Mark) -> Result<(), CollectiveError> {
         self.host.call_all()?;
         let start = Instant::now();
         // The host's deadline ends this.
         while !self.host.all_are_here()? {
             pause(start);
         }
-        self.look_until("sums between GPUs", |gpus| gpus.is_over(&mark))
+        self.look_until("sums between GPUs", |gpus| gpus.is_over(mark))
     }
 }
 
@@ -227,11 +237,15 @@ impl Collective for Nccl {
         self.host.all_gather(mine)
     }
 
+    fn note_sums(&mut self) -> Result<(), CollectiveError> {
+        let end = std::mem::take(&mut self.has_sums).then(|| self.gpus()?.mark().map_err(device_error)).transpose()?;
+        self.noted.push_back(end);
+        Ok(())
+    }
+
     fn settle(&mut self) -> Result<(), CollectiveError> {
-        if !std::mem::take(&mut self.has_sums) {
-            return Ok(());
-        }
-        let result = self.settle_sums();
+        let Some(mark) = self.noted.pop_front().flatten() else { return Ok(()) };
+        let result = self.settle_sums(&mark);
         if result.is_err() {
             self.end();
         }

@@ -1,7 +1,7 @@
 //! Buffers on the host, and the view of them that one instruction gets.
 
 use super::{Cpu, Pool};
-use crate::device::{ALIGNMENT, Binding, BufferId, DeviceError, Element, Region, Slot};
+use crate::device::{ALIGNMENT, Binding, BufferId, DeviceError, Element, Region, Slot, StagingId};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::Cell;
 use std::ptr::NonNull;
@@ -56,6 +56,38 @@ impl Cpu {
     pub fn download<T: Element>(&self, id: BufferId, offset: usize, out: &mut [T]) {
         let elements = &self.elements(id)[offset..offset + out.len()];
         self.pool.for_chunks(out, COPY, |i, out, _| out.copy_from_slice(&elements[i * COPY..][..out.len()]));
+    }
+
+    /// Zeroed words through which inputs and results pass.
+    pub fn stage(&mut self, words: usize) -> Result<StagingId, DeviceError> {
+        let bytes = words.saturating_mul(size_of::<u32>());
+        let mut staging = Vec::new();
+        let room = staging.try_reserve_exact(words);
+        room.map_err(|_| DeviceError::OutOfMemory { device: "this machine".into(), bytes })?;
+        staging.resize(words, 0u32);
+        self.stagings.push(staging);
+        Ok(StagingId(self.stagings.len() - 1))
+    }
+
+    /// Their content.
+    pub fn staged(&mut self, id: StagingId) -> &mut [u32] {
+        &mut self.stagings[id.0]
+    }
+
+    /// Copies words from `first` on to a slot.
+    pub fn copy_from_staging(&mut self, id: StagingId, first: usize, buffer: BufferId, slot: Slot) {
+        let staging = std::mem::take(&mut self.stagings[id.0]);
+        let bytes = &bytemuck::cast_slice(&staging[first..])[..slot.bytes()];
+        self.elements_mut::<u8>(buffer)[slot.offset..][..slot.bytes()].copy_from_slice(bytes);
+        self.stagings[id.0] = staging;
+    }
+
+    /// Copies a slot to words from `first` on.
+    pub fn copy_to_staging(&mut self, buffer: BufferId, slot: Slot, id: StagingId, first: usize) {
+        let mut staging = std::mem::take(&mut self.stagings[id.0]);
+        let bytes = &mut bytemuck::cast_slice_mut(&mut staging[first..])[..slot.bytes()];
+        bytes.copy_from_slice(&self.elements::<u8>(buffer)[slot.offset..][..slot.bytes()]);
+        self.stagings[id.0] = staging;
     }
 
     /// The view of memory for one instruction.

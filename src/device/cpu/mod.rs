@@ -14,12 +14,13 @@ pub use pool::Pool;
 pub struct Cpu {
     pool: Pool,
     buffers: Vec<memory::Buffer>,
+    pub(in crate::device) stagings: Vec<Vec<u32>>,
 }
 
 impl Cpu {
     /// A device with `threads` threads.
     pub fn new(threads: usize) -> Cpu {
-        Cpu { pool: Pool::new(threads), buffers: Vec::new() }
+        Cpu { pool: Pool::new(threads), buffers: Vec::new(), stagings: Vec::new() }
     }
 
     /// The threads.

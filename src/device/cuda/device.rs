@@ -3,11 +3,12 @@
 use super::blas::{Blas, PreparedProduct, ProductAddresses};
 use super::capture::Graphs;
 use super::dnn::{ConvolutionAddresses, ConvolutionPlan, Dnn, PreparedConvolution, Rest};
+use super::staging::Staging;
 use super::{
     Argument, Capture, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Place, Precision,
     PreparedKernel, Product, Step, Work,
 };
-use crate::device::{Binding, BufferId, DeviceError, Element, Slot};
+use crate::device::{Binding, BufferId, DeviceError, Element, Slot, StagingId};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -25,6 +26,7 @@ pub struct Cuda {
     /// The plans that were found for convolutions.
     plans: HashMap<ConvolutionShape, ConvolutionPlan>,
     buffers: Vec<Memory>,
+    stagings: Vec<Staging>,
     /// What kernels read beside their inputs; equal ones are there once.
     constants: Vec<(Vec<u8>, Memory)>,
 }
@@ -109,8 +111,8 @@ impl Cuda {
         let workspace = gpu.allocate(WORKSPACE)?;
         let blas = Blas::open(gpu.stream().cu_stream(), workspace)?;
         let (name, dnn) = (gpu.name()?, Dnn::open(&gpu)?);
-        let (plans, buffers, constants) = (HashMap::new(), vec![], vec![]);
-        Ok(Cuda { gpu, name, dnn, blas, workspace, graphs, plans, buffers, constants })
+        let (plans, buffers, stagings, constants) = (HashMap::new(), vec![], vec![], vec![]);
+        Ok(Cuda { gpu, name, dnn, blas, workspace, graphs, plans, buffers, stagings, constants })
     }
 
     /// `NVIDIA H200, cuDNN 9.10.2`
@@ -187,6 +189,53 @@ impl Cuda {
     /// If they lie outside.
     pub fn download<T: Element>(&self, buffer: BufferId, offset: usize, out: &mut [T]) -> Result<(), CudaError> {
         self.gpu.download_to(self.part::<T>(buffer, offset, out.len()), bytes_of_mut(out))
+    }
+
+    /// Makes `words` words of host memory, zeroed, that the GPU copies from and to.
+    ///
+    /// # Errors
+    /// Too little memory that can be locked.
+    pub fn stage(&mut self, words: usize) -> Result<StagingId, CudaError> {
+        self.stagings.push(Staging::new(&self.gpu, words)?);
+        Ok(StagingId(self.stagings.len() - 1))
+    }
+
+    /// Their content, when the copies that were begun have ended.
+    ///
+    /// # Errors
+    /// What the GPU did wrong until then.
+    pub fn staged(&mut self, id: StagingId) -> Result<&mut [u32], CudaError> {
+        self.stagings[id.0].words()
+    }
+
+    /// Begins to copy words from `first` on to a slot.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// If words or slot end before.
+    pub fn begin_upload(&mut self, id: StagingId, first: usize, buffer: BufferId, slot: Slot) -> Result<(), CudaError> {
+        let to = self.part::<u8>(buffer, slot.offset, slot.bytes());
+        self.stagings[id.0].begin_upload(first, to)
+    }
+
+    /// Begins to copy a slot to words from `first` on.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// If words or slot end before.
+    pub fn begin_download(
+        &mut self,
+        buffer: BufferId,
+        slot: Slot,
+        id: StagingId,
+        first: usize,
+    ) -> Result<(), CudaError> {
+        let from = self.part::<u8>(buffer, slot.offset, slot.bytes());
+        self.stagings[id.0].begin_download(from, first)
     }
 
     /// An op's work on operands whose buffers are known.

@@ -4,7 +4,7 @@ use super::error::{BLOCK_MEMORY, OLDEST_DRIVER};
 use super::{Argument, CudaError, Image, Launch, PreparedKernel};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdeviceptr, CUfunction, CUmodule};
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::Arc;
@@ -279,12 +279,32 @@ impl Gpu {
     /// Those of `work`, and of what it begins.
     pub fn time(&mut self, work: impl FnOnce(&mut Gpu) -> Result<(), CudaError>) -> Result<Duration, CudaError> {
         self.synchronize()?;
-        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-        let start = self.stream.record_event(flags).map_err(cannot("record an event"))?;
+        let start = self.tick()?;
         work(self)?;
-        let end = self.stream.record_event(flags).map_err(cannot("record an event"))?;
-        // It waits for the end.
-        let milliseconds = start.elapsed_ms(&end).map_err(cannot("finish what was begun"))?;
+        start.until(&self.tick()?)
+    }
+
+    /// The moment when all that was begun has ended.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn tick(&self) -> Result<Tick, CudaError> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.stream.record_event(flags).map(Tick).map_err(cannot("record an event"))
+    }
+}
+
+/// A moment by a GPU's clock.
+#[derive(Debug)]
+pub struct Tick(CudaEvent);
+
+impl Tick {
+    /// Time from here to a later one, which is waited for.
+    ///
+    /// # Errors
+    /// What the GPU did wrong until then.
+    pub fn until(&self, later: &Tick) -> Result<Duration, CudaError> {
+        let milliseconds = self.0.elapsed_ms(&later.0).map_err(cannot("finish what was begun"))?;
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
 }

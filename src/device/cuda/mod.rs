@@ -11,13 +11,14 @@ mod kernel;
 mod lane;
 mod launch;
 pub mod nccl;
+mod staging;
 mod work;
 
 pub use super::Precision;
 pub use capture::{Capture, Graph};
 pub use device::{Command, Cuda, Operands, WORKSPACE};
 pub use error::CudaError;
-pub use gpu::{Gpu, Memory};
+pub use gpu::{Gpu, Memory, Tick};
 pub use image::Image;
 pub use kernel::PreparedKernel;
 pub use lane::{Lane, Mark};

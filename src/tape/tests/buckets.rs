@@ -189,7 +189,10 @@ fn run_observed(
         device.upload(io, slot.offset / 4, &random(seed, slot.len)).unwrap();
     }
     let program = std::sync::Arc::new(program.clone());
-    program.load(&mut device, binding)?.run_observed(&mut device, collective, done)?;
+    program.load(&mut device, binding)?.run_observed(&mut device, collective, &mut |_, number| {
+        done(number);
+        Ok(())
+    })?;
     let (mut found, mut norm) = (vec![0.0; flat], [0.0f32; 2]);
     device.download(gradients, 0, &mut found)?;
     device.download(io, program.io("norm").offset / 4, &mut norm)?;

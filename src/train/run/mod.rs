@@ -2,23 +2,24 @@
 
 mod leave;
 mod open;
+mod step;
 
 use self::open::open_data;
 use super::accounts::Account;
-use super::checksum::checksum;
 use super::grids::Grids;
-use super::ranks::{LOOK, at_rank_zero, gather, lost, same_program};
+use super::ranks::{LOOK, at_rank_zero, gather, same_program};
 use super::reports::Reports;
 use super::state::{Identity, snapshot};
-use super::{Config, Metrics, Shards, Share, TrainConfig, TrainError, Trainer};
+use super::{Config, Shards, Share, TrainConfig, TrainError, Trainer};
 use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Start};
-use crate::cluster::{SpeedChange, Stragglers, minority};
-use crate::collective::{Activity, Collective, Timed};
+use crate::cluster::{Stragglers, minority};
+use crate::collective::{Activity, Collective};
 use crate::data::{Dataset, ImageSize, Loader, LoaderConfig, Order};
-use crate::device::{Device, DeviceError, Region};
+use crate::device::{Device, Region};
 use crate::rendezvous::Launch;
 use crate::rendezvous::store::{Client, StoreError};
 use crate::report::Console;
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -144,8 +145,12 @@ struct Run<'a> {
     lead: Option<Lead>,
     stragglers: Stragglers,
     account: Account,
-    /// The longest step.
+    /// The longest time from one step to the next.
     longest: Duration,
+    /// Steps begun, of which the device may still compute the last ones.
+    begun: u64,
+    /// How long this rank was busy to begin each of those that are not done, and waited for images.
+    beginnings: VecDeque<[Duration; 2]>,
     /// Steps done.
     step: u64,
     /// Step of the newest checkpoint that is known to be whole.
@@ -184,87 +189,29 @@ impl<'a> Run<'a> {
             let what = format!("rank {rank} begins with other weights than rank 0");
             return Err(TrainError::Unequal { what, remedy: "give all of them the same --init" });
         }
-        while self.step < steps {
+        while self.begun < steps {
             if known.stop {
+                self.finish_all_but(0)?;
                 return Ok(Ended::Stopped);
             }
-            known = self.step(&mut loader)?;
+            let since = Instant::now();
+            self.begin(&mut loader)?;
+            let ahead = if self.is_due() { 0 } else { self.device.steps_ahead() };
+            known = self.finish_all_but(ahead)?.unwrap_or(known);
+            self.longest = self.longest.max(since.elapsed());
             dataset.replacements().iter().for_each(|text| self.console.alarm(text));
-            self.save_if_due(known.idle)?;
-            self.draw_if_due()?;
+            if ahead == 0 {
+                self.save_if_due(known.idle)?;
+                self.draw_if_due()?;
+            }
             self.device.take_notice().into_iter().for_each(|text| self.console.alarm(text));
         }
         Ok(Ended::Finished)
     }
 
-    /// Algorithm 1, once.
-    fn step(&mut self, loader: &mut Loader) -> Result<Known, TrainError> {
-        let since = Instant::now();
-        self.note(self.step + 1, "waiting for images");
-        let loaded = loader.next();
-        let pixels = loaded.map_err(|source| TrainError::Loading { step: self.step + 1, source })?.pixels;
-        self.account.loading = since.elapsed();
-        self.note(self.step + 1, "forward and backward");
-        let mut timed = Timed::new(self.collective);
-        let losses = self.trainer.step(self.device, &mut timed, self.config, self.step, pixels)?;
-        let norm = losses.norm;
-        self.account.fill(&losses);
-        self.account.busy = since.elapsed().saturating_sub(timed.spent);
-        self.step += 1;
-        // Also what is about to be saved.
-        let to_save = self.save_waits || self.config.checkpoint.is_due(self.step);
-        if to_save || self.config.cluster.compares_after(self.step) {
-            self.account.checksum = self.checksum()?;
-        }
-        self.note(self.step, "telling the others how it stands");
-        let (accounts, known) = self.exchange()?;
-        self.longest = self.longest.max(since.elapsed());
-        self.compare(&accounts)?;
-        let images =
-            accounts.iter().flat_map(|account| account.losses.iter().copied().zip(account.timesteps.iter().copied()));
-        let metrics = Metrics::new(images, self.config.diffusion.timesteps, norm);
-        if metrics.finite {
-            if let Some(lead) = &mut self.lead {
-                lead.reports.step(self.config, self.step, &metrics);
-            }
-            return Ok(known);
-        }
-        let what = if metrics.loss.is_finite() { "the gradient" } else { "the loss" };
-        // The state is lost in any case; what is being written may still become whole.
-        let report = self.wait_for_saves()?;
-        self.note_save(report);
-        let kept = match self.saved {
-            Some(step) => format!("The checkpoint of step {step} is intact"),
-            None => "No checkpoint was saved before".to_string(),
-        };
-        Err(TrainError::Diverged { step: self.step, what, kept })
-    }
-
     /// Notes what this rank does from now on, for step `step` from 1.
     fn note(&self, step: u64, phase: &'static str) {
         self.activity.iter().for_each(|activity| activity.note(step, phase));
-    }
-
-    /// Of weights and averages, where there is a rank to compare them with.
-    fn checksum(&self) -> Result<Option<u64>, DeviceError> {
-        let held = [Region::Weights, Region::Ema].map(|region| self.trainer.buffer(region));
-        let is_one_of_many = self.collective.world_size() > 1;
-        is_one_of_many.then(|| checksum(self.device, &held, self.layout.elements())).transpose()
-    }
-
-    /// Tells the other ranks how this one stands, and hears how they stand.
-    fn exchange(&mut self) -> Result<(Vec<Account>, Known), TrainError> {
-        let report = self.saver.poll();
-        self.note_save(report);
-        self.account.idle = !self.saver.is_busy();
-        self.account.stop = self.stop.load(Ordering::Relaxed) || self.time_is_up();
-        let accounts = self.account.exchange(self.collective).map_err(lost)?;
-        self.account.checksum = None;
-        let known = Known {
-            stop: accounts.iter().any(|account| account.stop),
-            idle: accounts.iter().all(|account| account.idle),
-        };
-        Ok((accounts, known))
     }
 
     /// Whether there would be no time left to save after one more step.
@@ -273,43 +220,11 @@ impl<'a> Run<'a> {
         self.deadline.is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()) < needed)
     }
 
-    /// Time that one more step, saving (after the save that is under way) and leaving may take.
+    /// Time that the steps under way and one more, saving (after the save that is under way) and leaving may take.
     fn needed_to_leave(&self) -> Duration {
         let save = Duration::from_secs(self.layout.elements() as u64 * 16 / SAVED_PER_SECOND);
-        2 * self.longest + if self.saver.is_busy() { 2 * save } else { save } + LEAVING
-    }
-
-    /// Compares what the ranks say of themselves.
-    fn compare(&mut self, accounts: &[Account]) -> Result<(), TrainError> {
-        let checksums: Vec<u64> = accounts.iter().filter_map(|account| account.checksum).collect();
-        self.agree(&checksums)?;
-        for SpeedChange { rank, ratio, is_slow } in self.stragglers.note(accounts.iter().map(|account| account.busy)) {
-            match is_slow {
-                true => {
-                    let Account { busy, loading, .. } = &accounts[rank];
-                    let loading = 100.0 * loading.as_secs_f64() / busy.as_secs_f64().max(1e-9);
-                    self.joint.alarm(format!(
-                        "step {}: rank {rank} is slow: its own work takes {ratio:.1} times as long as the typical rank's, {loading:.0} % of \
-                         it waiting for images",
-                        self.step
-                    ));
-                }
-                false => {
-                    self.joint.all_clear(format!("step {}: rank {rank} is as fast as the others again", self.step))
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Refuses to go on where a rank holds other weights or averages than most.
-    fn agree(&self, checksums: &[u64]) -> Result<(), TrainError> {
-        let ranks = minority(checksums);
-        if ranks.is_empty() {
-            return Ok(());
-        }
-        let rest = if ranks.len() < checksums.len() { "those of the others" } else { "each other" };
-        Err(TrainError::Corrupt { step: self.step, ranks, rest })
+        let steps = 2 + self.device.steps_ahead() as u32;
+        steps * self.longest + if self.saver.is_busy() { 2 * save } else { save } + LEAVING
     }
 
     /// Begins to write a checkpoint in the background if one is due and no rank still writes the one before; else it waits for that.
@@ -333,6 +248,7 @@ impl<'a> Run<'a> {
 
     /// Waits for what is being written, and then saves this step if it is not saved yet. An error is that of this step.
     fn save_now(&mut self) -> Result<(), TrainError> {
+        self.finish_all_but(0)?;
         let step = self.step;
         self.note(step, "saving");
         if let Some(report) = self.wait_for_saves()? {

@@ -22,6 +22,7 @@ use crate::train::resume::{check_newest_config, check_same_run};
 use crate::train::shards::ranks;
 use crate::train::state::{Identity, layout_for_checkpoints, restore};
 use crate::train::{Config, Shards, Share, TrainConfig, TrainError, Trainer};
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -130,6 +131,8 @@ impl<'a> Run<'a> {
             stragglers: Stragglers::new(share.world_size),
             account: Account::default(),
             longest: Duration::ZERO,
+            begun: step,
+            beginnings: VecDeque::new(),
             step,
             saved,
             save_waits: false,
