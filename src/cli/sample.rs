@@ -77,7 +77,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     };
 
     let mut device = ranks.device(common)?;
-    let batch = device.sampling_batch(batch, count, ranks.number());
+    let batch = device.kind().sampling_batch(batch, count, ranks.number());
     let precision = source.precision_on(device.kind());
     let step = ReverseStep { model: &source.model, size, batch, steps: table.steps.len(), layout: None };
     let sampler = Sampler::new(&mut device, &step, precision)?;

@@ -204,6 +204,22 @@ pub enum DeviceError {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// The device has less free memory than a run is known to need.
+    #[error(
+        "training needs {needed} more of the memory of {device}, which has {free} of {total} free: {advice}, or share the batch among more GPUs"
+    )]
+    TooLarge {
+        /// The device.
+        device: String,
+        /// For people.
+        needed: String,
+        /// Likewise.
+        free: String,
+        /// Likewise, free or not.
+        total: String,
+        /// What would fit.
+        advice: String,
+    },
     /// A type of numbers that the device does not compute in.
     #[error("CPU cores compute in f32 only, and the program is for {precision}: set `train.precision` to \"f32\"", precision = .0.name())]
     Precision(Precision),

@@ -30,6 +30,15 @@ impl DeviceKind {
             DeviceKind::Cuda => "cuda",
         }
     }
+
+    /// How many images of `count`, which so many ranks share, go through the network together, at most `batch`. On CPU cores any number
+    /// gives the same images, so that there are no more than are wanted; a GPU's libraries choose how they compute by the number.
+    pub fn sampling_batch(self, batch: usize, count: usize, ranks: usize) -> usize {
+        match self {
+            DeviceKind::Cpu => batch.min(count.div_ceil(ranks)),
+            DeviceKind::Cuda => batch,
+        }
+    }
 }
 
 /// What a program is made for.
@@ -273,12 +282,14 @@ impl Device {
         }
     }
 
-    /// How many images of `count`, which so many ranks share, go through the network together, at most `batch`. On CPU cores any number
-    /// gives the same images, so that there are no more than are wanted; a GPU's libraries choose how they compute by the number.
-    pub fn sampling_batch(&self, batch: usize, count: usize, ranks: usize) -> usize {
+    /// Bytes of memory that are free, and all that there are, where the device has memory of its own.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    pub fn free_memory(&self) -> Result<Option<[u64; 2]>, DeviceError> {
         match self {
-            Device::Cpu(_) => batch.min(count.div_ceil(ranks)),
-            Device::Cuda(_) => batch,
+            Device::Cpu(_) => Ok(None),
+            Device::Cuda(cuda) => Ok(Some(cuda.gpu().free_memory()?)),
         }
     }
 

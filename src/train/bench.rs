@@ -1,11 +1,12 @@
 //! How long steps take, as a whole and op by op.
 
 use super::step::step_runs;
-use super::{Config, Shards, Share, Trainer};
+use super::{Config, Shards, Share, Trainer, must_fit};
 use crate::collective::Collective;
 use crate::device::{Device, DeviceError};
 use crate::diffusion::Schedule;
 use crate::rng::{Kind as Random, Stream};
+use crate::sample::SampleConfig;
 use crate::tape::{Kind, OpGroup, Phase, Program, RunError};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -81,6 +82,9 @@ pub fn time_steps(
     }
     let schedule = Schedule::new(&config.diffusion)?;
     let share = Share::new(&config.train, collective.rank(), collective.world_size())?;
+    // No grids are made here.
+    let without_grids = Config { sample: SampleConfig { count: 0, ..config.sample.clone() }, ..config.clone() };
+    must_fit::<BenchError>(device, &without_grids, size, &share)?;
     let mut trainer = Trainer::new(device, config, &schedule, size, share)?;
     let pixels = random_pixels(config.train.seed, share.images() * size[0] * size[1] * config.model.image_channels);
     let (groups, group_of) = if options.per_op { step_groups(trainer.programs()) } else { Default::default() };

@@ -26,7 +26,7 @@ impl Grids {
         if section.count == 0 {
             return Ok(None);
         }
-        let batch = device.sampling_batch(section.batch, section.count, trainer.share().world_size);
+        let batch = device.kind().sampling_batch(section.batch, section.count, trainer.share().world_size);
         let table = SamplerTable::new(schedule, &section.sampler(&config.diffusion))?;
         let (model, steps, layout) = (&config.model, table.steps.len(), Some(&trainer.program().layout));
         let step = ReverseStep { model, size, batch, steps, layout };

@@ -6,6 +6,7 @@ mod checksum;
 mod config;
 mod error;
 mod grids;
+mod memory;
 mod ranks;
 mod reports;
 mod resume;
@@ -24,6 +25,7 @@ pub use bench::{BenchError, BenchOptions, Timings, forward_products, percentile,
 pub use checksum::checksum;
 pub use config::{Config, Decay, EmaConfig, LogConfig, OptimConfig, Optimizer, TrainConfig};
 pub use error::TrainError;
+pub use memory::{Part, memory, must_fit};
 pub use resume::{Difference, differences, trajectory_hash};
 pub use run::{Ended, Initial, Options, train};
 pub use shards::{Shards, Share};

@@ -58,6 +58,18 @@ std::map<uint64_t, size_t> allocations;
 /// Memory of the host that is page-locked, likewise.
 std::map<uint64_t, size_t> locked;
 
+/// Bytes that a card has: as many as an H200, or what the environment says.
+size_t all_memory() {
+    const char *said = getenv("CUDA_SIM_MEMORY");
+    return said ? strtoull(said, nullptr, 10) : size_t(141) << 30;
+}
+size_t free_memory() {
+    size_t taken = 0;
+    for (const auto &[address, bytes] : allocations)
+        taken += bytes;
+    return all_memory() - taken;
+}
+
 bool is_in(const std::map<uint64_t, size_t> &memories, uint64_t address, size_t bytes) {
     auto next = memories.upper_bound(address);
     if (next == memories.begin())
@@ -282,11 +294,18 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
         // "If bytesize is 0, cuMemAlloc() returns CUDA_ERROR_INVALID_VALUE"; memory is aligned for any variable.
         if (bytes == 0)
             return INVALID_VALUE;
-        void *memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+        void *memory = bytes <= free_memory() ? aligned_alloc(256, (bytes + 255) / 256 * 256) : nullptr;
         if (!memory)
             return OUT_OF_MEMORY;
         *address = reinterpret_cast<uint64_t>(memory);
         allocations[*address] = bytes;
+        return SUCCESS;
+    });
+}
+int cuMemGetInfo_v2(size_t *free, size_t *total) {
+    return with_context([=] {
+        *free = free_memory();
+        *total = all_memory();
         return SUCCESS;
     });
 }

@@ -10,6 +10,7 @@ mod cudnn;
 mod cudnn_faults;
 mod graph;
 mod machine;
+mod memory;
 mod nccl;
 mod nccl_train;
 mod program;

@@ -28,13 +28,13 @@ steps = 3
 batch = 2
 ";
 
-struct Work {
+pub struct Work {
     folder: tempfile::TempDir,
 }
 
 impl Work {
     /// None where the program has no kernels.
-    fn new(test: &str) -> Option<Work> {
+    pub fn new(test: &str) -> Option<Work> {
         if Image::embedded().is_none() {
             not_tested(&format!("{test}: built without nvcc"));
             return None;
@@ -48,11 +48,11 @@ impl Work {
         Some(work)
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.folder.path().join(name).to_str().unwrap().to_string()
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ddpm-dist"));
         command
             .args(arguments)
@@ -62,7 +62,7 @@ impl Work {
         command
     }
 
-    fn train(&self, run: &str, more: &[&str]) -> Command {
+    pub fn train(&self, run: &str, more: &[&str]) -> Command {
         let (config, run) = (self.path("config.toml"), self.path(run));
         self.command(&[&["train", &config, "--run-dir", &run][..], more].concat())
     }
@@ -73,7 +73,7 @@ fn said(output: &Output) -> String {
 }
 
 #[track_caller]
-fn ok(mut command: Command) -> String {
+pub fn ok(mut command: Command) -> String {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {}", said(&output));
     said(&output)
@@ -81,7 +81,7 @@ fn ok(mut command: Command) -> String {
 
 /// Ends with that code and says all of these words.
 #[track_caller]
-fn fails(mut command: Command, code: i32, words: &[&str]) {
+pub fn fails(mut command: Command, code: i32, words: &[&str]) {
     let output = command.output().unwrap();
     let said = said(&output);
     assert_eq!(output.status.code(), Some(code), "{command:?}: {said}");

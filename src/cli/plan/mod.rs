@@ -6,12 +6,8 @@ use super::exit::{Code, Failure};
 use super::stdout::{grouped, print, print_json, table};
 use super::{Common, ConfigArguments};
 use crate::config::OutOfRange;
-use crate::device::cpu::pool::BASE_SCRATCH;
-use crate::device::cuda::WORKSPACE;
-use crate::device::{DeviceKind, Precision, Region};
-use crate::sample::ReverseStep;
 use crate::tape::{OpGroup, Program, human_bytes, human_flops};
-use crate::train::{Config, STATE, Share, forward_products, step_groups, step_programs, step_runs};
+use crate::train::{Config, Part, Share, forward_products, memory, step_groups, step_programs, step_runs};
 use serde::Serialize;
 use std::fmt::Write;
 use std::process::ExitCode;
@@ -66,15 +62,6 @@ struct Plan {
     scaling: Option<scaling::Scaling>,
 }
 
-/// A part of a training process's memory.
-#[derive(Debug, Serialize)]
-struct Part {
-    name: &'static str,
-    bytes: u64,
-    /// What it holds.
-    holds: String,
-}
-
 #[derive(Debug, Serialize)]
 struct OpRow {
     phase: &'static str,
@@ -98,14 +85,9 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let program = &programs[programs.len() - 1];
     let forward_flops_per_image = forward_products(program) / share.shard as u64;
     let (groups, _) = step_groups(programs.iter());
-    // Grids are made while training, beside everything else, by all ranks.
-    let grid = config.sample.batch.min(config.sample.count.div_ceil(ranks));
-    let sampler = (grid > 0).then(|| {
-        let (model, steps) = (&config.model, config.diffusion.timesteps);
-        ReverseStep { model, size, batch: grid, steps, layout: Some(&program.layout) }.program(target)
-    });
     let threads = common.threads(if arguments.scaling.is_host() { 1.0 / ranks as f64 } else { 1.0 });
-    let memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), threads, ranks);
+    let memory =
+        memory(&config, size, &share, &programs, threads).map_err(|refused| arguments.config.refused(refused))?;
     let row = |group: &OpGroup| OpRow {
         phase: group.phase.name(),
         op: group.name,
@@ -159,48 +141,6 @@ fn not_shared(arguments: &Arguments, config: &Config, ranks: usize, refused: Out
         ),
         None => refusal,
     }
-}
-
-/// All memory of a training process that grows with the config, the data set aside.
-fn memory(programs: &[Program], sampler: Option<(&Program, usize)>, threads: usize, ranks: usize) -> Vec<Part> {
-    let largest = |size: fn(&Program) -> usize| programs.iter().map(size).max().unwrap_or(0);
-    let flat = largest(|program| program.summary().flat_bytes);
-    let gradients = match programs.len() {
-        1 => "of the parameters".to_string(),
-        buffers => format!("of the parameters: {buffers} buffers, as shards are added along a tree"),
-    };
-    let part = |name, bytes: usize, holds: &str| Part { name, bytes: bytes as u64, holds: holds.to_string() };
-    let mut parts = vec![
-        part("weights", flat, "parameters, f32"),
-        part("gradients", programs.len() * flat, &gradients),
-        part("moments", 2 * flat, "Adam's averages of gradients and their squares"),
-        part("ema", flat, "moving average of the parameters"),
-        part("arena", largest(|program| program.arena_bytes), "activations and temporaries of a step"),
-        part("io", largest(|program| program.io_bytes), "pixels, tables and results of a step"),
-    ];
-    let target = programs[0].target;
-    match target.kind {
-        DeviceKind::Cpu => {
-            let floats = largest(|program| program.thread_scratch).max(BASE_SCRATCH);
-            parts.push(part("scratch", threads * floats * size_of::<f32>(), "workspace of the CPU threads"));
-        }
-        DeviceKind::Cuda => parts.push(part("workspace", WORKSPACE, "of cuDNN and cuBLASLt")),
-    }
-    if target.precision == Precision::Bf16 {
-        let copies = 1 + usize::from(sampler.is_some());
-        parts.push(part("copies", copies * flat / 2, "parameters in bf16, for training and for the grids' sampler"));
-    }
-    if let Some((sampler, images)) = sampler {
-        let holds = format!("arena of the grids' sampler, {images} at a time");
-        parts.push(part("sampler arena", sampler.arena_bytes, &holds));
-        parts.push(part("sampler io", sampler.io_bytes, "its images and tables"));
-    }
-    let copies: Vec<&str> = STATE.map(Region::name).to_vec();
-    let share = if ranks > 1 { format!("1/{ranks} of ") } else { String::new() };
-    let on_host = if target.kind == DeviceKind::Cuda { "on the host, " } else { "" };
-    let holds = format!("{on_host}copy to be written: {share}{}", copies.join(", "));
-    parts.push(part("checkpoint", copies.len() * flat.div_ceil(ranks), &holds));
-    parts
 }
 
 /// The program of each kind of shard, one line per instruction.

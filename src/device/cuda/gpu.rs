@@ -117,6 +117,16 @@ impl Gpu {
         Ok(Memory { address: address.map_err(cannot(format!("allocate {bytes} bytes")))?, bytes })
     }
 
+    /// Bytes of memory that are free, and all that there are.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn free_memory(&self) -> Result<[u64; 2], CudaError> {
+        self.bind()?;
+        let (free, total) = result::mem_get_info().map_err(cannot("tell how much memory is free"))?;
+        Ok([free as u64, total as u64])
+    }
+
     /// Gives memory back when what uses it has ended.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use crate::train::reports::{DecodingBar, Reports};
 use crate::train::resume::{check_newest_config, check_same_run};
 use crate::train::shards::ranks;
 use crate::train::state::{Identity, layout_for_checkpoints, restore};
-use crate::train::{Config, Shards, Share, TrainConfig, TrainError, Trainer};
+use crate::train::{Config, Shards, Share, TrainConfig, TrainError, Trainer, must_fit};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +58,7 @@ impl<'a> Run<'a> {
             Ok(run_dir)
         })?;
         same_directory(collective, root, run_dir.as_ref())?;
+        together(collective, must_fit(device, config, [height, width], &share))?;
         let trainer = Trainer::new(device, config, &schedule, [height, width], share).map_err(TrainError::from);
         let trainer = together(collective, trainer)?;
         let layout = layout_for_checkpoints(&trainer.program().layout)?;
