@@ -274,6 +274,17 @@ impl Device {
         }
     }
 
+    /// FLOP/s of the fastest large matrix product of a GPU in that precision, measured now.
+    ///
+    /// # Errors
+    /// Too little memory, or what keeps the GPU from working.
+    pub fn product_peak(&mut self, precision: Precision) -> Result<Option<f64>, DeviceError> {
+        match self {
+            Device::Cpu(_) => Ok(None),
+            Device::Cuda(cuda) => Ok(Some(cuda.product_peak(precision)?)),
+        }
+    }
+
     /// Bytes of memory that are taken on a GPU.
     pub fn gpu_memory(&self) -> Option<u64> {
         match self {

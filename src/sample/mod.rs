@@ -1,117 +1,26 @@
 //! Algorithm 2 and its relatives: images from noise.
 
+mod bench;
 mod config;
+mod error;
 mod rounds;
 
 #[cfg(test)]
 mod tests;
 
 pub use config::SampleConfig;
+pub use error::{SampleError, room_for};
 
-use crate::collective::{Collective, CollectiveError, Solo};
-use crate::device::{Binding, BufferId, Device, DeviceError, Element, Precision, Region, Slot, Target};
+use crate::collective::{Collective, Solo};
+use crate::device::{Binding, BufferId, Device, Element, Precision, Region, Slot, StagingId, Target};
 use crate::diffusion::SamplerTable;
 use crate::ops::cast::ComputeCopy;
 use crate::ops::p_sample::{State, StepInputs, p_sample, row};
 use crate::rng::{Kind, Stream};
-use crate::tape::{Loaded, ParamLayout, Program, RunError, Spec, Tape, plan};
+use crate::tape::{Loaded, ParamLayout, Program, Spec, Tape, plan};
 use crate::unet::{UnetConfig, unet};
 use half::bf16;
 use std::sync::Arc;
-use thiserror::Error;
-
-/// Why images could not be made.
-#[derive(Debug, Error)]
-pub enum SampleError {
-    /// No memory for the network's activations, or for the images.
-    #[error(
-        "{device} has no {bytes} bytes of memory left for {what}; lower `sample.batch` (`ddpm-dist sample --batch`) or ask for fewer \
-         images at a time"
-    )]
-    OutOfMemory {
-        /// The device.
-        device: String,
-        /// Bytes asked for.
-        bytes: usize,
-        /// What they were to hold.
-        what: &'static str,
-    },
-    /// The program stopped.
-    #[error(transparent)]
-    Run(#[from] RunError),
-    /// The images are not numbers: the weights are not, or the network overflows.
-    #[error(
-        "image {image} has pixels that are not finite after timestep {timestep}; the weights are damaged or training diverged: \
-         sample from an earlier checkpoint"
-    )]
-    NotFinite {
-        /// Index of the image.
-        image: usize,
-        /// The reverse step that gave it.
-        timestep: u32,
-    },
-    /// `--init-noise` has other sizes than the images.
-    #[error(
-        "initial noise has {found} numbers, expected {expected}: {count} images of [{height}, {width}, {channels}]"
-    )]
-    InitialNoise {
-        /// Numbers found.
-        found: usize,
-        /// Numbers expected.
-        expected: usize,
-        /// Images asked for.
-        count: usize,
-        /// Height of an image.
-        height: usize,
-        /// Width of an image.
-        width: usize,
-        /// Channels of an image.
-        channels: usize,
-    },
-}
-
-impl SampleError {
-    /// What went wrong between ranks, if that is what it is.
-    pub fn collective(&self) -> Option<&CollectiveError> {
-        match self {
-            SampleError::Run(error) => error.collective(),
-            _ => None,
-        }
-    }
-}
-
-impl From<DeviceError> for SampleError {
-    /// The device's error with the advice that helps here: it is not the training batch that is too large.
-    fn from(error: DeviceError) -> SampleError {
-        match error {
-            DeviceError::OutOfMemory { device, bytes } => {
-                SampleError::OutOfMemory { device, bytes, what: "the network" }
-            }
-            other => SampleError::Run(other.into()),
-        }
-    }
-}
-
-/// An empty vector with room for `len` elements.
-///
-/// # Errors
-/// There is no memory for `what`.
-pub fn room_for<T>(len: usize, what: &'static str) -> Result<Vec<T>, SampleError> {
-    let mut room = Vec::new();
-    match room.try_reserve_exact(len) {
-        Ok(()) => Ok(room),
-        Err(_) => {
-            let bytes = len.saturating_mul(size_of::<T>());
-            Err(SampleError::OutOfMemory { device: "this machine".into(), bytes, what })
-        }
-    }
-}
-
-impl From<CollectiveError> for SampleError {
-    fn from(error: CollectiveError) -> SampleError {
-        SampleError::Run(RunError::Collective(error))
-    }
-}
 
 /// Where a reverse process stands, after one of its steps.
 #[derive(Clone, Copy, Debug)]
@@ -155,6 +64,9 @@ pub struct Request<'a> {
     pub stages: usize,
 }
 
+/// Reverse steps of a device with queues from one look at the images to the next.
+const LOOK: usize = 16;
+
 /// The reverse process on a device: the network and one fused step, for a fixed number of images at a time.
 ///
 /// A last batch that is not full is padded with the images that would come next, as the program's shapes are fixed. An image depends on
@@ -163,6 +75,8 @@ pub struct Sampler {
     program: Arc<Program>,
     binding: Binding,
     io: BufferId,
+    /// As large as x.
+    staging: StagingId,
     copy: Option<ComputeCopy>,
     size: [usize; 3],
     batch: usize,
@@ -253,9 +167,10 @@ impl Sampler {
             table: slot("table"),
             timesteps: slot("timesteps"),
         };
+        let staging = device.stage(slots.x.len)?;
         let [height, width] = step.size;
         let size = [height, width, step.model.image_channels];
-        Ok(Sampler { program, binding, io, copy, size, batch: step.batch, slots })
+        Ok(Sampler { program, binding, io, staging, copy, size, batch: step.batch, slots })
     }
 
     /// The reverse process on the device.
@@ -275,6 +190,11 @@ impl Sampler {
             copy.refresh(device, &binding)?;
         }
         Ok(Chain { step: self.program.load(device, binding)?, table })
+    }
+
+    /// A reverse step.
+    pub fn program(&self) -> &Program {
+        &self.program
     }
 
     /// Places of the parameters that [`Sampler::sample`] reads.
@@ -315,21 +235,17 @@ impl Sampler {
         Ok((finished == request.count).then_some(images))
     }
 
-    /// Algorithm 2 for the images from `first` on: x_0 of them in `batch`. `tell` is called after every step, with the place of the first
-    /// number that is not finite if there is one, and returns whether to go on; if it does not, what is there is not finished. Gives whether
-    /// it is.
-    fn make_batch(
+    /// Line 1 of Algorithm 2 for the images from `first` on.
+    fn begin_batch(
         &self,
         device: &mut Device,
-        chain: &mut Chain<'_>,
+        chain: &Chain<'_>,
         request: &Request<'_>,
         first: usize,
         batch: &mut Batch,
-        mut tell: impl FnMut(Option<NotFinite>) -> Result<bool, SampleError>,
-    ) -> Result<bool, SampleError> {
+    ) -> Result<(), SampleError> {
         let image: usize = self.size.iter().product();
-        let Request { count, seed, initial_noise, stages } = *request;
-        let (Batch { x, t, kept }, Chain { step: reverse_step, table }) = (batch, chain);
+        let (Batch { x, t, .. }, Request { seed, initial_noise, .. }) = (batch, *request);
         // Line 1: x_T ~ N(0, I)
         for (j, x) in x.chunks_exact_mut(image).enumerate() {
             let index = first + j;
@@ -343,23 +259,48 @@ impl Sampler {
             Precision::F32 => self.upload(device, self.slots.input, x)?,
             Precision::Bf16 => self.upload(device, self.slots.input, &self.rounded(x))?,
         }
-        t.fill(table.steps.first().map_or(0, |step| step.timestep));
+        t.fill(chain.table.steps.first().map_or(0, |step| step.timestep));
         self.upload(device, self.slots.t, t)?;
-        self.upload(device, self.slots.clock, &[0, first as u32, seed as u32, (seed >> 32) as u32])?;
-        let wanted = (count - first).min(self.batch);
+        self.upload(device, self.slots.clock, &[0, first as u32, seed as u32, (seed >> 32) as u32])
+    }
+
+    /// Algorithm 2 for the images from `first` on: x_0 of them in `batch`. `tell` is called after every step, with the place of the first
+    /// number that is not finite if there is one, and returns whether to go on; if it does not, what is there is not finished. Gives whether
+    /// it is.
+    fn make_batch(
+        &self,
+        device: &mut Device,
+        chain: &mut Chain<'_>,
+        request: &Request<'_>,
+        first: usize,
+        batch: &mut Batch,
+        mut tell: impl FnMut(Option<NotFinite>) -> Result<bool, SampleError>,
+    ) -> Result<bool, SampleError> {
+        let image: usize = self.size.iter().product();
+        let Request { count, stages, .. } = *request;
+        self.begin_batch(device, chain, request, first, batch)?;
+        let (Batch { x, kept, .. }, Chain { step: reverse_step, table }) = (batch, chain);
         // Line 2: for t = T, …, 1
+        let mut looks = Looks { staging: self.staging, begun: None };
         for (i, step) in table.steps.iter().enumerate() {
             // Lines 3 and 4
             reverse_step.run(device, &mut Solo)?;
-            device.download(self.io, self.slots.x.offset / size_of::<f32>(), x).map_err(SampleError::from)?;
-            let images = &x[..image * wanted];
-            let bad = images.iter().position(|v| !v.is_finite());
-            let bad = bad.map(|bad| NotFinite { image: first + bad / image, timestep: step.timestep });
             let done = i + 1;
-            for stage in (0..stages).filter(|stage| (stage + 1) * table.steps.len() / (stages + 1) == done) {
-                kept[stage].clear();
-                kept[stage].extend_from_slice(images); // within what was reserved
+            let is_stage = |stage: &usize| (stage + 1) * table.steps.len() / (stages + 1) == done;
+            let wanted = image * (count - first).min(self.batch);
+            let mut bad = None;
+            if done == table.steps.len() || (0..stages).any(|stage| is_stage(&stage)) || device.steps_ahead() == 0 {
+                device.download(self.io, self.slots.x.offset / size_of::<f32>(), x).map_err(SampleError::from)?;
+                bad = not_finite(&x[..wanted]).map(|bad| (bad, step.timestep));
+            } else if done.is_multiple_of(LOOK) {
+                bad = looks.look(device, wanted)?;
+                looks.begin(device, self.io, self.slots.x, step.timestep)?;
             }
+            for stage in (0..stages).filter(is_stage) {
+                kept[stage].clear();
+                kept[stage].extend_from_slice(&x[..wanted]); // within what was reserved
+            }
+            let bad = bad.map(|(bad, timestep)| NotFinite { image: first + bad / image, timestep });
             if !tell(bad)? && done < table.steps.len() {
                 return Ok(false);
             }
@@ -381,6 +322,32 @@ impl Sampler {
     fn upload<T: Element>(&self, device: &mut Device, slot: Slot, data: &[T]) -> Result<(), SampleError> {
         Ok(device.upload(self.io, slot.offset / size_of::<T>(), data)?)
     }
+}
+
+/// Looks at images on their way on a device with queues: one is begun when the one before it is looked at, so that the device has always
+/// something to do, and never more than the steps between two of them. A number that is not finite stays so until the last step.
+struct Looks {
+    staging: StagingId,
+    /// The timestep after which x was to be copied.
+    begun: Option<u32>,
+}
+
+impl Looks {
+    fn begin(&mut self, device: &mut Device, io: BufferId, x: Slot, timestep: u32) -> Result<(), SampleError> {
+        self.begun = Some(timestep);
+        Ok(device.begin_download(io, x, self.staging, 0)?)
+    }
+
+    /// The first of so many numbers that was not finite then, and the timestep.
+    fn look(&mut self, device: &mut Device, wanted: usize) -> Result<Option<(usize, u32)>, SampleError> {
+        let Some(timestep) = self.begun.take() else { return Ok(None) };
+        let words = device.staged(self.staging)?;
+        Ok(not_finite(&bytemuck::cast_slice(words)[..wanted]).map(|bad| (bad, timestep)))
+    }
+}
+
+fn not_finite(values: &[f32]) -> Option<usize> {
+    values.iter().position(|value| !value.is_finite())
 }
 
 /// The stream of x_T of image `index`.

@@ -119,7 +119,7 @@ impl Sampler {
         Ok(count)
     }
 
-    fn room_for_batch(&self, request: &Request<'_>) -> Result<Batch, SampleError> {
+    pub(super) fn room_for_batch(&self, request: &Request<'_>) -> Result<Batch, SampleError> {
         let elements = self.batch * self.size.iter().product::<usize>();
         let mut x = room_for(elements, "a batch")?;
         x.resize(elements, 0.0f32);

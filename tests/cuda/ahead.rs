@@ -1,12 +1,13 @@
 //! Steps that are begun while the GPU computes the one before: the host waits for none of them, and changes nothing too early.
 
 use crate::machine::{WITH_KERNELS, not_tested, run_cases};
-use crate::steps::{config, gpu, pixels, train, train_ahead};
+use crate::steps::{config, gpu, pixels, sample, train, train_ahead};
 use cudarc::driver::sys;
 use ddpm_dist::collective::Solo;
 use ddpm_dist::device::cuda::Image;
 use ddpm_dist::device::{Device, Precision};
 use ddpm_dist::diffusion::Schedule;
+use ddpm_dist::sample::SampleError;
 use ddpm_dist::train::{Config, Shards, Share, Trainer};
 
 const SIZE: [usize; 2] = [8, 8];
@@ -63,5 +64,36 @@ fn the_host_does_not_wait_for_a_step_that_it_begins() {
             }
         }
         trainer.finish(&mut device, &mut Solo).unwrap();
+    });
+}
+
+#[test]
+fn images_are_looked_at_now_and_then_and_not_after_every_step() {
+    on_a_busy_gpu("ahead::images_are_looked_at_now_and_then_and_not_after_every_step", || {
+        let (mut waited, mut steps) = (0, 0);
+        let mut observe = |_| {
+            waited += usize::from(left().unwrap() == 0);
+            steps += 1;
+            true
+        };
+        let images = sample(&mut gpu(), Precision::Bf16, 2, 50, 0.1, &mut observe).unwrap().unwrap();
+        assert!(images.iter().all(|value| value.is_finite()));
+        assert_eq!(steps, 50);
+        assert!(waited <= 1, "the GPU had nothing to do after {waited} of 50 steps");
+    });
+}
+
+#[test]
+fn images_that_are_not_finite_are_seen_before_the_last_step() {
+    on_a_busy_gpu("ahead::images_that_are_not_finite_are_seen_before_the_last_step", || {
+        let mut steps = 0;
+        let mut observe = |_| {
+            steps += 1;
+            true
+        };
+        let error = sample(&mut gpu(), Precision::F32, 2, 50, f32::NAN, &mut observe).unwrap_err();
+        // The copy that was begun after 16 steps is looked at after 32.
+        assert!(matches!(error, SampleError::NotFinite { image: 0, timestep: 680 }), "{error}");
+        assert_eq!(steps, 32);
     });
 }

@@ -6,7 +6,7 @@ use ddpm_dist::device::cuda::{Cuda, Image};
 use ddpm_dist::device::{Device, Precision, Region, cpu::Cpu};
 use ddpm_dist::diffusion::{SamplerConfig, SamplerTable, Schedule};
 use ddpm_dist::rng::{Kind, Stream};
-use ddpm_dist::sample::{Request, ReverseProcess, ReverseStep, Sampler};
+use ddpm_dist::sample::{Progress, Request, ReverseProcess, ReverseStep, SampleError, Sampler};
 use ddpm_dist::train::{Config, Shards, Share, Trainer};
 use ddpm_dist::unet::{TimestepForm, UnetConfig};
 
@@ -188,19 +188,31 @@ fn bf16_goes_the_way_of_f32() {
 
 /// Images of a network with drawn weights, two at a time, in six steps each.
 pub fn images(device: &mut Device, precision: Precision, count: usize) -> Vec<f32> {
+    sample(device, precision, count, 6, 0.1, &mut |_| true).unwrap().unwrap()
+}
+
+/// The same of weights of that standard deviation and in so many steps, after each of which is asked whether to go on.
+pub fn sample(
+    device: &mut Device,
+    precision: Precision,
+    count: usize,
+    steps: usize,
+    deviation: f32,
+    observe: &mut dyn FnMut(Progress) -> bool,
+) -> Result<Option<Vec<f32>>, SampleError> {
     let config = config(&[8, 16], 3, 1);
-    let table = SamplerConfig { steps: 6, ..SamplerConfig::default() };
+    let table = SamplerConfig { steps, ..SamplerConfig::default() };
     let table = SamplerTable::new(&Schedule::new(&config.diffusion).unwrap(), &table).unwrap();
-    let step = ReverseStep { model: &config.model, size: [8, 8], batch: 2, steps: 10, layout: None };
-    let sampler = Sampler::new(device, &step, precision).unwrap();
+    let step = ReverseStep { model: &config.model, size: [8, 8], batch: 2, steps: steps + 4, layout: None };
+    let sampler = Sampler::new(device, &step, precision)?;
     let mut flat = vec![0.0; sampler.layout().len()];
     Stream { seed: 3, kind: Kind::Init, layer: 0, sample: 0, step: 0 }.fill_normal(0, &mut flat);
-    flat.iter_mut().for_each(|w| *w *= 0.1);
+    flat.iter_mut().for_each(|w| *w *= deviation);
     let weights = device.allocate(4 * flat.len()).unwrap();
     device.upload(weights, 0, &flat).unwrap();
     let process = ReverseProcess { weights, table: &table };
     let request = Request { count, seed: 9, initial_noise: None, stages: 0 };
-    sampler.sample(device, &mut Solo, process, request, |_| true).unwrap().unwrap()
+    sampler.sample(device, &mut Solo, process, request, observe)
 }
 
 #[test]

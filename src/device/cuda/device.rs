@@ -6,11 +6,12 @@ use super::dnn::{ConvolutionAddresses, ConvolutionPlan, Dnn, PreparedConvolution
 use super::staging::Staging;
 use super::{
     Argument, Capture, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Place, Precision,
-    PreparedKernel, Product, Step, Work,
+    PreparedKernel, Product, ProductShape, Step, Work,
 };
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot, StagingId};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::time::Duration;
 
 /// Bytes that libraries may use while they compute.
 pub const WORKSPACE: usize = 256 << 20;
@@ -319,6 +320,28 @@ impl Cuda {
             operand => addresses.of(operand),
         })?;
         Ok(Kind::Convolution(prepared, Some(kernel)))
+    }
+
+    /// Time that a product takes at least, of some rounds of so many together.
+    ///
+    /// # Errors
+    /// What the library refuses.
+    pub(super) fn fastest_product(
+        &mut self,
+        shape: &ProductShape,
+        at: ProductAddresses,
+        rounds: usize,
+        together: usize,
+    ) -> Result<Duration, CudaError> {
+        let product = self.blas.prepare(shape, at)?;
+        let Cuda { gpu, blas, .. } = self;
+        let mut fastest = Duration::MAX;
+        for _ in 0..rounds {
+            // SAFETY: the caller gives memory of these sizes, which lives until the clock has been read.
+            let time = gpu.time(|_| (0..together).try_for_each(|_| unsafe { blas.run(&product) }))?;
+            fastest = fastest.min(time / together as u32);
+        }
+        Ok(fastest)
     }
 
     /// Returns when all that was begun has ended.

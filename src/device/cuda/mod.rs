@@ -11,6 +11,7 @@ mod kernel;
 mod lane;
 mod launch;
 pub mod nccl;
+mod peak;
 mod staging;
 mod work;
 
