@@ -191,6 +191,24 @@ impl Binding {
     }
 }
 
+/// A run that needs more memory than there is. Sizes are for people.
+#[derive(Debug, Error)]
+#[error(
+    "training needs {needed} more of the memory of {device}, which has {free} of {total} free: {advice}, or share the batch among more GPUs"
+)]
+pub struct Shortage {
+    /// The device.
+    pub device: String,
+    /// What is not there yet of what it needs.
+    pub needed: String,
+    /// What is free.
+    pub free: String,
+    /// All there is.
+    pub total: String,
+    /// What would fit.
+    pub advice: String,
+}
+
 /// What can go wrong on a device.
 #[derive(Debug, Error)]
 pub enum DeviceError {
@@ -205,21 +223,8 @@ pub enum DeviceError {
         bytes: usize,
     },
     /// The device has less free memory than a run is known to need.
-    #[error(
-        "training needs {needed} more of the memory of {device}, which has {free} of {total} free: {advice}, or share the batch among more GPUs"
-    )]
-    TooLarge {
-        /// The device.
-        device: String,
-        /// For people.
-        needed: String,
-        /// Likewise.
-        free: String,
-        /// Likewise, free or not.
-        total: String,
-        /// What would fit.
-        advice: String,
-    },
+    #[error(transparent)]
+    TooLarge(Box<Shortage>),
     /// A type of numbers that the device does not compute in.
     #[error("CPU cores compute in f32 only, and the program is for {precision}: set `train.precision` to \"f32\"", precision = .0.name())]
     Precision(Precision),

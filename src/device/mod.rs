@@ -7,7 +7,9 @@ pub mod cpu;
 pub mod cuda;
 mod memory;
 
-pub use memory::{ALIGNMENT, Binding, BufferId, DType, DeviceError, Element, Precision, Region, Slot, StagingId};
+pub use memory::{
+    ALIGNMENT, Binding, BufferId, DType, DeviceError, Element, Precision, Region, Shortage, Slot, StagingId,
+};
 
 use std::ops::Range;
 use std::time::{Duration, Instant};

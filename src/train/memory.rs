@@ -4,7 +4,7 @@ use super::{Config, STATE, Share, step_programs};
 use crate::config::OutOfRange;
 use crate::device::cpu::pool::BASE_SCRATCH;
 use crate::device::cuda::WORKSPACE;
-use crate::device::{Device, DeviceError, DeviceKind, Precision, Region, Target};
+use crate::device::{Device, DeviceError, DeviceKind, Precision, Region, Shortage, Target};
 use crate::diffusion::{SamplerTable, Schedule};
 use crate::sample::ReverseStep;
 use crate::tape::{Program, human_bytes};
@@ -119,7 +119,7 @@ where
         None => "even the smallest `train.batch` does not fit: take a smaller model".into(),
     };
     let [needed, free, total] = [needed, free, total].map(human_bytes);
-    Err(DeviceError::TooLarge { device: device.name(), needed, free, total, advice }.into())
+    Err(DeviceError::TooLarge(Box::new(Shortage { device: device.name(), needed, free, total, advice })).into())
 }
 
 fn on_device(config: &Config, size: [usize; 2], share: &Share, target: Target) -> Result<u64, OutOfRange> {
