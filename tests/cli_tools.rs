@@ -265,6 +265,63 @@ fn bench_writes_a_file_beside_its_table() {
     assert!(report.get("per_op").is_none());
 }
 
+#[test]
+fn bench_compares_with_what_was_measured_before() {
+    let folder = Folder::new();
+    let file = folder.write("tiny.toml", TINY);
+    let one_step = ["bench", &file, "--steps", "1", "--warmup", "1", "--json"];
+    let before = json_of(&one_step);
+    assert_eq!(before["what"], "training");
+    let theirs = |changes: &[(&str, Value)]| {
+        // As the peer writes it, with less in it.
+        let mut peer = serde_json::json!({"tool": "pytorch", "version": "2.15.0"});
+        for key in ["what", "model", "batch", "device", "dtype"] {
+            peer[key] = before[key].clone();
+        }
+        let rate = number(&before["images_per_second"]);
+        peer["images_per_second"] = (rate / 4.0).into();
+        peer["gflops"] = (number(&before["gflops"]) / 4.0).into();
+        changes.iter().for_each(|(key, value)| peer[key] = value.clone());
+        folder.write("peer.json", &peer.to_string())
+    };
+    let peer = theirs(&[]);
+    let report = json_of(&[&one_step[..], &["--compare", &peer]].concat());
+    let ratio = 4.0 * number(&report["images_per_second"]) / number(&before["images_per_second"]);
+    assert!((number(&report["compared"]["ratio"]) / ratio - 1.0).abs() < 1e-9, "{report}");
+    let table = stdout_of(output(&["bench", &file, "--steps", "1", "--compare", &peer]));
+    assert!(table.contains("images per second of pytorch 2.15.0"), "{table}");
+
+    let refused = |changes: &[(&str, Value)], words: &[&str]| {
+        let peer = theirs(changes);
+        let output = output(&[&one_step[..], &["--compare", &peer]].concat());
+        assert_eq!(output.status.code(), Some(2));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(words.iter().all(|word| said.contains(word)), "{said}");
+    };
+    refused(&[("batch", 4.into())], &["peer.json", "batch", "4 there, 3 here"]);
+    refused(&[("device", "cuda".into())], &["device", "cuda there, cpu here"]);
+    refused(&[("dtype", "bf16".into())], &["precision", "bf16 there, f32 here"]);
+    refused(&[("what", "sampling".into())], &["sampling there, training here"]);
+    refused(&[("gflops", 1e9.into())], &["network", "GFLOP an image"]);
+    refused(&[("tool", 3.into())], &["peer.json", "tool", "expected what"]);
+    let missing = output(&[&one_step[..], &["--compare", "nowhere.json"]].concat());
+    assert_eq!(missing.status.code(), Some(2));
+}
+
+#[test]
+fn bench_measures_reverse_steps() {
+    let folder = Folder::new();
+    let file = folder.write("tiny.toml", TINY);
+    let plan = json_of(&["plan", &file, "--json"]);
+    let report = json_of(&["bench", &file, "--sampling", "--set", "sample.batch=5", "--steps", "3", "--json"]);
+    assert_eq!((&report["what"], &report["batch"], &report["steps"]), (&"sampling".into(), &5.into(), &3.into()));
+    // The network forward, once for each image.
+    let flops = number(&report["gflops"]) * number(&report["step_ms"]["median"]) * 1e6;
+    assert!((flops / (5.0 * number(&plan["forward_flops_per_image"])) - 1.0).abs() < 1e-9, "{report}");
+    let output = output(&["bench", &file, "--sampling", "--per-op"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
 /// Whether the process has its own answer to SIGINT by now.
 #[cfg(target_os = "linux")]
 fn catches_sigint(pid: u32) -> bool {
