@@ -7,7 +7,6 @@ use cudarc::cublaslt::sys::{
 };
 use cudarc::driver::sys::CUstream;
 use std::ffi::c_void;
-use std::rc::Rc;
 
 /// `cublasOperation_t`
 const AS_IT_IS: i32 = 0;
@@ -25,10 +24,13 @@ impl Drop for Handle {
 
 /// cuBLASLt on a stream.
 pub(super) struct Blas {
-    handle: Rc<Handle>,
+    handle: Handle,
     stream: CUstream,
     workspace: Memory,
 }
+
+// SAFETY: a handle of cuBLASLt and a stream belong to no thread; who has the GPU binds its context to the thread first.
+unsafe impl Send for Blas {}
 
 /// The addresses of a product's operands; 0 where there is none.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +66,7 @@ impl Blas {
             });
         }
         let handle = result::create_handle().map_err(cannot("start"))?;
-        Ok(Blas { handle: Rc::new(Handle(handle)), stream, workspace })
+        Ok(Blas { handle: Handle(handle), stream, workspace })
     }
 
     /// Chooses an algorithm for a product of these operands.

@@ -11,6 +11,7 @@ mod kernel;
 mod lane;
 mod launch;
 pub mod nccl;
+mod plans;
 mod work;
 
 pub use super::Precision;
@@ -22,4 +23,5 @@ pub use image::Image;
 pub use kernel::PreparedKernel;
 pub use lane::{Lane, Mark};
 pub use launch::{Argument, Launch};
+pub use plans::{Card, PlanTable, TimedChoice};
 pub use work::{Convolution, ConvolutionShape, Form, MatrixShape, Pass, Place, Product, ProductShape, Step, Work};
