@@ -108,7 +108,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         BenchError::Run(cause) => ranks.explained(code_of_run(cause), &error, cause.collective()),
     })?;
     drop(bar);
-    device.take_notice().into_iter().for_each(|text| console.alarm(text));
+    std::iter::from_fn(|| device.take_notice()).for_each(|text| console.alarm(text));
     if timings.steps.is_empty() {
         return Err(Failure::new(stop.code(), "stopped before a step was measured"));
     }

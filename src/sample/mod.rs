@@ -9,6 +9,7 @@ mod tests;
 pub use config::SampleConfig;
 
 use crate::collective::{Collective, CollectiveError, Solo};
+use crate::device::cuda::ConvolutionShape;
 use crate::device::{Binding, BufferId, Device, DeviceError, Element, Precision, Region, Slot, Target};
 use crate::diffusion::SamplerTable;
 use crate::ops::cast::ComputeCopy;
@@ -275,6 +276,11 @@ impl Sampler {
             copy.refresh(device, &binding)?;
         }
         Ok(Chain { step: self.program.load(device, binding)?, table })
+    }
+
+    /// What the network asks of a GPU's libraries.
+    pub fn convolutions(&self) -> Vec<ConvolutionShape> {
+        self.program.convolutions()
     }
 
     /// Places of the parameters that [`Sampler::sample`] reads.

@@ -6,6 +6,7 @@ mod checksum;
 mod config;
 mod error;
 mod grids;
+mod plans;
 mod ranks;
 mod reports;
 mod resume;

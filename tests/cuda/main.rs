@@ -11,6 +11,7 @@ mod graph;
 mod machine;
 mod nccl;
 mod nccl_train;
+mod plans;
 mod program;
 mod steps;
 #[path = "../kernels/values.rs"]
