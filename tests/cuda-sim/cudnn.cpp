@@ -4,7 +4,9 @@
 //
 // The environment sets faults:
 //   CUDA_SIM_CUDNN_VERSION=8907       what cudnnGetVersion says
-//   CUDA_SIM_CUDNN_FAIL=execute       create, finalize or execute fails; allocate: an execution takes memory, which no capture allows
+//   CUDA_SIM_CUDNN_FAIL=execute       create, finalize or execute fails; allocate: an execution takes memory, which no capture allows;
+//                                     killed: the process is, at its first search
+//   CUDA_SIM_CUDNN_WAIT=8000          the first search takes so many milliseconds
 //   CUDA_SIM_CUDNN_WITHOUT=beta,wide  no engine adds to an output (beta), writes f32 weight gradients of bf16 (wide), or fuses (fusion)
 //   CUDA_SIM_CUDNN_ENGINES=5,7        heuristics propose these only
 //   CUDA_SIM_CUDNN_SLOW=8             these take 10 s longer, by the GPU's clock
@@ -16,10 +18,13 @@
 #include "stream.h"
 
 #include <algorithm>
+#include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <set>
 #include <sstream>
+#include <thread>
 
 namespace {
 
@@ -449,6 +454,18 @@ int check_config(const Descriptor *d) {
     return SUCCESS;
 }
 
+/// What a process may meet when it searches for the first time.
+void first_search() {
+    static bool has_searched = false;
+    if (has_searched)
+        return;
+    has_searched = true;
+    if (fails("killed"))
+        raise(SIGKILL);
+    if (const std::string wait = setting("WAIT"); !wait.empty())
+        std::this_thread::sleep_for(std::chrono::milliseconds(std::stoi(wait)));
+}
+
 std::shared_ptr<Descriptor> made(int kind) {
     std::shared_ptr<Descriptor> descriptor(new Descriptor{kind, true}, [](Descriptor *d) {
         live.erase(d);
@@ -464,6 +481,7 @@ int propose(Descriptor *d) {
     if (mode < 1 || mode > 3)
         return refuse(BAD_PARAM, "no such mode");
     note("searches");
+    first_search();
     std::vector<Descriptor *> results;
     for (int64_t index : proposed(mode)) {
         if (!setting("ENGINES").empty() && !lists(setting("ENGINES"), std::to_string(index)))

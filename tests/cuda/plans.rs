@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 const LIBRARIES: [Build; 4] = [Build::Driver, Build::Cudnn, Build::CublasLt, Build::Nccl];
 
@@ -191,6 +192,26 @@ fn a_rank_that_finds_no_plans_is_named_by_the_others() {
         ran.said
     );
     assert!(!ran.has_searched(1), "{:?}", ran.log);
+}
+
+#[test]
+fn a_search_may_take_longer_than_ranks_wait_for_each_other() {
+    let Some(project) = project() else { return };
+    let (mut command, _) = begun(&project, 2, "run", &[("CUDA_SIM_CUDNN_WAIT_OF_0", "12000")]);
+    let output = command.args(["--set", "train.steps=1", "--set", "cluster.timeout=8"]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn ranks_that_wait_for_a_search_notice_that_it_has_died() {
+    let Some(project) = project() else { return };
+    // Built before the clock runs.
+    library_path(&LIBRARIES);
+    let since = Instant::now();
+    let ran = train(&project, 2, "run", 1, &[("CUDA_SIM_CUDNN_FAIL_OF_0", "killed")]);
+    assert!(!ran.output.status.success() && ran.said.contains("rank 0"), "{}", ran.said);
+    // Ranks wait for each other five minutes.
+    assert!(since.elapsed() < Duration::from_secs(120), "{:?}", since.elapsed());
 }
 
 #[test]
