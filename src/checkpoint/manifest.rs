@@ -60,7 +60,7 @@ pub struct Meta {
     /// The kind of CPU or GPU whose bits these are, with its instruction set.
     pub device_kind: String,
     /// What influences bits beside the source: on the CPU, where every product is this program's own, the compiler (`rustc`) and the
-    /// instruction set chosen (`simd`); on a GPU also `cudnn`.
+    /// instruction set chosen (`simd`); on a GPU also `cudnn` and `cublaslt`.
     #[serde(default)]
     pub libraries: BTreeMap<String, String>,
     /// Ranks that took part in the step.

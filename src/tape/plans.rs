@@ -28,7 +28,7 @@ pub fn convolutions<'a>(programs: impl IntoIterator<Item = &'a Program>) -> Vec<
 }
 
 /// Has a plan for each convolution at all ranks: those of rank 0, which has looked for them while the others waited. A rank with another GPU or
-/// cuDNN looks for its own, and rank 0's [`Device::take_notice`] says so. Gives false where `stop` was set. Nothing is to be done on CPU cores.
+/// other libraries looks for its own, and rank 0's [`Device::take_notice`] says so. Gives false where `stop` was set. Nothing is to be done on CPU cores.
 ///
 /// # Errors
 /// A rank that is lost, or what keeps this one from having plans; all ranks have told each other by then.

@@ -3,7 +3,7 @@
 use super::{Config, Trainer};
 use crate::checkpoint::{Buffers, Layout, LayoutError, Meta, Saver, Snapshot, TensorSpec};
 use crate::config::{ConfigError, to_toml};
-use crate::device::cuda::PlanTable;
+use crate::device::cuda::{Card, PlanTable};
 use crate::device::{Device, DeviceError, Region};
 use crate::tape::{ParamLayout, RunError};
 use serde::Deserialize;
@@ -25,8 +25,8 @@ pub(super) struct Identity {
 
 /// The name under which a manifest has a GPU's plans …
 const PLANS: &str = "plans";
-/// … and that of the library that they are of.
-const CUDNN: &str = "cudnn";
+/// … and those of the libraries that its bits depend on.
+const LIBRARIES: [(&str, &str); 2] = [("cudnn", "cuDNN"), ("cublaslt", "cuBLASLt")];
 
 /// The plans that a checkpoint pins, if it was saved on a GPU.
 ///
@@ -45,14 +45,17 @@ impl Identity {
     ) -> Result<Identity, ConfigError> {
         // On the CPU all that bits depend on is compiled in: the compiler, and the instruction set it chose from.
         let compiled = [("rustc", env!("DDPM_DIST_RUSTC")), ("simd", crate::simd::level().name())];
-        let cudnn = device.card().map(|card| (CUDNN, card.cudnn.as_str()));
-        let libraries = compiled.into_iter().chain(cudnn);
+        let mut libraries: Vec<(&str, &str)> = compiled.into();
+        if let Some(Card { cudnn, cublaslt, .. }) = device.card() {
+            libraries.extend(std::iter::zip(LIBRARIES.map(|(key, _)| key), [cudnn.as_str(), cublaslt.as_str()]));
+        }
+        let owned = |(name, version): (&str, &str)| (name.to_string(), version.to_string());
         Ok(Identity {
             config_hash: super::trajectory_hash(config)?,
             config_toml: to_toml(config)?,
             data_fingerprint,
             device_kind: device.name(),
-            libraries: libraries.map(|(name, version)| (name.to_string(), version.to_string())).collect(),
+            libraries: libraries.into_iter().map(owned).collect(),
             world_size,
             plans: None,
         })
@@ -63,12 +66,8 @@ impl Identity {
         if saved.device_kind != self.device_kind {
             return Some(format!("saved on {}, going on with {}", saved.device_kind, self.device_kind));
         }
-        let now = self.libraries.get(CUDNN)?;
-        match saved.libraries.get(CUDNN) {
-            Some(then) if then == now => None,
-            Some(then) => Some(format!("saved with cuDNN {then}, going on with {now}")),
-            None => Some(format!("saved without a record of cuDNN, going on with {now}")),
-        }
+        let (then, now) = (gpu_libraries(&saved.libraries), gpu_libraries(&self.libraries));
+        (then != now).then(|| format!("saved with {then}, going on with {now}"))
     }
 
     pub fn meta(&self, config: &Config, step: u64) -> Meta {
@@ -91,6 +90,12 @@ impl Identity {
 /// None for what JSON cannot hold, which plans have not.
 fn as_extra(plans: &PlanTable) -> Option<(String, Value)> {
     Some((PLANS.to_string(), serde_json::to_value(plans).ok()?))
+}
+
+/// `cuDNN 9.10.2 and cuBLASLt 13.0.1`
+fn gpu_libraries(versions: &BTreeMap<String, String>) -> String {
+    let version = |key: &str| versions.get(key).map_or("of an unknown version", String::as_str);
+    LIBRARIES.map(|(key, name)| format!("{name} {}", version(key))).join(" and ")
 }
 
 /// The places of parameters as checkpoints record them.

@@ -176,7 +176,8 @@ fn all_ranks_compute_as_rank_0_has_found() {
     let version = ("CUDA_SIM_CUDNN_VERSION_OF_1", "91100");
     let mixed = must_be_well(train(&project, 2, "mixed", 2, &[off, TAKES_6, other, version]));
     assert!(mixed.has_searched(0) && mixed.has_searched(1), "{:?}", mixed.log);
-    let notice = "rank 1 has a machine made of software (8.0) with cuDNN 9.11.0: what these compute differs";
+    let notice =
+        "rank 1 has a machine made of software (8.0) with cuDNN 9.11.0 and cuBLASLt 13.0.1: what these compute differs";
     assert_eq!(mixed.said.matches(notice).count(), 1, "{}", mixed.said);
     assert_eq!(engines_of(&pinned(&project, "mixed", 2)), BTreeSet::from([6]));
 }
@@ -220,7 +221,7 @@ fn a_checkpoint_pins_how_convolutions_are_computed() {
     let off = ("DDPM_DIST_CUDA_PLANS", "off");
     must_be_well(train(&project, 1, "run", 2, &[off, TAKES_6]));
     let manifest = inspect(&project.path("run/checkpoints/step-00000002")).unwrap();
-    assert_eq!(manifest.meta.libraries["cudnn"], "9.10.2");
+    assert_eq!((&*manifest.meta.libraries["cudnn"], &*manifest.meta.libraries["cublaslt"]), ("9.10.2", "13.0.1"));
     assert_eq!(manifest.meta.device_kind, "cuda (a machine made of software)");
     let resumed = must_be_well(train(&project, 1, "run", 4, &[off, TAKES_8]));
     assert!(!resumed.has_searched(0), "{:?}", resumed.log);
@@ -235,9 +236,14 @@ fn a_checkpoint_pins_how_convolutions_are_computed() {
         (
             8,
             ("CUDA_SIM_CUDNN_VERSION", "91100"),
-            "saved with cuDNN 9.10.2, going on with 9.11.0: same images and noise",
+            "going on with cuDNN 9.11.0 and cuBLASLt 13.0.1: same images and noise",
         ),
-        (10, ("CUDA_SIM_NAME", "NVIDIA X1"), "going on with cuda (NVIDIA X1): same images and noise"),
+        (
+            10,
+            ("CUDA_SIM_CUBLASLT_VERSION", "130100"),
+            "going on with cuDNN 9.10.2 and cuBLASLt 13.1.0: same images and noise",
+        ),
+        (12, ("CUDA_SIM_NAME", "NVIDIA X1"), "going on with cuda (NVIDIA X1): same images and noise"),
     ] {
         let other = must_be_well(train(&project, 1, "run", steps, &[off, TAKES_8, setting]));
         assert!(other.has_searched(0), "{:?}", other.log);

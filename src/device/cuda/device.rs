@@ -108,7 +108,8 @@ impl Cuda {
         let workspace = gpu.allocate(WORKSPACE)?;
         let blas = Blas::open(gpu.stream().cu_stream(), workspace)?;
         let (name, dnn) = (gpu.name()?, Dnn::open(&gpu)?);
-        let card = Card { gpu: name.clone(), capability: gpu.compute_capability()?, cudnn: dnn.version() };
+        let (capability, cudnn, cublaslt) = (gpu.compute_capability()?, dnn.version(), blas.version());
+        let card = Card { gpu: name.clone(), capability, cudnn, cublaslt };
         let plans = Plans::of(card, WORKSPACE)?;
         let (buffers, constants) = (vec![], vec![]);
         Ok(Cuda { gpu, name, dnn, blas, workspace, graphs, plans, buffers, constants })

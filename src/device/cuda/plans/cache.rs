@@ -1,4 +1,4 @@
-//! Plans on disk: a file for each GPU and cuDNN in the user's cache, so that a search is made once.
+//! Plans on disk: a file for each GPU and its libraries in the user's cache, so that a search is made once.
 //!
 //! Several processes may write a file: each reads what is there and puts a whole file in its place. Where two do so at a time, the later one
 //! takes its place, and what the other had found is searched again some day.
@@ -17,7 +17,7 @@ pub(super) const VARIABLE: &str = "DDPM_DIST_CUDA_PLANS";
 /// A file beyond this is none of ours: one plan has about 400 bytes.
 const MOST_BYTES: u64 = 64 << 20;
 
-/// The file for a GPU and its cuDNN, if plans are kept.
+/// The file for a GPU and its libraries, if plans are kept.
 #[derive(Debug)]
 pub(super) struct PlanCache(Option<PathBuf>);
 
@@ -75,14 +75,14 @@ impl PlanCache {
     }
 }
 
-/// `NVIDIA-H200-9.0-cudnn-9.10.2.jsonl`
+/// `NVIDIA-H200-9.0-cudnn-9.10.2-cublaslt-13.0.1.jsonl`
 fn file_name(card: &Card) -> String {
-    let Card { gpu, capability: (major, minor), cudnn } = card;
+    let Card { gpu, capability: (major, minor), cudnn, cublaslt } = card;
     let plain = |text: &str| -> String {
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
         text.chars().take(80).map(plain).collect()
     };
-    format!("{}-{major}.{minor}-cudnn-{}.jsonl", plain(gpu), plain(cudnn))
+    format!("{}-{major}.{minor}-cudnn-{}-cublaslt-{}.jsonl", plain(gpu), plain(cudnn), plain(cublaslt))
 }
 
 fn read_at_most(path: &Path) -> io::Result<Vec<u8>> {
@@ -140,7 +140,10 @@ mod tests {
         foreign.card.cudnn = "9.8.0".into();
         for (bytes, says) in [
             (b"\xff\xfe nonsense".to_vec(), "is damaged (line 1: "),
-            (foreign.encode().unwrap().into_bytes(), "is for NVIDIA H200 (9.0) with cuDNN 9.8.0, and this is"),
+            (
+                foreign.encode().unwrap().into_bytes(),
+                "is for NVIDIA H200 (9.0) with cuDNN 9.8.0 and cuBLASLt 13.0.1, and this is",
+            ),
         ] {
             fs::write(&path, &bytes).unwrap();
             let (found, notice) = cache.read(&card());

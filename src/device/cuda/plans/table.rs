@@ -1,11 +1,11 @@
-//! A table of plans: what was chosen for each convolution, on one kind of GPU with one cuDNN.
+//! A table of plans: what was chosen for each convolution, on one kind of GPU with libraries of one version.
 
 use crate::device::cuda::ConvolutionShape;
 use crate::device::cuda::dnn::PlanChoice;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// What plans hold for: another GPU or cuDNN has other engines and other times.
+/// What plans hold for, and what bits depend on: another GPU or library computes by other means, and in other times.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Card {
     /// `NVIDIA H200`
@@ -14,12 +14,14 @@ pub struct Card {
     pub capability: (i32, i32),
     /// Version of cuDNN: `9.10.2`.
     pub cudnn: String,
+    /// Version of cuBLASLt: `13.0.1`.
+    pub cublaslt: String,
 }
 
 impl fmt::Display for Card {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Card { gpu, capability: (major, minor), cudnn } = self;
-        write!(f, "{gpu} ({major}.{minor}) with cuDNN {cudnn}")
+        let Card { gpu, capability: (major, minor), cudnn, cublaslt } = self;
+        write!(f, "{gpu} ({major}.{minor}) with cuDNN {cudnn} and cuBLASLt {cublaslt}")
     }
 }
 
@@ -92,7 +94,7 @@ pub(super) mod tests {
     use crate::device::cuda::{Pass, Precision};
 
     pub fn card() -> Card {
-        Card { gpu: "NVIDIA H200".into(), capability: (9, 0), cudnn: "9.10.2".into() }
+        Card { gpu: "NVIDIA H200".into(), capability: (9, 0), cudnn: "9.10.2".into(), cublaslt: "13.0.1".into() }
     }
 
     /// A choice for a convolution of so many images.
