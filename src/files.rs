@@ -115,6 +115,12 @@ pub fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Where what can be made again is kept for this user, if nothing else is said: `$XDG_CACHE_HOME/ddpm-dist`, else `~/.cache/ddpm-dist`.
+pub fn user_cache_dir() -> Option<PathBuf> {
+    let dir = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|home| home.join(".cache"))).map(|dir| dir.join("ddpm-dist"))
+}
+
 /// 32 hexadecimal digits that no other call, process or machine draws again, for temporary names. Each `RandomState` has fresh keys from
 /// the system's random source.
 pub fn unique_id() -> String {

@@ -60,12 +60,12 @@ pub struct Meta {
     /// The kind of CPU or GPU whose bits these are, with its instruction set.
     pub device_kind: String,
     /// What influences bits beside the source: on the CPU, where every product is this program's own, the compiler (`rustc`) and the
-    /// instruction set chosen (`simd`).
+    /// instruction set chosen (`simd`); on a GPU also `cudnn` and `cublaslt`.
     #[serde(default)]
     pub libraries: BTreeMap<String, String>,
     /// Ranks that took part in the step.
     pub world_size: usize,
-    /// Whatever else the writer wants to find again.
+    /// Whatever else the writer wants to find again: a GPU's `plans` for convolutions.
     #[serde(default)]
     pub extra: BTreeMap<String, Value>,
 }

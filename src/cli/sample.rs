@@ -12,6 +12,7 @@ use crate::report::{
     GridOptions, ImageStream, Images, OutputFormat, ReportError, check_output, read_npy, write_images,
 };
 use crate::sample::{Finished, Request, ReverseProcess, ReverseStep, SampleError, Sampler, room_for};
+use crate::tape::agree_on_plans;
 use crate::train::{checksum, layout_for_checkpoints};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -97,6 +98,10 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         ))?;
     }
     drop(source);
+    let agreed = agree_on_plans(&mut device, ranks.collective(), &sampler.convolutions(), stop.flag());
+    if !agreed.map_err(SampleError::from)? {
+        return Err(Failure::new(stop.code(), "stopped before the first image"));
+    }
 
     let stages = if format == OutputFormat::Gif { FRAMES.min(table.steps.len()) - 1 } else { 0 };
     // Rank 0 writes what all have made.
@@ -118,7 +123,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         |batch| output.as_mut().map_or(Ok(()), |output| output.append(&batch)).map_err(Unfinished::Writing),
     );
     drop(bar);
-    device.take_notice().into_iter().for_each(|text| console.alarm(text));
+    std::iter::from_fn(|| device.take_notice()).for_each(|text| console.alarm(text));
     let finished = finished.map_err(|unfinished| match unfinished {
         Unfinished::Sampling(error) => ranks.explained(code_of(&error), &error, error.collective()),
         Unfinished::Writing(failure) => failure,

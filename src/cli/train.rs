@@ -197,9 +197,7 @@ fn code_of(error: &TrainError) -> Code {
         TrainError::Data(DataError::Config(_)) => Code::Usage,
         TrainError::Stopped => Code::Preempted,
         // What could be read when the run began may be read again when it begins anew.
-        TrainError::Loading { source: DataError::Io { .. }, .. } | TrainError::Thread(_) | TrainError::Program(_) => {
-            Code::Failed
-        }
+        TrainError::Loading { source: DataError::Io { .. }, .. } | TrainError::Program(_) => Code::Failed,
         TrainError::Data(_) | TrainError::Loading { .. } => Code::Data,
         TrainError::RunDir(_)
         | TrainError::Checkpoint(_)

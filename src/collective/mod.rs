@@ -2,6 +2,7 @@
 //! [`Fake`](fake::Fake) for plans and tests.
 
 mod activity;
+mod beside;
 pub mod fake;
 pub mod host;
 pub mod nccl;
@@ -11,6 +12,7 @@ mod timed;
 mod tree;
 
 pub use activity::{Activity, Operation, Progress, Record};
+pub use beside::beside;
 pub use timed::Timed;
 pub use tree::sum_along_tree;
 

@@ -7,7 +7,7 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use crate::config::OutOfRange;
-use crate::files::hex;
+use crate::files::{hex, user_cache_dir};
 
 use super::array::{ArrayHeader, MAX_HEADER, Parse};
 use super::cache::{self, Cached, Request, Sink};
@@ -331,7 +331,7 @@ impl Opened {
 }
 
 fn cache_dir(config: &DataConfig) -> Option<PathBuf> {
-    config.cache_dir.as_deref().map(expand_home).or_else(cache::user_cache_dir)
+    config.cache_dir.as_deref().map(expand_home).or_else(user_cache_dir)
 }
 
 fn request<'a>(

@@ -31,7 +31,6 @@ mod source;
 mod tests;
 mod units;
 
-pub use cache::user_cache_dir;
 pub use config::{DataConfig, Format, OnBadImage};
 pub use dataset::{Dataset, Storage};
 pub use error::{DataError, Fault};

@@ -306,6 +306,22 @@ impl Device {
         }
     }
 
+    /// What it is as far as plans for convolutions hold for it, if it is a GPU.
+    pub fn card(&self) -> Option<&cuda::Card> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => Some(cuda.card()),
+        }
+    }
+
+    /// How convolutions are computed, where a library computes them.
+    pub fn plans(&self) -> Option<cuda::PlanTable> {
+        match self {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => Some(cuda.plans()),
+        }
+    }
+
     /// What the user should know of it and has not been told.
     pub fn take_notice(&mut self) -> Option<String> {
         match self {

@@ -12,6 +12,7 @@ pub use config::SampleConfig;
 pub use error::{SampleError, room_for};
 
 use crate::collective::{Collective, Solo};
+use crate::device::cuda::ConvolutionShape;
 use crate::device::{Binding, BufferId, Device, Element, Precision, Region, Slot, StagingId, Target};
 use crate::diffusion::SamplerTable;
 use crate::ops::cast::ComputeCopy;
@@ -195,6 +196,11 @@ impl Sampler {
     /// A reverse step.
     pub fn program(&self) -> &Program {
         &self.program
+    }
+
+    /// What the network asks of a GPU's libraries.
+    pub fn convolutions(&self) -> Vec<ConvolutionShape> {
+        self.program.convolutions()
     }
 
     /// Places of the parameters that [`Sampler::sample`] reads.

@@ -147,31 +147,55 @@ impl Program {
                 vec![]
             }
             Device::Cuda(cuda) => {
-                let commands = self.instructions.iter().map(|instruction| instruction.prepare(self, cuda, &binding));
+                // All at once: what is found is then written once.
+                cuda.find_plans(&self.convolutions(), &|| true)?;
+                let commands = self
+                    .instructions
+                    .iter()
+                    .map(|instruction| instruction.prepare(self.target.precision, cuda, &binding));
                 commands.collect::<Result<_, _>>()?
             }
         };
         Ok(Loaded { program: self.clone(), binding, commands, replay: Replay::Cold })
     }
+
+    /// The convolutions that it asks of a GPU, each once.
+    pub fn convolutions(&self) -> Vec<cuda::ConvolutionShape> {
+        let mut shapes = Vec::new();
+        let work = self.instructions.iter().filter_map(|instruction| instruction.work(self.target.precision));
+        for step in work.flat_map(|work| work.steps) {
+            if let cuda::Step::Convolution(convolution) = step
+                && !shapes.contains(&convolution.shape)
+            {
+                shapes.push(convolution.shape);
+            }
+        }
+        shapes
+    }
 }
 
 impl Instruction {
-    /// What the op asks of a GPU, with the addresses of its operands; nothing for what is not an op.
-    fn prepare(
-        &self,
-        program: &Program,
-        cuda: &mut cuda::Cuda,
-        binding: &Binding,
-    ) -> Result<Vec<cuda::Command>, DeviceError> {
-        let Kind::Launch(op) = &self.kind else { return Ok(vec![]) };
+    /// What the op asks of a GPU; nothing for what is not an op.
+    fn work(&self, precision: Precision) -> Option<cuda::Work> {
+        let Kind::Launch(op) = &self.kind else { return None };
         let signature = op.signature();
         let specs = signature.inputs.iter().chain(&signature.outputs);
         let slots = self.inputs.iter().chain(&self.outputs);
         // All flat operands of an op are as long.
         let flat = specs.zip(slots).find(|(spec, _)| spec.shape.is_none()).map_or(0, |(_, slot)| slot.len);
-        let form = cuda::Form { precision: program.target.precision, updates: self.updates, flat };
+        Some(op.cuda(&cuda::Form { precision, updates: self.updates, flat }))
+    }
+
+    /// The same with the addresses of its operands.
+    fn prepare(
+        &self,
+        precision: Precision,
+        cuda: &mut cuda::Cuda,
+        binding: &Binding,
+    ) -> Result<Vec<cuda::Command>, DeviceError> {
+        let Some(work) = self.work(precision) else { return Ok(vec![]) };
         let operands = cuda::Operands { inputs: &self.inputs, outputs: &self.outputs, scratch: self.scratch };
-        Ok(cuda.prepare(&op.cuda(&form), &operands, binding)?)
+        Ok(cuda.prepare(&work, &operands, binding)?)
     }
 }
 

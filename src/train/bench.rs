@@ -1,5 +1,6 @@
 //! How long steps take, as a whole and op by op.
 
+use super::plans::shapes_of_steps;
 use super::step::step_runs;
 use super::{Config, Shards, Share, Trainer, must_fit};
 use crate::collective::Collective;
@@ -7,7 +8,7 @@ use crate::device::{Device, DeviceError};
 use crate::diffusion::Schedule;
 use crate::rng::{Kind as Random, Stream};
 use crate::sample::SampleConfig;
-use crate::tape::{Kind, OpGroup, Phase, Program, RunError};
+use crate::tape::{Kind, OpGroup, Phase, Program, RunError, agree_on_plans};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -85,6 +86,10 @@ pub fn time_steps(
     // No grids are made here.
     let without_grids = Config { sample: SampleConfig { count: 0, ..config.sample.clone() }, ..config.clone() };
     must_fit::<BenchError>(device, &without_grids, size, &share)?;
+    let shapes = shapes_of_steps(device, config, size, &share);
+    if !agree_on_plans(device, collective, &shapes, options.stop)? {
+        return Ok(Timings { steps: vec![], ops: vec![], step_flops: 0, not_finite: 0 });
+    }
     let mut trainer = Trainer::new(device, config, &schedule, size, share)?;
     let pixels = random_pixels(config.train.seed, share.images() * size[0] * size[1] * config.model.image_channels);
     let (groups, group_of) = if options.per_op { step_groups(trainer.programs()) } else { Default::default() };

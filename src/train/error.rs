@@ -129,9 +129,6 @@ pub enum TrainError {
     /// The file of this program.
     #[error("cannot read this program's own file: {0}")]
     Program(std::io::Error),
-    /// The system starts no thread.
-    #[error("cannot start a thread: {0}")]
-    Thread(std::io::Error),
     /// An image of a step.
     #[error("step {step}: {source}")]
     Loading {

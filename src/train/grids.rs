@@ -1,16 +1,28 @@
 //! Grids of images made while training.
 
-use super::{Config, TrainError, Trainer};
+use super::{Config, Share, TrainError, Trainer};
 use crate::collective::Collective;
-use crate::device::{BufferId, Device};
+use crate::device::{BufferId, Device, DeviceKind};
 use crate::diffusion::{SamplerTable, Schedule};
 use crate::report::{Console, GridOptions, Images, Picture, grid};
-use crate::sample::{Progress, Request, ReverseProcess, ReverseStep, SampleError, Sampler};
+use crate::sample::{Progress, Request, ReverseProcess, ReverseStep, SampleConfig, SampleError, Sampler};
 
 /// The reverse process that `[sample]` describes, with its memory.
 pub(super) struct Grids {
     sampler: Sampler,
     table: SamplerTable,
+}
+
+/// The reverse step of grids, whatever the number of steps and the places of the parameters; none if the config asks for no grids.
+pub(super) fn reverse_step<'a>(
+    config: &'a Config,
+    kind: DeviceKind,
+    share: Share,
+    size: [usize; 2],
+) -> Option<ReverseStep<'a>> {
+    let SampleConfig { count, batch, .. } = config.sample;
+    let batch = kind.sampling_batch(batch, count, share.world_size);
+    (count > 0).then_some(ReverseStep { model: &config.model, size, batch, steps: 1, layout: None })
 }
 
 impl Grids {
@@ -23,13 +35,9 @@ impl Grids {
         size: [usize; 2],
     ) -> Result<Option<Grids>, TrainError> {
         let section = &config.sample;
-        if section.count == 0 {
-            return Ok(None);
-        }
-        let batch = device.kind().sampling_batch(section.batch, section.count, trainer.share().world_size);
+        let Some(step) = reverse_step(config, device.kind(), trainer.share(), size) else { return Ok(None) };
         let table = SamplerTable::new(schedule, &section.sampler(&config.diffusion))?;
-        let (model, steps, layout) = (&config.model, table.steps.len(), Some(&trainer.program().layout));
-        let step = ReverseStep { model, size, batch, steps, layout };
+        let step = ReverseStep { steps: table.steps.len(), layout: Some(&trainer.program().layout), ..step };
         let sampler = Sampler::new(device, &step, config.train.precision)?;
         Ok(Some(Grids { sampler, table }))
     }

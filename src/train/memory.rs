@@ -1,5 +1,6 @@
 //! How much memory a rank's training takes, which is known before it begins: nothing is allocated later.
 
+use super::grids::reverse_step;
 use super::{Config, STATE, Share, step_programs};
 use crate::config::OutOfRange;
 use crate::device::cpu::pool::BASE_SCRATCH;
@@ -85,15 +86,11 @@ fn grids(
     share: &Share,
     step: &Program,
 ) -> Result<Option<(usize, Program)>, OutOfRange> {
-    let section = &config.sample;
-    if section.count == 0 {
-        return Ok(None);
-    }
-    let batch = step.target.kind.sampling_batch(section.batch, section.count, share.world_size);
+    let Some(reverse) = reverse_step(config, step.target.kind, *share, size) else { return Ok(None) };
     let schedule = Schedule::new(&config.diffusion)?;
-    let steps = SamplerTable::new(&schedule, &section.sampler(&config.diffusion))?.steps.len();
-    let reverse = ReverseStep { model: &config.model, size, batch, steps, layout: Some(&step.layout) };
-    Ok(Some((batch, reverse.program(step.target))))
+    let steps = SamplerTable::new(&schedule, &config.sample.sampler(&config.diffusion))?.steps.len();
+    let reverse = ReverseStep { steps, layout: Some(&step.layout), ..reverse };
+    Ok(Some((reverse.batch, reverse.program(step.target))))
 }
 
 /// Refuses a rank's training that takes more memory than its GPU has free, with the largest batch that would fit. What CPU cores have free is

@@ -7,6 +7,7 @@ mod config;
 mod error;
 mod grids;
 mod memory;
+mod plans;
 mod ranks;
 mod reports;
 mod resume;

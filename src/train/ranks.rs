@@ -2,11 +2,11 @@
 
 use super::resume::differences_of_ranks;
 use super::{Config, TrainError};
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::{self, Collective, CollectiveError};
 use crate::config::{parse, to_toml};
 use crate::machine::this_program;
 use crate::tape::RunError;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// How often ranks look whether all have done what they wait for.
@@ -40,31 +40,13 @@ pub(super) fn at_rank_zero<T: Send>(
     beside(collective, |_| is_rank_zero.then(work).transpose())
 }
 
-/// Does `work` on a thread beside this one, in which the ranks stay in touch meanwhile: one that is lost is noticed at once, and one that
-/// stands still after the usual time, however long the work of another takes. `work` is told to leave off (by its argument) where a rank
-/// is lost.
+/// Does `work` while the ranks [stay in touch](collective::beside), and goes on if it is well at all of them.
 pub(super) fn beside<T: Send>(
     collective: &mut dyn Collective,
     work: impl FnOnce(&AtomicBool) -> Result<T, TrainError> + Send,
 ) -> Result<T, TrainError> {
-    let called_off = AtomicBool::new(false);
-    if collective.world_size() == 1 {
-        return work(&called_off);
-    }
-    std::thread::scope(|scope| {
-        let worker = std::thread::Builder::new().name("opening".into()).spawn_scoped(scope, || work(&called_off));
-        let worker = worker.map_err(TrainError::Thread)?;
-        let kept_in_touch = loop {
-            match gather(collective, vec![u8::from(!worker.is_finished())]) {
-                Ok(busy) if busy.iter().all(|busy| *busy == [0]) => break Ok(()),
-                Ok(_) => std::thread::sleep(LOOK),
-                Err(error) => break Err(error),
-            }
-        };
-        called_off.store(kept_in_touch.is_err(), Ordering::Relaxed);
-        let result = worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        kept_in_touch.and_then(|()| together(collective, result))
-    })
+    let result = collective::beside(collective, work).map_err(lost)?;
+    together(collective, result)
 }
 
 /// The bytes of all ranks.

@@ -103,14 +103,19 @@ fn different(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -
         .collect()
 }
 
-/// Compares the config with that of the newest checkpoint whose manifest can be read, if there is one.
-pub(super) fn check_newest_config(config: &Config, run_dir: &RunDir, identity: &Identity) -> Result<(), TrainError> {
+/// Compares the config with that of the newest checkpoint whose manifest can be read, if there is one, and gives what that records.
+pub(super) fn check_newest_config(
+    config: &Config,
+    run_dir: &RunDir,
+    identity: &Identity,
+) -> Result<Option<Meta>, TrainError> {
     for (_, path) in list(&run_dir.checkpoints())?.into_iter().rev() {
         if let Ok(manifest) = inspect(&path) {
-            return check_config(config, &path, &manifest.meta, identity);
+            check_config(config, &path, &manifest.meta, identity)?;
+            return Ok(Some(manifest.meta));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// Refuses a config that would leave the trajectory of a checkpoint.

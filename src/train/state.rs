@@ -3,8 +3,11 @@
 use super::{Config, Trainer};
 use crate::checkpoint::{Buffers, Layout, LayoutError, Meta, Saver, Snapshot, TensorSpec};
 use crate::config::{ConfigError, to_toml};
+use crate::device::cuda::{Card, PlanTable};
 use crate::device::{Device, DeviceError, Region};
 use crate::tape::{ParamLayout, RunError};
+use serde::Deserialize;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -14,7 +17,23 @@ pub(super) struct Identity {
     pub config_toml: String,
     pub data_fingerprint: String,
     pub device_kind: String,
+    pub libraries: BTreeMap<String, String>,
     pub world_size: usize,
+    /// How convolutions are computed, on a GPU.
+    pub plans: Option<PlanTable>,
+}
+
+/// The name under which a manifest has a GPU's plans …
+const PLANS: &str = "plans";
+/// … and those of the libraries that its bits depend on.
+const LIBRARIES: [(&str, &str); 2] = [("cudnn", "cuDNN"), ("cublaslt", "cuBLASLt")];
+
+/// The plans that a checkpoint pins, if it was saved on a GPU.
+///
+/// # Errors
+/// They are there and cannot be read.
+pub(super) fn pinned(saved: &Meta) -> serde_json::Result<Option<PlanTable>> {
+    saved.extra.get(PLANS).map(PlanTable::deserialize).transpose()
 }
 
 impl Identity {
@@ -24,13 +43,31 @@ impl Identity {
         device: &Device,
         world_size: usize,
     ) -> Result<Identity, ConfigError> {
+        // On the CPU all that bits depend on is compiled in: the compiler, and the instruction set it chose from.
+        let compiled = [("rustc", env!("DDPM_DIST_RUSTC")), ("simd", crate::simd::level().name())];
+        let mut libraries: Vec<(&str, &str)> = compiled.into();
+        if let Some(Card { cudnn, cublaslt, .. }) = device.card() {
+            libraries.extend(std::iter::zip(LIBRARIES.map(|(key, _)| key), [cudnn.as_str(), cublaslt.as_str()]));
+        }
+        let owned = |(name, version): (&str, &str)| (name.to_string(), version.to_string());
         Ok(Identity {
             config_hash: super::trajectory_hash(config)?,
             config_toml: to_toml(config)?,
             data_fingerprint,
             device_kind: device.name(),
+            libraries: libraries.into_iter().map(owned).collect(),
             world_size,
+            plans: None,
         })
+    }
+
+    /// What computes otherwise than when a checkpoint was saved, so that bits do.
+    pub fn change_since(&self, saved: &Meta) -> Option<String> {
+        if saved.device_kind != self.device_kind {
+            return Some(format!("saved on {}, going on with {}", saved.device_kind, self.device_kind));
+        }
+        let (then, now) = (gpu_libraries(&saved.libraries), gpu_libraries(&self.libraries));
+        (then != now).then(|| format!("saved with {then}, going on with {now}"))
     }
 
     pub fn meta(&self, config: &Config, step: u64) -> Meta {
@@ -43,15 +80,22 @@ impl Identity {
             data_fingerprint: self.data_fingerprint.clone(),
             build: crate::machine::build(),
             device_kind: self.device_kind.clone(),
-            // On the CPU all that bits depend on is compiled in: the compiler, and the instruction set it chose from.
-            libraries: BTreeMap::from([
-                ("rustc".to_string(), env!("DDPM_DIST_RUSTC").to_string()),
-                ("simd".to_string(), crate::simd::level().name().to_string()),
-            ]),
+            libraries: self.libraries.clone(),
             world_size: self.world_size,
-            extra: BTreeMap::new(),
+            extra: self.plans.iter().filter_map(as_extra).collect(),
         }
     }
+}
+
+/// None for what JSON cannot hold, which plans have not.
+fn as_extra(plans: &PlanTable) -> Option<(String, Value)> {
+    Some((PLANS.to_string(), serde_json::to_value(plans).ok()?))
+}
+
+/// `cuDNN 9.10.2 and cuBLASLt 13.0.1`
+fn gpu_libraries(versions: &BTreeMap<String, String>) -> String {
+    let version = |key: &str| versions.get(key).map_or("of an unknown version", String::as_str);
+    LIBRARIES.map(|(key, name)| format!("{name} {}", version(key))).join(" and ")
 }
 
 /// The places of parameters as checkpoints record them.

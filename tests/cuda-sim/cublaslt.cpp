@@ -181,6 +181,20 @@ struct Execution {
 } // namespace
 
 extern "C" {
+size_t cublasLtGetVersion() {
+    const char *said = getenv("CUDA_SIM_CUBLASLT_VERSION");
+    return said ? size_t(atol(said)) : 130001;
+}
+const char *cublasLtGetStatusName(int status) {
+    switch (status) {
+    case SUCCESS: return "CUBLAS_STATUS_SUCCESS";
+    case NOT_INITIALIZED: return "CUBLAS_STATUS_NOT_INITIALIZED";
+    case INVALID_VALUE: return "CUBLAS_STATUS_INVALID_VALUE";
+    case EXECUTION_FAILED: return "CUBLAS_STATUS_EXECUTION_FAILED";
+    case NOT_SUPPORTED: return "CUBLAS_STATUS_NOT_SUPPORTED";
+    default: return "unknown";
+    }
+}
 int cublasLtCreate(Handle **handle) {
     if (is_failing("create"))
         return NOT_INITIALIZED;

@@ -4,19 +4,27 @@
 //
 // The environment sets faults:
 //   CUDA_SIM_CUDNN_VERSION=8907       what cudnnGetVersion says
-//   CUDA_SIM_CUDNN_FAIL=execute       create, finalize or execute fails; allocate: an execution takes memory, which no capture allows
+//   CUDA_SIM_CUDNN_FAIL=execute       create, finalize or execute fails; allocate: an execution takes memory, which no capture allows;
+//                                     killed: the process is, at its first search
+//   CUDA_SIM_CUDNN_WAIT=8000          the first search takes so many milliseconds
 //   CUDA_SIM_CUDNN_WITHOUT=beta,wide  no engine adds to an output (beta), writes f32 weight gradients of bf16 (wide), or fuses (fusion)
 //   CUDA_SIM_CUDNN_ENGINES=5,7        heuristics propose these only
+//   CUDA_SIM_CUDNN_SLOW=8             these take 10 s longer, by the GPU's clock
+//   CUDA_SIM_CUDNN_LOG=FILE           each search and each plan is a line of it: the local rank, then `searches` or `plans engine 8`
+// With _OF_1 after a name, the setting is that of local rank 1.
 
 #include "convolution.h"
 #include "cuda_sim.h"
 #include "stream.h"
 
 #include <algorithm>
+#include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <set>
 #include <sstream>
+#include <thread>
 
 namespace {
 
@@ -215,9 +223,25 @@ int refuse(int status, const std::string &why) {
     abort();
 }
 
-std::string setting(const char *name) {
-    const char *value = getenv((std::string("CUDA_SIM_CUDNN_") + name).c_str());
+std::string local_rank() {
+    const char *rank = getenv("LOCAL_RANK");
+    return rank ? rank : "0";
+}
+std::string setting(const std::string &name) {
+    const std::string of_all = "CUDA_SIM_CUDNN_" + name;
+    const char *value = getenv((of_all + "_OF_" + local_rank()).c_str());
+    if (!value)
+        value = getenv(of_all.c_str());
     return value ? value : "";
+}
+/// A line of the log, if there is one. Lines of several processes do not mix: one is written at a time, and to the end.
+void note(const std::string &what) {
+    const std::string path = setting("LOG");
+    if (path.empty())
+        return;
+    FILE *log = fopen(path.c_str(), "a");
+    if (!log || fprintf(log, "%s %s\n", local_rank().c_str(), what.c_str()) < 0 || fclose(log) != 0)
+        abort();
 }
 bool lists(const std::string &list, const std::string &word) { return ("," + list + ",").find("," + word + ",") != std::string::npos; }
 bool fails(const char *phase) { return setting("FAIL") == phase; }
@@ -430,6 +454,18 @@ int check_config(const Descriptor *d) {
     return SUCCESS;
 }
 
+/// What a process may meet when it searches for the first time.
+void first_search() {
+    static bool has_searched = false;
+    if (has_searched)
+        return;
+    has_searched = true;
+    if (fails("killed"))
+        raise(SIGKILL);
+    if (const std::string wait = setting("WAIT"); !wait.empty())
+        std::this_thread::sleep_for(std::chrono::milliseconds(std::stoi(wait)));
+}
+
 std::shared_ptr<Descriptor> made(int kind) {
     std::shared_ptr<Descriptor> descriptor(new Descriptor{kind, true}, [](Descriptor *d) {
         live.erase(d);
@@ -444,6 +480,8 @@ int propose(Descriptor *d) {
     // cudnnBackendHeurMode_t: 0 is an old name of mode A.
     if (mode < 1 || mode > 3)
         return refuse(BAD_PARAM, "no such mode");
+    note("searches");
+    first_search();
     std::vector<Descriptor *> results;
     for (int64_t index : proposed(mode)) {
         if (!setting("ENGINES").empty() && !lists(setting("ENGINES"), std::to_string(index)))
@@ -479,6 +517,7 @@ int check_plan(Descriptor *d) {
         return refuse(BAD_PARAM, "a plan of no handle");
     if (engine->fault == Fault::FailsToBuild)
         return refuse(NOT_SUPPORTED, "the engine does not support this configuration");
+    note("plans engine " + std::to_string(engine->index));
     d->put(PLAN_WORKSPACE, std::vector<int64_t>{int64_t(engine->workspace)});
     return SUCCESS;
 }
@@ -577,8 +616,11 @@ struct Execution {
     std::vector<Operand> addends;
     void *workspace;
     size_t workspace_bytes;
+    bool is_slow;
 
     void run() const {
+        if (is_slow)
+            sim::of_driver<void(int)>("cuda_sim_takes")(10000);
         // What the engine leaves there is nobody's business, before it reads its operands and after it has written: not a number.
         memset(workspace, 0xFF, workspace_bytes);
         sim::Convolution sizes = convolution;
@@ -660,8 +702,9 @@ int execute(void *stream, const Descriptor *plan, const Descriptor *pack) {
     auto strides = pass.convolution->all<int64_t>(CONV_STRIDES), before = pass.convolution->all<int64_t>(CONV_PRE);
     const sim::Convolution convolution{sizes[0],  sizes[2], sizes[3], sizes[1], filter[0],                filter[2],
                                        filter[3], out[2],   out[3],   {strides[0], strides[1]}, {before[0], before[1]}};
-    const Execution execution{pass.operation->kind, engine.fault, pass.alpha, pass.beta, convolution, x,
-                              weights,              y,            output,     addends,   workspace,   engine.workspace};
+    const bool is_slow = lists(setting("SLOW"), std::to_string(engine.index));
+    const Execution execution{pass.operation->kind, engine.fault, pass.alpha, pass.beta, convolution,      x,      weights,
+                              y,                    output,       addends,    workspace, engine.workspace, is_slow};
     const bool is_begun = sim::begin(stream, [execution] { execution.run(); });
     return is_begun ? int(SUCCESS) : refuse(EXECUTION_FAILED, "the driver refuses");
 }

@@ -79,6 +79,9 @@ bool is_in(const std::map<uint64_t, size_t> &memories, uint64_t address, size_t 
 }
 std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
 
+/// By which the GPU's clock is ahead of the host's: what took long there without anybody's waiting for it.
+std::chrono::milliseconds ahead{0};
+
 /// A place in a stream that an event was recorded at.
 struct Moment {
     /// Whether what is before it has ended; an event that was never recorded has.
@@ -137,7 +140,8 @@ int cuDeviceGet(int *device, int ordinal) {
     return ordinal >= 0 && ordinal < gpus() ? SUCCESS : INVALID_DEVICE;
 }
 int cuDeviceGetName(char *name, int length, int) {
-    snprintf(name, length, "a machine made of software");
+    const char *said = getenv("CUDA_SIM_NAME");
+    snprintf(name, length, "%s", said ? said : "a machine made of software");
     return SUCCESS;
 }
 int cuDeviceGetAttribute(int *value, int attribute, int) {
@@ -253,7 +257,7 @@ int cuEventRecord(void *event, void *stream) {
     auto moment = std::make_shared<Moment>(Moment{false, start});
     recorded.last = moment;
     return sim::begin(stream, [=] {
-        moment->time = std::chrono::steady_clock::now();
+        moment->time = std::chrono::steady_clock::now() + ahead;
         moment->is_over = true;
     });
 }
@@ -337,6 +341,8 @@ int cuMemFreeHost(void *memory) {
 }
 /// For the other libraries of the machine: whether these bytes lie in one allocation.
 int cuda_sim_holds(uint64_t address, size_t bytes) { return is_in(allocations, address, bytes); }
+/// Likewise: what runs now takes so much longer by the GPU's clock.
+void cuda_sim_takes(int milliseconds) { ahead += std::chrono::milliseconds(milliseconds); }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
     return with_context([=] { return sim::begin(stream, [=] { memset(reinterpret_cast<void *>(to), value, bytes); }); });
 }

@@ -13,6 +13,7 @@ mod machine;
 mod memory;
 mod nccl;
 mod nccl_train;
+mod plans;
 mod program;
 mod steps;
 #[path = "../kernels/values.rs"]

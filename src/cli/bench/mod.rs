@@ -146,7 +146,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         What::Sampling => sampling(&mut device, &config, size, [warmup, steps], &stop, &|done| bar.set(done))?,
     };
     drop(bar);
-    device.take_notice().into_iter().for_each(|text| console.alarm(text));
+    std::iter::from_fn(|| device.take_notice()).for_each(|text| console.alarm(text));
     if measured.steps.is_empty() {
         return Err(Failure::new(stop.code(), "stopped before a step was measured"));
     }

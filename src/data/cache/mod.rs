@@ -109,12 +109,6 @@ fn cache_error<'a>(dir: &'a Path, action: &'static str, bytes: u64) -> impl FnOn
     move |source| DataError::CacheDir { dir: dir.to_path_buf(), action, bytes, source }
 }
 
-/// Where decoded pixels are cached if `data.cache_dir` is not given: `$XDG_CACHE_HOME/ddpm-dist`, else `~/.cache/ddpm-dist`.
-pub fn user_cache_dir() -> Option<PathBuf> {
-    let dir = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    dir("XDG_CACHE_HOME").or_else(|| dir("HOME").map(|home| home.join(".cache"))).map(|dir| dir.join("ddpm-dist"))
-}
-
 /// Opens the cache, or builds it with `build` if it is absent, of other content or damaged.
 ///
 /// # Errors

@@ -1,34 +1,42 @@
 //! Matrix products by cuBLASLt. It stores columns one after another, we rows: it computes cᵀ = bᵀ·aᵀ, which in memory is the same.
 
+mod library;
+
 use super::{CudaError, MatrixShape, Memory, Precision, ProductShape};
-use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys::{
     self, cublasLtMatmulDescAttributes_t as Of, cublasLtMatmulPreferenceAttributes_t as Prefer,
 };
 use cudarc::driver::sys::CUstream;
-use std::ffi::c_void;
-use std::rc::Rc;
+use library::{Library, Proposal};
+use std::ffi::{c_int, c_void};
+use std::ptr;
 
 /// `cublasOperation_t`
 const AS_IT_IS: i32 = 0;
 const TRANSPOSED: i32 = 1;
 
 /// The library's handle.
-struct Handle(sys::cublasLtHandle_t);
+struct Handle {
+    raw: sys::cublasLtHandle_t,
+    library: &'static Library,
+}
 
 impl Drop for Handle {
     fn drop(&mut self) {
         // SAFETY: it was created once and is destroyed once. There is nobody to tell of an error.
-        let _ = unsafe { result::destroy_handle(self.0) };
+        let _ = unsafe { (self.library.destroy)(self.raw) };
     }
 }
 
 /// cuBLASLt on a stream.
 pub(super) struct Blas {
-    handle: Rc<Handle>,
+    handle: Handle,
     stream: CUstream,
     workspace: Memory,
 }
+
+// SAFETY: a handle of cuBLASLt and a stream belong to no thread; who has the GPU binds its context to the thread first.
+unsafe impl Send for Blas {}
 
 /// The addresses of a product's operands; 0 where there is none.
 #[derive(Clone, Copy, Debug)]
@@ -40,31 +48,24 @@ pub(super) struct ProductAddresses {
     pub addend: u64,
 }
 
-fn refused(action: impl Into<String>, CublasError(status): CublasError) -> CudaError {
-    let (status, said) = (format!("{} ({status:?})", status as u32), String::new());
-    CudaError::Library { library: "cuBLASLt".into(), action: action.into(), status, said }
-}
-
-fn cannot(action: &'static str) -> impl Fn(CublasError) -> CudaError {
-    move |source| refused(action, source)
-}
-
 impl Blas {
     /// The library, which computes on `stream` and may use `workspace` while it does.
     ///
     /// # Errors
     /// It is not there, or does not start.
     pub fn open(stream: CUstream, workspace: Memory) -> Result<Blas, CudaError> {
-        // SAFETY: it loads a library that has no requirements at loading.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoLibrary {
-                library: "cuBLASLt",
-                file: "libcublasLt.so",
-                install: "`pip install nvidia-cublas==13.*`, or install CUDA's libraries",
-            });
-        }
-        let handle = result::create_handle().map_err(cannot("start"))?;
-        Ok(Blas { handle: Rc::new(Handle(handle)), stream, workspace })
+        let (library, mut raw) = (Library::get()?, ptr::null_mut());
+        // SAFETY: the library writes to a pointer that lives.
+        let status = unsafe { (library.create)(&mut raw) };
+        library.check(status, || "start".into())?;
+        Ok(Blas { handle: Handle { raw, library }, stream, workspace })
+    }
+
+    /// `13.0.1`
+    pub fn version(&self) -> String {
+        // SAFETY: it takes nothing.
+        let version = unsafe { (self.handle.library.version)() };
+        format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100)
     }
 
     /// Chooses an algorithm for a product of these operands.
@@ -73,12 +74,13 @@ impl Blas {
     /// There is none that is deterministic and sums in f32.
     pub fn prepare(&self, shape: &ProductShape, at: ProductAddresses) -> Result<PreparedProduct, CudaError> {
         let ProductShape { rows, columns, depth, a, b, c, .. } = *shape;
-        let description = Description::new(shape, at.bias)?;
+        let library = self.handle.library;
+        let description = Description::new(library, shape, at.bias)?;
         // Theirs are transposed in memory.
-        let first = Layout::of(&b, [depth, columns])?;
-        let second = Layout::of(&a, [rows, depth])?;
-        let sum = Layout::of(&c, [rows, columns])?;
-        let preference = Preference::new(self.workspace.bytes)?;
+        let first = Layout::of(library, &b, [depth, columns])?;
+        let second = Layout::of(library, &a, [rows, depth])?;
+        let sum = Layout::of(library, &c, [rows, columns])?;
+        let preference = Preference::new(library, self.workspace.bytes)?;
         for (attribute, address) in [
             (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, at.b),
             (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, at.a),
@@ -87,12 +89,23 @@ impl Blas {
         ] {
             preference.set(attribute, &alignment(address))?;
         }
-        // SAFETY: all of them live.
-        let found = unsafe {
-            let (handle, sum) = (self.handle.0, sum.0);
-            result::get_matmul_algo_heuristic(handle, description.0, first.0, second.0, sum, sum, preference.0)
+        let algorithm = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
+        let mut proposal = Proposal { algorithm, workspace: 0, status: 0, waves: 0.0, reserved: [0; 4] };
+        let mut count: c_int = 0;
+        // SAFETY: all of them live, and there is room for one proposal.
+        let status = unsafe {
+            let (handle, sum) = (self.handle.raw, sum.raw);
+            let (description, first, second) = (description.raw, first.raw, second.raw);
+            let (preference, proposal) = (preference.raw, &raw mut proposal);
+            (library.propose)(handle, description, first, second, sum, sum, preference, 1, proposal, &mut count)
         };
-        let algorithm = found.map_err(|source| refused(format!("find an algorithm for the {shape}"), source))?.algo;
+        library.check(status, || format!("find an algorithm for the {shape}"))?;
+        library.check(proposal.status, || format!("use its algorithm for the {shape}"))?;
+        if count < 1 {
+            let (library, what) = ("cuBLASLt".into(), shape.to_string());
+            return Err(CudaError::NoPlan { library, what, refusals: vec!["it proposes none".into()] });
+        }
+        let algorithm = proposal.algorithm;
         Ok(PreparedProduct { description, first, second, sum, algorithm, at, has_addend: shape.has_addend })
     }
 
@@ -109,27 +122,27 @@ impl Blas {
         let addend = if *has_addend { at.addend } else { at.c };
         // SAFETY: the descriptions live, the scalars are on the host as cuBLASLt expects if nothing else is said, and the caller vouches
         // for the addresses.
-        unsafe {
-            result::matmul(
-                self.handle.0,
-                description.0,
+        let status = unsafe {
+            (self.handle.library.multiply)(
+                self.handle.raw,
+                description.raw,
                 (&raw const alpha).cast(),
-                (&raw const beta).cast(),
                 at.b as *const c_void,
-                first.0,
+                first.raw,
                 at.a as *const c_void,
-                second.0,
+                second.raw,
+                (&raw const beta).cast(),
                 addend as *const c_void,
-                sum.0,
+                sum.raw,
                 at.c as *mut c_void,
-                sum.0,
+                sum.raw,
                 algorithm,
                 self.workspace.address as *mut c_void,
                 self.workspace.bytes,
                 self.stream.cast(),
             )
-        }
-        .map_err(cannot("multiply matrices"))
+        };
+        self.handle.library.check(status, || "multiply matrices".into())
     }
 }
 
@@ -156,13 +169,19 @@ fn type_of(precision: Precision) -> sys::cudaDataType {
     }
 }
 
-struct Description(sys::cublasLtMatmulDesc_t);
+struct Description {
+    raw: sys::cublasLtMatmulDesc_t,
+    library: &'static Library,
+}
 
 impl Description {
-    fn new(shape: &ProductShape, bias: u64) -> Result<Description, CudaError> {
+    fn new(library: &'static Library, shape: &ProductShape, bias: u64) -> Result<Description, CudaError> {
         let (sums, scalars) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
-        let description = result::create_matmul_desc(sums, scalars).map_err(cannot("describe a product"))?;
-        let description = Description(description);
+        let mut raw = ptr::null_mut();
+        // SAFETY: the library writes to a pointer that lives.
+        let status = unsafe { (library.create_description)(&mut raw, sums, scalars) };
+        library.check(status, || "describe a product".into())?;
+        let description = Description { raw, library };
         let operation = |matrix: &MatrixShape| if matrix.is_transposed { TRANSPOSED } else { AS_IT_IS };
         description.set(Of::CUBLASLT_MATMUL_DESC_TRANSA, &operation(&shape.b))?;
         description.set(Of::CUBLASLT_MATMUL_DESC_TRANSB, &operation(&shape.a))?;
@@ -177,45 +196,60 @@ impl Description {
 
     fn set<T: Copy>(&self, attribute: Of, value: &T) -> Result<(), CudaError> {
         // SAFETY: the value lives until the call returns, and has the size that is told.
-        unsafe { result::set_matmul_desc_attribute(self.0, attribute, (&raw const *value).cast(), size_of::<T>()) }
-            .map_err(cannot("describe a product"))
+        let status =
+            unsafe { (self.library.set_description)(self.raw, attribute, (&raw const *value).cast(), size_of::<T>()) };
+        self.library.check(status, || "describe a product".into())
     }
 }
 
 impl Drop for Description {
     fn drop(&mut self) {
         // SAFETY: it was created once and is destroyed once. There is nobody to tell of an error.
-        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+        let _ = unsafe { (self.library.destroy_description)(self.raw) };
     }
 }
 
-struct Layout(sys::cublasLtMatrixLayout_t);
+struct Layout {
+    raw: sys::cublasLtMatrixLayout_t,
+    library: &'static Library,
+}
 
 impl Layout {
     /// Of a matrix whose product takes `rows` and `columns` of it or of its transpose.
-    fn of(matrix: &MatrixShape, [rows, columns]: [usize; 2]) -> Result<Layout, CudaError> {
+    fn of(library: &'static Library, matrix: &MatrixShape, [rows, columns]: [usize; 2]) -> Result<Layout, CudaError> {
         let (rows, columns) = if matrix.is_transposed { (columns, rows) } else { (rows, columns) };
         let (kind, stride) = (type_of(matrix.precision), matrix.stride as i64);
+        let mut raw = ptr::null_mut();
         // Our rows are their columns.
-        let layout = result::create_matrix_layout(kind, columns as u64, rows as u64, stride);
-        layout.map(Layout).map_err(cannot("describe a matrix"))
+        // SAFETY: the library writes to a pointer that lives.
+        let status = unsafe { (library.create_layout)(&mut raw, kind, columns as u64, rows as u64, stride) };
+        library.check(status, || "describe a matrix".into())?;
+        Ok(Layout { raw, library })
     }
 }
 
 impl Drop for Layout {
     fn drop(&mut self) {
         // SAFETY: it was created once and is destroyed once. There is nobody to tell of an error.
-        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+        let _ = unsafe { (self.library.destroy_layout)(self.raw) };
     }
 }
 
-struct Preference(sys::cublasLtMatmulPreference_t);
+struct Preference {
+    raw: sys::cublasLtMatmulPreference_t,
+    library: &'static Library,
+}
 
 impl Preference {
-    fn new(workspace: usize) -> Result<Preference, CudaError> {
-        let preference = Preference(result::create_matmul_pref().map_err(cannot("ask for an algorithm"))?);
+    fn new(library: &'static Library, workspace: usize) -> Result<Preference, CudaError> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: the library writes to a pointer that lives.
+        let status = unsafe { (library.create_preference)(&mut raw) };
+        library.check(status, || "ask for an algorithm".into())?;
+        let preference = Preference { raw, library };
         preference.set(Prefer::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace)?;
-        // Parts of a sum are added in f32 and in one order.
+        // Parts of a sum are kept in the workspace in f32 and added in a separate step, in one order; or there are none. ("Results
+        // Reproducibility" asks for a workspace of the caller's own, one architecture and one number of SMs.)
         let schemes = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
         preference.set(Prefer::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes)?;
         Ok(preference)
@@ -223,14 +257,15 @@ impl Preference {
 
     fn set<T: Copy>(&self, attribute: Prefer, value: &T) -> Result<(), CudaError> {
         // SAFETY: as in `Description::set`.
-        unsafe { result::set_matmul_pref_attribute(self.0, attribute, (&raw const *value).cast(), size_of::<T>()) }
-            .map_err(cannot("ask for an algorithm"))
+        let status =
+            unsafe { (self.library.set_preference)(self.raw, attribute, (&raw const *value).cast(), size_of::<T>()) };
+        self.library.check(status, || "ask for an algorithm".into())
     }
 }
 
 impl Drop for Preference {
     fn drop(&mut self) {
         // SAFETY: it was created once and is destroyed once. There is nobody to tell of an error.
-        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+        let _ = unsafe { (self.library.destroy_preference)(self.raw) };
     }
 }

@@ -2,14 +2,14 @@
 
 use super::blas::{Blas, PreparedProduct, ProductAddresses};
 use super::capture::Graphs;
-use super::dnn::{ConvolutionAddresses, ConvolutionPlan, Dnn, PreparedConvolution, Rest};
+use super::dnn::{ConvolutionAddresses, Dnn, PreparedConvolution, Rest};
+use super::plans::Plans;
 use super::staging::Staging;
 use super::{
-    Argument, Capture, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Place, Precision,
-    PreparedKernel, Product, ProductShape, Step, Work,
+    Argument, Capture, Card, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Place, PlanTable,
+    Precision, PreparedKernel, Product, ProductShape, Step, Work,
 };
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot, StagingId};
-use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -24,8 +24,7 @@ pub struct Cuda {
     blas: Blas,
     workspace: Memory,
     graphs: Graphs,
-    /// The plans that were found for convolutions.
-    plans: HashMap<ConvolutionShape, ConvolutionPlan>,
+    plans: Plans,
     buffers: Vec<Memory>,
     stagings: Vec<Staging>,
     /// What kernels read beside their inputs; equal ones are there once.
@@ -94,7 +93,7 @@ impl Cuda {
     /// The GPU of that number.
     ///
     /// # Errors
-    /// No driver, GPU or library, or one that is too old; a `DDPM_DIST_CUDA_GRAPH` that is neither `on` nor `off`.
+    /// No driver, GPU or library, or one that is too old; a `DDPM_DIST_CUDA_GRAPH` or `DDPM_DIST_CUDA_PLANS` that says nothing known.
     pub fn open(ordinal: usize) -> Result<Cuda, CudaError> {
         Cuda::with(Gpu::open(ordinal)?)
     }
@@ -112,7 +111,10 @@ impl Cuda {
         let workspace = gpu.allocate(WORKSPACE)?;
         let blas = Blas::open(gpu.stream().cu_stream(), workspace)?;
         let (name, dnn) = (gpu.name()?, Dnn::open(&gpu)?);
-        let (plans, buffers, stagings, constants) = (HashMap::new(), vec![], vec![], vec![]);
+        let (capability, cudnn, cublaslt) = (gpu.compute_capability()?, dnn.version(), blas.version());
+        let card = Card { gpu: name.clone(), capability, cudnn, cublaslt };
+        let plans = Plans::of(card, WORKSPACE)?;
+        let (buffers, stagings, constants) = (vec![], vec![], vec![]);
         Ok(Cuda { gpu, name, dnn, blas, workspace, graphs, plans, buffers, stagings, constants })
     }
 
@@ -239,6 +241,34 @@ impl Cuda {
         self.stagings[id.0].begin_download(from, first)
     }
 
+    /// Has a plan for each of these convolutions, by a search where it knows none. Gives false if it left off, as `goes_on` said.
+    ///
+    /// # Errors
+    /// There is none for one of them, too little memory, or the GPU or cuDNN fails.
+    pub fn find_plans(&mut self, shapes: &[ConvolutionShape], goes_on: &dyn Fn() -> bool) -> Result<bool, CudaError> {
+        self.plans.find(&mut self.gpu, &self.dnn, shapes, goes_on)
+    }
+
+    /// How many of these convolutions need a search, which takes seconds for each.
+    pub fn unknown_plans(&self, shapes: &[ConvolutionShape]) -> usize {
+        self.plans.unknown(shapes)
+    }
+
+    /// Takes plans from a table, where a convolution has none yet. Gives false if they are for another card.
+    pub fn prefer_plans(&mut self, table: &PlanTable) -> bool {
+        self.plans.prefer(table)
+    }
+
+    /// How convolutions are computed.
+    pub fn plans(&self) -> PlanTable {
+        self.plans.in_use()
+    }
+
+    /// What plans hold for.
+    pub fn card(&self) -> &Card {
+        self.plans.card()
+    }
+
     /// An op's work on operands whose buffers are known.
     ///
     /// # Errors
@@ -290,14 +320,8 @@ impl Cuda {
     }
 
     fn prepare_convolution(&mut self, of: &Convolution, addresses: &Addresses) -> Result<Kind, CudaError> {
-        let plan = match self.plans.get(&of.shape) {
-            Some(plan) => plan.clone(),
-            None => {
-                let plan = self.dnn.search(&mut self.gpu, &of.shape, WORKSPACE)?;
-                self.plans.insert(of.shape, plan.clone());
-                plan
-            }
-        };
+        self.find_plans(&[of.shape], &|| true)?;
+        let Some(plan) = self.plans.get(&of.shape) else { unreachable!("it has just been found") };
         let [x, weight, y, bias, residual] =
             [&of.x, &of.weight, &of.y, &of.bias, &of.residual].map(|argument| addresses.of(argument));
         let at = ConvolutionAddresses { x, weight, y, bias, residual };
@@ -402,9 +426,14 @@ impl Cuda {
         self.graphs.give_up(why);
     }
 
+    /// Has the user told something about plans.
+    pub fn notify(&mut self, notice: String) {
+        self.plans.notify(notice);
+    }
+
     /// What the user should know and has not been told.
     pub fn take_notice(&mut self) -> Option<String> {
-        self.graphs.take_notice()
+        self.plans.take_notice().or_else(|| self.graphs.take_notice())
     }
 }
 

@@ -55,6 +55,11 @@ pub enum CudaError {
     /// What `DDPM_DIST_CUDA_GRAPH` says.
     #[error("DDPM_DIST_CUDA_GRAPH={0} is unknown: it is on or off; unset it to have steps captured as CUDA graphs")]
     UnknownGraphSetting(String),
+    /// What `DDPM_DIST_CUDA_PLANS` says.
+    #[error(
+        "DDPM_DIST_CUDA_PLANS={0} is unknown: it is off, or a folder by its absolute path; unset it to keep plans in the user's cache"
+    )]
+    UnknownPlanSetting(String),
     /// The driver refused something.
     #[error("CUDA cannot {action}: {source}")]
     Driver {
@@ -108,16 +113,6 @@ pub enum CudaError {
         what: String,
         /// Why each was refused.
         refusals: Vec<String>,
-    },
-    /// A choice made elsewhere that does not hold here.
-    #[error("a plan for the {what} was chosen by {chosen_by}, and this is {here}: choose again")]
-    OtherPlan {
-        /// Sizes.
-        what: String,
-        /// Library and GPU.
-        chosen_by: String,
-        /// Library and GPU.
-        here: String,
     },
 }
 

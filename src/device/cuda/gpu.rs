@@ -97,6 +97,14 @@ impl Gpu {
         self.context.name().map_err(cannot("tell the GPU's name"))
     }
 
+    /// Major and minor.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn compute_capability(&self) -> Result<(i32, i32), CudaError> {
+        capability(&self.context)
+    }
+
     /// The stream that all kernels and copies are on, for libraries.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
@@ -319,10 +327,14 @@ impl Tick {
     }
 }
 
+fn capability(context: &CudaContext) -> Result<(i32, i32), CudaError> {
+    context.compute_capability().map_err(cannot("tell the GPU's compute capability"))
+}
+
 /// Refuses a card before it is asked to load kernels, which its driver would refuse in fewer words, or later.
 fn must_suit(ordinal: usize, context: &CudaContext, image: Image) -> Result<(), CudaError> {
     let name = || context.name().map_err(cannot("tell the GPU's name"));
-    let found = context.compute_capability().map_err(cannot("tell the GPU's compute capability"))?;
+    let found = capability(context)?;
     if let Some(oldest) = image.oldest().filter(|oldest| found < *oldest) {
         return Err(CudaError::OldCard { ordinal, name: name()?, found, oldest, architectures: image.architectures });
     }

@@ -12,6 +12,7 @@ mod lane;
 mod launch;
 pub mod nccl;
 mod peak;
+mod plans;
 mod staging;
 mod work;
 
@@ -24,4 +25,5 @@ pub use image::Image;
 pub use kernel::PreparedKernel;
 pub use lane::{Lane, Mark};
 pub use launch::{Argument, Launch};
+pub use plans::{Card, PlanTable, TimedChoice};
 pub use work::{Convolution, ConvolutionShape, Form, MatrixShape, Pass, Place, Product, ProductShape, Step, Work};

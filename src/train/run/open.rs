@@ -16,6 +16,7 @@ use crate::machine::host_name;
 use crate::report::Console;
 use crate::train::accounts::Account;
 use crate::train::grids::Grids;
+use crate::train::plans::{settle_plans, take_pinned};
 use crate::train::ranks::{LOOK, at_rank_zero, beside, gather, same_images, together};
 use crate::train::reports::{DecodingBar, Reports};
 use crate::train::resume::{check_newest_config, check_same_run};
@@ -47,18 +48,23 @@ impl<'a> Run<'a> {
         let Options { console, joint, stop, program, deadline, activity, .. } = *options;
         let [height, width, channels] = dataset.shape();
         let schedule = Schedule::new(&config.diffusion)?;
-        let identity = Identity::new(config, dataset.fingerprint(), device, share.world_size)?;
+        let mut identity = Identity::new(config, dataset.fingerprint(), device, share.world_size)?;
         let root = options.run_dir;
-        let run_dir = at_rank_zero(collective, || {
+        let opened = at_rank_zero(collective, || {
             let run_dir = open_when_free(root, start, console, stop)?;
-            if start == Start::Resume {
+            let record = match start {
                 // Keys say more than the shapes of tensors would, so the config is compared before those are read.
-                check_newest_config(config, &run_dir, &identity)?;
-            }
-            Ok(run_dir)
+                Start::Resume => check_newest_config(config, &run_dir, &identity)?,
+                Start::Fresh { .. } => None,
+            };
+            Ok((run_dir, record))
         })?;
+        let (run_dir, record) = opened.unzip();
         same_directory(collective, root, run_dir.as_ref())?;
         together(collective, must_fit(device, config, [height, width], &share))?;
+        record.flatten().iter().for_each(|record| take_pinned(device, record, console));
+        let agreed = settle_plans(device, collective, config, [height, width], &share, options);
+        together(collective, agreed)?;
         let trainer = Trainer::new(device, config, &schedule, [height, width], share).map_err(TrainError::from);
         let trainer = together(collective, trainer)?;
         let layout = layout_for_checkpoints(&trainer.program().layout)?;
@@ -75,9 +81,8 @@ impl<'a> Run<'a> {
                 joint.alarm("the weights to begin with are not used: this run has begun already");
             }
             let differ = "same images and noise, but last bits differ";
-            if snapshot.meta.device_kind != identity.device_kind {
-                let (then, now) = (&snapshot.meta.device_kind, &identity.device_kind);
-                joint.alarm(format!("saved on {then}, going on with {now}: {differ}"));
+            if let Some(change) = identity.change_since(&snapshot.meta) {
+                joint.alarm(format!("{change}: {differ}"));
             }
             if snapshot.meta.world_size != share.world_size && config.train.shards == Shards::Auto {
                 let (then, now) = (snapshot.meta.world_size, share.world_size);
@@ -88,6 +93,7 @@ impl<'a> Run<'a> {
         }
         let step = saved.unwrap_or(0);
         let grids = together(collective, Grids::new(config, device, &schedule, &trainer, [height, width]))?;
+        identity.plans = device.plans();
         let launch = options.launch.as_ref().map(|launch| launch.name.as_str());
         let lead = at_rank_zero(collective, || {
             let Some(run_dir) = run_dir else { return Ok(None) };

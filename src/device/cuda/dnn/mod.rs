@@ -33,7 +33,6 @@ pub const WORKSPACE_LIMIT: usize = 256 << 20;
 /// cuDNN on one GPU, whose stream it uses.
 pub struct Dnn {
     handle: Arc<Handle>,
-    gpu: String,
     /// Two threads must not use a handle at a time.
     _is_not_sync: PhantomData<Cell<()>>,
 }
@@ -83,7 +82,7 @@ impl Dnn {
         // SAFETY: the handle and the stream live, and the handle keeps the stream.
         let status = unsafe { (library.set_stream)(raw, handle.stream.cu_stream().cast()) };
         library.check(status, || "use the GPU's stream".into())?;
-        Ok(Dnn { handle, gpu: gpu.name()?, _is_not_sync: PhantomData })
+        Ok(Dnn { handle, _is_not_sync: PhantomData })
     }
 
     /// `9.10.2`
@@ -105,19 +104,12 @@ impl Dnn {
         Err(self.no_plan(shape, refusals))
     }
 
-    /// The plan that was chosen before.
+    /// The plan that was chosen before, by the same cuDNN on such a GPU.
     ///
     /// # Errors
-    /// It was chosen by another cuDNN or on another GPU, does not exist here, or may not be used.
+    /// It does not exist here, or may not be used.
     pub fn plan_from_choice(&self, choice: &PlanChoice) -> Result<ConvolutionPlan, CudaError> {
         let shape = &choice.shape;
-        if choice.cudnn != self.version() || choice.gpu != self.gpu {
-            return Err(CudaError::OtherPlan {
-                what: shape.to_string(),
-                chosen_by: format!("cuDNN {} on {}", choice.cudnn, choice.gpu),
-                here: format!("cuDNN {} on {}", self.version(), self.gpu),
-            });
-        }
         self.handle.bind()?;
         let refused = |why: String| self.no_plan(shape, vec![format!("engine {}: {why}", choice.engine.engine)]);
         let said = |refusal: Refusal| match is_unsupported(refusal.status) {
@@ -193,10 +185,11 @@ impl Dnn {
             return Err(fault.into());
         }
         let plan = config.plan(&self.handle).map_err(|refusal| refusal.error.to_string())?;
-        if plan.workspace > limit {
-            return Err(format!("it needs {} bytes of workspace, and may have {limit}", plan.workspace));
+        let plan = ConvolutionPlan::new(self, shape, form, graph.clone(), plan);
+        if plan.workspace() > limit {
+            return Err(format!("it needs {} bytes of workspace, and may have {limit}", plan.workspace()));
         }
-        Ok(ConvolutionPlan::new(self, shape, form, graph.clone(), plan))
+        Ok(plan)
     }
 
     fn no_plan(&self, shape: &ConvolutionShape, refusals: Vec<String>) -> CudaError {

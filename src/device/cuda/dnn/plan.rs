@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What was chosen for a convolution: a cache keeps it, ranks send it to each other, a checkpoint pins it.
+/// What was chosen for a convolution, by one cuDNN on one GPU: a [`PlanTable`](crate::device::cuda::PlanTable) says which.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PlanChoice {
     /// What is computed.
@@ -21,10 +21,6 @@ pub struct PlanChoice {
     pub form: Form,
     /// By which engine.
     pub engine: EngineChoice,
-    /// The cuDNN that has it: `9.10.2`.
-    pub cudnn: String,
-    /// The GPU that it was chosen on: `NVIDIA H200`.
-    pub gpu: String,
 }
 
 /// How a convolution is computed. Copies share it.
@@ -72,18 +68,12 @@ impl ConvolutionAddresses {
 
 impl ConvolutionPlan {
     pub(super) fn new(dnn: &Dnn, shape: &ConvolutionShape, form: Form, graph: Arc<Graph>, plan: EnginePlan) -> Self {
-        let choice = PlanChoice {
-            shape: *shape,
-            form,
-            engine: plan.config.choice.clone(),
-            cudnn: dnn.version(),
-            gpu: dnn.gpu.clone(),
-        };
+        let choice = PlanChoice { shape: *shape, form, engine: plan.config.choice.clone() };
         ConvolutionPlan { shared: Arc::new(Shared { plan, graph, handle: dnn.handle.clone(), choice, time: None }) }
     }
 
     /// With the time that it has been found to take. The plan has no copies yet.
-    pub(super) fn timed(mut self, time: Duration) -> Self {
+    pub(in crate::device::cuda) fn timed(mut self, time: Duration) -> Self {
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
             shared.time = Some(time);
         }

@@ -89,11 +89,14 @@ impl Sum {
     }
 }
 
-/// Elements that are looked at.
-const SAMPLES: u64 = 512;
-
-/// The first element found that differs from what the convolution must give, in words.
-pub(super) fn fault(shape: &ConvolutionShape, form: Form, patterns: &Patterns, found: &[u8]) -> Option<String> {
+/// The first of `samples` elements that differs from what the convolution must give, in words.
+pub(super) fn fault(
+    shape: &ConvolutionShape,
+    form: Form,
+    patterns: &Patterns,
+    found: &[u8],
+    samples: u64,
+) -> Option<String> {
     let precision = form.output(shape);
     let tensor = output_of(shape.pass);
     let number = |i: usize| -> f64 {
@@ -109,7 +112,7 @@ pub(super) fn fault(shape: &ConvolutionShape, form: Form, patterns: &Patterns, f
         return Some(format!("element {i} is {}", number(i)));
     }
     let [outer, channels, rows, columns] = sizes(shape, tensor);
-    for sample in 0..SAMPLES {
+    for sample in 0..samples {
         // Half of all places are at an edge: that is where plans go wrong.
         let place = |which: u64, size: usize| {
             let drawn = mixed(sample * 8 + which) as usize;

@@ -2,7 +2,7 @@
 
 use super::Dnn;
 use super::form::{Form, Tensor, elements, output_of};
-use super::plan::{ConvolutionAddresses, ConvolutionPlan, PreparedConvolution};
+use super::plan::{ConvolutionAddresses, ConvolutionPlan, PlanChoice, PreparedConvolution};
 use super::sample::{Patterns, fault, precision_of};
 use crate::device::cuda::{ConvolutionShape, CudaError, Gpu, Memory};
 use std::time::Duration;
@@ -11,6 +11,10 @@ use std::time::Duration;
 const MOST: usize = 24;
 /// Runs of a plan that are timed; their median counts.
 const RUNS: usize = 5;
+/// Elements that are compared with what they should be, of a plan that is new …
+const SAMPLES: u64 = 512;
+/// … and of one that was tested when it was found: what it gives where libraries were exchanged or a file was damaged is wrong all over.
+const SAMPLES_AGAIN: u64 = 64;
 
 impl Dnn {
     /// The fastest plan that may be used, needs at most `limit` bytes of workspace and gives the right result, twice the same bits. Takes
@@ -36,6 +40,29 @@ impl Dnn {
         }
         Err(self.no_plan(shape, refusals))
     }
+
+    /// What is wrong with a plan that was found before: it does not run, or computes something else.
+    ///
+    /// # Errors
+    /// Too little memory, or the GPU fails.
+    pub fn fault_of(&self, gpu: &Gpu, plan: &ConvolutionPlan) -> Result<Option<String>, CudaError> {
+        let PlanChoice { shape, form, .. } = plan.choice();
+        let mut bench = Bench::new(shape, *form);
+        let fault = bench.fault_of(gpu, plan);
+        // Both errors are the GPU's; the first says more.
+        let given_back = bench.give_back(gpu);
+        let fault = fault?;
+        given_back?;
+        Ok(fault)
+    }
+}
+
+/// Where a plan is tried.
+struct Places {
+    tensors: ConvolutionAddresses,
+    workspace: u64,
+    /// What cuDNN writes.
+    output: Memory,
 }
 
 /// The tensors of a convolution, filled with random numbers: zeros would run faster.
@@ -61,12 +88,8 @@ impl Bench {
         Ok(memory)
     }
 
-    fn fastest(
-        &mut self,
-        gpu: &mut Gpu,
-        plans: Vec<ConvolutionPlan>,
-        refusals: &mut Vec<String>,
-    ) -> Result<Option<ConvolutionPlan>, CudaError> {
+    /// Tensors with their contents, and so many bytes of workspace.
+    fn places(&mut self, gpu: &Gpu, workspace: usize) -> Result<Places, CudaError> {
         let part = self.form.part(&self.shape);
         let mut place = |tensor: Tensor, is_there: bool| -> Result<Memory, CudaError> {
             if !is_there {
@@ -79,10 +102,9 @@ impl Bench {
         };
         let [x, weight, y] = [place(Tensor::X, true)?, place(Tensor::Weight, true)?, place(Tensor::Y, true)?];
         let [bias, residual] = [place(Tensor::Bias, part.has_bias)?, place(Tensor::Residual, part.has_residual)?];
-        let largest = plans.iter().map(ConvolutionPlan::workspace).max().unwrap_or(0);
-        let workspace = self.allocate(gpu, largest)?;
+        let workspace = self.allocate(gpu, workspace)?;
         let [x_at, weight_at, y_at, bias, residual] = [x, weight, y, bias, residual].map(|memory| memory.address);
-        let addresses = ConvolutionAddresses { x: x_at, weight: weight_at, y: y_at, bias, residual };
+        let tensors = ConvolutionAddresses { x: x_at, weight: weight_at, y: y_at, bias, residual };
         let output = match output_of(self.shape.pass) {
             _ if self.form.result_bytes(&self.shape) > 0 => workspace,
             Tensor::X => x,
@@ -91,13 +113,22 @@ impl Bench {
         };
         let tensor = output_of(self.shape.pass);
         let bytes = elements(&self.shape, tensor) * precision_of(&self.shape, self.form, tensor).bytes();
-        let output = Memory { bytes, ..output };
+        Ok(Places { tensors, workspace: workspace.address, output: Memory { bytes, ..output } })
+    }
 
+    fn fastest(
+        &mut self,
+        gpu: &mut Gpu,
+        plans: Vec<ConvolutionPlan>,
+        refusals: &mut Vec<String>,
+    ) -> Result<Option<ConvolutionPlan>, CudaError> {
+        let largest = plans.iter().map(ConvolutionPlan::workspace).max().unwrap_or(0);
+        let Places { tensors, workspace, output } = self.places(gpu, largest)?;
         let mut timed = Vec::new();
         for plan in plans {
             // SAFETY: the tensors are as large as the shape says and stay until all has ended; the workspace is as large as the largest
             // that a plan needs. Only this thread has the GPU.
-            let prepared = unsafe { plan.prepare(&addresses, workspace.address) }?;
+            let prepared = unsafe { plan.prepare(&tensors, workspace) }?;
             match time(gpu, &prepared)? {
                 Ok(time) => timed.push((time, plan, prepared)),
                 Err(why) => refusals.push(self.refusal(&plan, &why)),
@@ -105,7 +136,7 @@ impl Bench {
         }
         timed.sort_by_key(|(time, ..)| *time);
         for (time, plan, prepared) in timed {
-            match self.fault(gpu, &prepared, output)? {
+            match self.fault(gpu, &prepared, output, SAMPLES)? {
                 None => {
                     drop(prepared);
                     return Ok(Some(plan.timed(time)));
@@ -114,6 +145,16 @@ impl Bench {
             }
         }
         Ok(None)
+    }
+
+    fn fault_of(&mut self, gpu: &Gpu, plan: &ConvolutionPlan) -> Result<Option<String>, CudaError> {
+        let Places { tensors, workspace, output } = self.places(gpu, plan.workspace())?;
+        // SAFETY: as in `fastest`.
+        let prepared = unsafe { plan.prepare(&tensors, workspace) }?;
+        match self.fault(gpu, &prepared, output, SAMPLES_AGAIN) {
+            Err(error @ CudaError::Library { .. }) => Ok(Some(error.to_string())),
+            other => other,
+        }
     }
 
     fn refusal(&self, plan: &ConvolutionPlan, why: &str) -> String {
@@ -129,8 +170,14 @@ impl Bench {
         self.patterns.of(tensor).bytes(len, precision)
     }
 
-    /// What is wrong with what a plan gives.
-    fn fault(&self, gpu: &Gpu, prepared: &PreparedConvolution, output: Memory) -> Result<Option<String>, CudaError> {
+    /// What is wrong with what a plan gives, looking at so many elements.
+    fn fault(
+        &self,
+        gpu: &Gpu,
+        prepared: &PreparedConvolution,
+        output: Memory,
+        samples: u64,
+    ) -> Result<Option<String>, CudaError> {
         let before = self.content(output_of(self.shape.pass));
         let run = || {
             gpu.upload(output, &before)?;
@@ -141,7 +188,7 @@ impl Bench {
         if first != second {
             return Ok(Some("two runs give other bits".into()));
         }
-        let fault = fault(&self.shape, self.form, &self.patterns, &first);
+        let fault = fault(&self.shape, self.form, &self.patterns, &first, samples);
         Ok(fault.map(|fault| format!("it computes something else: {fault}")))
     }
 }

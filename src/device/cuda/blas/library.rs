@@ -1,0 +1,137 @@
+//! libcublasLt.so: its entry points, and what it says when it refuses.
+
+use crate::device::cuda::CudaError;
+use cudarc::cublaslt::sys::{
+    self, cublasComputeType_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t,
+    cublasLtMatmulDescAttributes_t, cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t,
+    cublasLtMatrixLayout_t, cudaDataType, cudaStream_t,
+};
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::OnceLock;
+
+const INSTALL: &str = "`pip install nvidia-cublas==13.*`, or install CUDA's libraries";
+
+/// `cublasStatus_t`; a number, as later versions have statuses that cudarc does not know.
+pub(super) type Status = u32;
+
+/// `cublasLtMatmulHeuristicResult_t`, likewise.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Proposal {
+    pub algorithm: cublasLtMatmulAlgo_t,
+    /// Bytes.
+    pub workspace: usize,
+    pub status: Status,
+    pub waves: f32,
+    pub reserved: [c_int; 4],
+}
+
+/// Declares the entry points, and finds them: cudarc's own calls would panic where one is missing.
+macro_rules! entry_points {
+    ($($field:ident = $symbol:literal: fn($($argument:ty),* $(,)?) -> $result:ty;)*) => {
+        /// The library's entry points.
+        #[derive(Debug)]
+        pub(super) struct Library {
+            $(pub $field: unsafe extern "C" fn($($argument),*) -> $result,)*
+        }
+
+        impl Library {
+            fn load() -> Result<Library, CudaError> {
+                // SAFETY: the library has no requirements at loading; that it is there has been probed.
+                let library = unsafe { sys::culib() };
+                Ok(Library {
+                    // SAFETY: the type is that of the header cublasLt.h, and the library is never unloaded.
+                    $($field: *unsafe { library.get(concat!($symbol, "\0").as_bytes()) }.map_err(|_| missing($symbol))?,)*
+                })
+            }
+        }
+    };
+}
+
+fn missing(symbol: &str) -> CudaError {
+    let (library, needed) = ("cuBLASLt", "that of CUDA 13");
+    CudaError::WrongLibrary { library, found: format!("without `{symbol}`"), needed, install: INSTALL }
+}
+
+entry_points! {
+    version = "cublasLtGetVersion": fn() -> usize;
+    status_name = "cublasLtGetStatusName": fn(Status) -> *const c_char;
+    create = "cublasLtCreate": fn(*mut cublasLtHandle_t) -> Status;
+    destroy = "cublasLtDestroy": fn(cublasLtHandle_t) -> Status;
+    create_description = "cublasLtMatmulDescCreate":
+        fn(*mut cublasLtMatmulDesc_t, cublasComputeType_t, cudaDataType) -> Status;
+    destroy_description = "cublasLtMatmulDescDestroy": fn(cublasLtMatmulDesc_t) -> Status;
+    set_description = "cublasLtMatmulDescSetAttribute":
+        fn(cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t, *const c_void, usize) -> Status;
+    create_layout = "cublasLtMatrixLayoutCreate": fn(*mut cublasLtMatrixLayout_t, cudaDataType, u64, u64, i64) -> Status;
+    destroy_layout = "cublasLtMatrixLayoutDestroy": fn(cublasLtMatrixLayout_t) -> Status;
+    create_preference = "cublasLtMatmulPreferenceCreate": fn(*mut cublasLtMatmulPreference_t) -> Status;
+    destroy_preference = "cublasLtMatmulPreferenceDestroy": fn(cublasLtMatmulPreference_t) -> Status;
+    set_preference = "cublasLtMatmulPreferenceSetAttribute":
+        fn(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, *const c_void, usize) -> Status;
+    propose = "cublasLtMatmulAlgoGetHeuristic": fn(
+        cublasLtHandle_t,
+        cublasLtMatmulDesc_t,
+        cublasLtMatrixLayout_t,
+        cublasLtMatrixLayout_t,
+        cublasLtMatrixLayout_t,
+        cublasLtMatrixLayout_t,
+        cublasLtMatmulPreference_t,
+        c_int,
+        *mut Proposal,
+        *mut c_int,
+    ) -> Status;
+    multiply = "cublasLtMatmul": fn(
+        cublasLtHandle_t,
+        cublasLtMatmulDesc_t,
+        *const c_void,
+        *const c_void,
+        cublasLtMatrixLayout_t,
+        *const c_void,
+        cublasLtMatrixLayout_t,
+        *const c_void,
+        *const c_void,
+        cublasLtMatrixLayout_t,
+        *mut c_void,
+        cublasLtMatrixLayout_t,
+        *const cublasLtMatmulAlgo_t,
+        *mut c_void,
+        usize,
+        cudaStream_t,
+    ) -> Status;
+}
+
+impl Library {
+    /// The library of this process.
+    ///
+    /// # Errors
+    /// None, or one that lacks an entry point.
+    pub fn get() -> Result<&'static Library, CudaError> {
+        static LIBRARY: OnceLock<Library> = OnceLock::new();
+        if let Some(library) = LIBRARY.get() {
+            return Ok(library);
+        }
+        // SAFETY: it loads a library that has no requirements at loading.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CudaError::NoLibrary { library: "cuBLASLt", file: "libcublasLt.so", install: INSTALL });
+        }
+        let library = Library::load()?;
+        Ok(LIBRARY.get_or_init(|| library))
+    }
+
+    /// Nothing, or what was refused.
+    pub fn check(&self, status: Status, action: impl FnOnce() -> String) -> Result<(), CudaError> {
+        if status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS as Status {
+            return Ok(());
+        }
+        // SAFETY: it takes any number, and gives a text that lives as long as the library, or none.
+        let name = unsafe { (self.status_name)(status) };
+        let name = match name.is_null() {
+            true => "unknown".into(),
+            // SAFETY: a text that ends with a zero.
+            false => unsafe { CStr::from_ptr(name) }.to_string_lossy(),
+        };
+        let (status, said) = (format!("{name} ({status})"), String::new());
+        Err(CudaError::Library { library: "cuBLASLt".into(), action: action(), status, said })
+    }
+}

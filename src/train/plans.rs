@@ -1,0 +1,73 @@
+//! How the GPUs of a run compute convolutions: as its checkpoint pins, else as rank 0 has found.
+
+use super::grids::reverse_step;
+use super::state::pinned;
+use super::step::step_programs;
+use super::{Config, Options, Share, TrainError};
+use crate::checkpoint::Meta;
+use crate::collective::Collective;
+use crate::device::cuda::ConvolutionShape;
+use crate::device::{Device, DeviceKind};
+use crate::report::Console;
+use crate::tape::{agree_on_plans, convolutions};
+
+/// Prefers the plans that a checkpoint pins. Those for another card are of no use, which the resume says in its own words.
+pub(super) fn take_pinned(device: &mut Device, saved: &Meta, console: &Console) {
+    let Device::Cuda(cuda) = device else { return };
+    match pinned(saved) {
+        Ok(table) => table.iter().for_each(|table| {
+            cuda.prefer_plans(table);
+        }),
+        Err(error) => console.alarm(format!(
+            "the checkpoint's plans for convolutions cannot be read, so that last bits may differ from here on: {error}"
+        )),
+    }
+}
+
+/// Has plans for all that a run computes, equal ones at all ranks, before its programs are loaded. What is in this rank's way is its own: the
+/// caller tells the others.
+pub(super) fn settle_plans(
+    device: &mut Device,
+    collective: &mut dyn Collective,
+    config: &Config,
+    size: [usize; 2],
+    share: &Share,
+    options: &Options<'_>,
+) -> Result<(), TrainError> {
+    let Options { console, joint, stop, .. } = *options;
+    let shapes = shapes_of_run(device, config, size, share);
+    if let Device::Cuda(cuda) = &*device
+        && let count @ 1.. = cuda.unknown_plans(&shapes)
+    {
+        joint.say(format!("timing how cuDNN computes {count} convolutions fastest, once for this GPU"));
+    }
+    let agreed = agree_on_plans(device, collective, &shapes, stop);
+    while let Some(notice) = device.take_notice() {
+        console.alarm(notice);
+    }
+    if agreed? { Ok(()) } else { Err(TrainError::Stopped) }
+}
+
+/// The convolutions of a step; none on CPU cores.
+pub(super) fn shapes_of_steps(
+    device: &Device,
+    config: &Config,
+    size: [usize; 2],
+    share: &Share,
+) -> Vec<ConvolutionShape> {
+    if device.kind() == DeviceKind::Cpu {
+        return Vec::new();
+    }
+    let (programs, _) = step_programs(config, size, share, device.target(config.train.precision));
+    convolutions(&programs)
+}
+
+fn shapes_of_run(device: &Device, config: &Config, size: [usize; 2], share: &Share) -> Vec<ConvolutionShape> {
+    let mut shapes = shapes_of_steps(device, config, size, share);
+    if device.kind() == DeviceKind::Cuda
+        && let Some(step) = reverse_step(config, device.kind(), *share, size)
+    {
+        shapes.extend(step.program(device.target(config.train.precision)).convolutions());
+    }
+    shapes
+}
