@@ -5,12 +5,15 @@ mod build;
 #[path = "../common/mod.rs"]
 mod common;
 mod convolution;
+#[path = "../kernels/cpu.rs"]
+mod cpu;
 mod cudnn;
 mod cudnn_faults;
 mod graph;
 mod machine;
 mod nccl;
 mod nccl_train;
+mod ops;
 mod program;
 mod steps;
 #[path = "../kernels/values.rs"]
