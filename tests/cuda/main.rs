@@ -15,6 +15,7 @@ mod nccl;
 mod nccl_train;
 mod ops;
 mod program;
+mod pytorch;
 mod steps;
 #[path = "../kernels/values.rs"]
 #[allow(dead_code, reason = "tests of kernels need more of it")]
