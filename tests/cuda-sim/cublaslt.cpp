@@ -181,6 +181,10 @@ struct Execution {
 } // namespace
 
 extern "C" {
+size_t cublasLtGetVersion() {
+    const char *said = getenv("CUDA_SIM_CUBLASLT_VERSION");
+    return said ? size_t(atol(said)) : 130001;
+}
 int cublasLtCreate(Handle **handle) {
     if (is_failing("create"))
         return NOT_INITIALIZED;

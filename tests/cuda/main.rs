@@ -9,6 +9,7 @@ mod convolution;
 mod cpu;
 mod cudnn;
 mod cudnn_faults;
+mod faults;
 mod graph;
 mod machine;
 mod nccl;

@@ -67,6 +67,13 @@ impl Blas {
         Ok(Blas { handle: Rc::new(Handle(handle)), stream, workspace })
     }
 
+    /// `13.0.1`
+    pub fn version(&self) -> String {
+        // SAFETY: the library is there, and all versions have this call.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100)
+    }
+
     /// Chooses an algorithm for a product of these operands.
     ///
     /// # Errors

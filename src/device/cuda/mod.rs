@@ -11,6 +11,7 @@ mod kernel;
 mod lane;
 mod launch;
 pub mod nccl;
+pub mod versions;
 mod work;
 
 pub use super::Precision;
