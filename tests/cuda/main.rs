@@ -10,6 +10,7 @@ mod cpu;
 mod cudnn;
 mod cudnn_faults;
 mod faults;
+mod gpus;
 mod graph;
 mod machine;
 mod nccl;
