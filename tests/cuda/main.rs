@@ -4,6 +4,7 @@
 mod build;
 #[path = "../common/mod.rs"]
 mod common;
+mod conformance;
 mod convolution;
 #[path = "../kernels/cpu.rs"]
 mod cpu;
