@@ -182,7 +182,10 @@ fn device(has_gpu: bool, driver: Option<&str>) -> Finding {
         (true, Some(version)) => format!("; an NVIDIA GPU is there (driver {version})"),
     };
     match Cuda::open(0) {
-        Ok(cuda) => ok("device", cuda.describe()),
+        Ok(cuda) => match cuda.untested().unwrap_or_default().join("; ") {
+            nothing if nothing.is_empty() => ok("device", cuda.describe()),
+            untested => warning("device", cuda.describe(), untested),
+        },
         Err(error) if error.is_absence() && !has_gpu => ok("device", "CPU cores"),
         Err(error) => warning("device", format!("CPU cores{there}"), format!("no GPU is used: {error}")),
     }

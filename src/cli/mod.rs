@@ -118,7 +118,13 @@ impl Common {
             return Ok(cpu());
         }
         match Cuda::open(local_rank) {
-            Ok(cuda) => Ok(Device::Cuda(Box::new(cuda))),
+            Ok(cuda) => {
+                // The ranks of a machine have the same.
+                if local_rank == 0 {
+                    cuda.untested().or_fail(Code::Device)?.into_iter().for_each(|text| self.console().alarm(text));
+                }
+                Ok(Device::Cuda(Box::new(cuda)))
+            }
             Err(error) if choice == DeviceChoice::Cuda => Err(Failure::new(Code::Device, error)),
             Err(error) => {
                 if !error.is_absence() {

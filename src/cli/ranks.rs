@@ -8,6 +8,7 @@ use crate::cluster::{Cores, Preemption};
 use crate::collective::host::{Host, Meeting, MeetingError};
 use crate::collective::nccl::Nccl;
 use crate::collective::{Activity, Collective, CollectiveError, Solo};
+use crate::device::cuda::{nccl, versions};
 use crate::device::{Device, DeviceKind};
 use crate::rendezvous::store::{Client, ServeError, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, Launcher, World, detect};
@@ -168,6 +169,8 @@ impl Ranks {
             ));
             return Ok(());
         }
+        let untested = nccl::version().ok().and_then(|version| versions::NCCL.warning(&version));
+        untested.into_iter().for_each(|text| console.alarm(text));
         let joined = ranks.join_gpus(device);
         if let Some(notice) = ranks.notice() {
             console.alarm(notice);

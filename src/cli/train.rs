@@ -210,7 +210,7 @@ fn code_of(error: &TrainError) -> Code {
         | TrainError::Report(_) => Code::State,
         TrainError::Diverged { .. } => Code::Diverged,
         TrainError::Sample(error) => super::sample::code_of(error),
-        TrainError::Device(_) => Code::Device,
+        TrainError::Device(_) | TrainError::DeviceLost { .. } => Code::Device,
         TrainError::Run(error) => code_of_run(error),
         TrainError::OtherRank { .. } => Code::PeerLost,
         TrainError::Store(_) => Code::Rendezvous,

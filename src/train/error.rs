@@ -77,6 +77,16 @@ pub enum TrainError {
         /// What is left of the run.
         kept: String,
     },
+    /// The GPU computes nothing any more.
+    #[error("after step {step}: {source}. What was computed since the last checkpoint is lost with the GPU. {kept}")]
+    DeviceLost {
+        /// Steps done.
+        step: u64,
+        /// What is left of the run.
+        kept: String,
+        /// What it was noticed by.
+        source: Box<TrainError>,
+    },
     /// The last state could not be saved.
     #[error("the state at step {step} could not be saved: {source}")]
     NotSaved {

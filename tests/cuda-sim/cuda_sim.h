@@ -198,6 +198,8 @@ struct Kernel {
     unsigned max_threads;
     /// Bytes of each argument.
     std::vector<size_t> sizes;
+    /// Which of them are addresses.
+    std::vector<bool> are_pointers;
     /// Refuses arguments of other sizes than the kernel's.
     void (*call)(const std::vector<Argument> &);
 };
@@ -229,7 +231,7 @@ void call(const std::vector<Argument> &arguments, void (*)(A...), std::index_seq
 }
 
 template <auto function, class... A> Kernel describe(unsigned max_threads, void (*)(A...)) {
-    return {max_threads, {sizeof(A)...}, [](const std::vector<Argument> &arguments) {
+    return {max_threads, {sizeof(A)...}, {std::is_pointer_v<A>...}, [](const std::vector<Argument> &arguments) {
                 call<function>(arguments, static_cast<void (*)(A...)>(function), std::index_sequence_for<A...>{});
             }};
 }

@@ -4,6 +4,7 @@
 
 #include "capture.h"
 #include "cuda_sim.h"
+#include "fault.h"
 
 #include <chrono>
 #include <cstdlib>
@@ -23,6 +24,7 @@ enum Result {
     NOT_INITIALIZED = 3,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
+    INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600
 };
@@ -89,6 +91,9 @@ struct Moment {
     std::chrono::steady_clock::time_point time = start;
 };
 struct Event {
+    /// Without CU_EVENT_DISABLE_TIMING.
+    bool has_time;
+    bool is_recorded = false;
     std::shared_ptr<Moment> last = std::make_shared<Moment>();
     sim::Mark mark = {};
 };
@@ -107,8 +112,12 @@ struct Function {
 };
 std::map<std::string, Function> functions;
 
-/// Every call but the first few needs a context on its thread.
-int with_context(auto call) { return current_context ? call() : int(INVALID_CONTEXT); }
+/// Every call but the first few needs a context on its thread, and none does anything any more where that is lost.
+int with_context(auto call) {
+    if (!current_context)
+        return INVALID_CONTEXT;
+    return sim::lost ? sim::lost : call();
+}
 
 /// The same for what happens at once, which may not be while this thread captures.
 int at_once(auto call) {
@@ -126,7 +135,8 @@ int cuInit(unsigned flags) {
     return flags == 0 ? SUCCESS : INVALID_VALUE;
 }
 int cuDriverGetVersion(int *version) {
-    *version = 13000;
+    const char *said = getenv("CUDA_SIM_DRIVER");
+    *version = said ? atoi(said) : 13000;
     return SUCCESS;
 }
 int cuDeviceGetCount(int *count) {
@@ -149,7 +159,8 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
     *value = attribute == 75 ? card.major : attribute == 76 ? card.minor : attribute == 97 ? card.shared : 0;
     return SUCCESS;
 }
-int cuDevicePrimaryCtxRetain(void **context, int) {
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    sim::gpu = device;
     *context = &context_of_device;
     return is_initialised ? SUCCESS : NOT_INITIALIZED;
 }
@@ -209,6 +220,8 @@ int cuStreamEndCapture(void *stream, sim::Graph **graph) {
     return with_context([=] { return sim::end_capture(stream, graph); });
 }
 int cuStreamIsCapturing(void *stream, int *status) {
+    if (sim::lost)
+        return sim::lost;
     // CUstreamCaptureStatus: none, active, invalidated.
     const auto &capture = static_cast<sim::Stream *>(stream)->capture;
     *status = !capture ? 0 : capture->is_valid ? 1 : 2;
@@ -218,7 +231,11 @@ int cuGraphInstantiateWithFlags(sim::Graph **executable, const sim::Graph *graph
     return with_context([=] { return sim::instantiate(executable, graph, flags); });
 }
 int cuGraphLaunch(const sim::Graph *executable, void *stream) {
-    return with_context([=] { return sim::launch(executable, stream); });
+    return with_context([=] {
+        const int refused = sim::fault_of_launch(sim::Counted::Others);
+        // What was lost on the way has not been computed.
+        return refused || sim::lost ? refused : sim::launch(executable, stream);
+    });
 }
 int cuGraphExecDestroy(sim::Graph *executable) {
     delete executable;
@@ -240,17 +257,22 @@ unsigned long long cuda_sim_graph_launches() { return sim::launches; }
 /// For the other libraries of the machine (stream.h).
 int cuda_sim_begin(void *stream, void (*run)(void *), void *context, void (*destroy)(void *)) {
     const std::shared_ptr<void> work(context, destroy);
+    if (sim::lost)
+        return sim::lost;
     return sim::begin(stream, [=] { run(work.get()); });
 }
 
-int cuEventCreate(void **event, unsigned) {
+int cuEventCreate(void **event, unsigned flags) {
     return with_context([=] {
-        *event = new Event;
+        *event = new Event{.has_time = !(flags & 2)};
         return SUCCESS;
     });
 }
 int cuEventRecord(void *event, void *stream) {
+    if (sim::lost)
+        return sim::lost;
     Event &recorded = *static_cast<Event *>(event);
+    recorded.is_recorded = true;
     const int result = sim::mark(stream, &recorded.mark);
     if (result || recorded.mark.stream)
         return result;
@@ -271,6 +293,8 @@ int cuEventQuery(void *event) {
     });
 }
 int cuEventSynchronize(void *event) {
+    if (sim::lost)
+        return sim::lost;
     const Event &awaited = *static_cast<Event *>(event);
     if (const int refused = sim::must_not_be_captured(awaited.mark))
         return refused;
@@ -278,6 +302,10 @@ int cuEventSynchronize(void *event) {
     return SUCCESS;
 }
 int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) {
+    // "If either event has not been recorded ... or was created with CU_EVENT_DISABLE_TIMING ... CUDA_ERROR_INVALID_HANDLE".
+    for (void *event : {from, to})
+        if (const auto &timed = *static_cast<Event *>(event); !timed.is_recorded || !timed.has_time)
+            return INVALID_HANDLE;
     for (void *event : {from, to}) {
         if (const int refused = sim::must_not_be_captured(static_cast<Event *>(event)->mark))
             return refused;
@@ -298,6 +326,8 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
         // "If bytesize is 0, cuMemAlloc() returns CUDA_ERROR_INVALID_VALUE"; memory is aligned for any variable.
         if (bytes == 0)
             return INVALID_VALUE;
+        if (const int refused = sim::fault_of_allocation())
+            return refused;
         void *memory = bytes <= free_memory() ? aligned_alloc(256, (bytes + 255) / 256 * 256) : nullptr;
         if (!memory)
             return OUT_OF_MEMORY;
@@ -410,14 +440,30 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
                    void *stream, void **parameters, void **) {
     return with_context([=]() -> int {
         const Function &f = *static_cast<Function *>(function);
-        if (int(shared) > f.dynamic)
+        // "Technical Specifications per Compute Capability" of the guide, and the bound that the kernel was compiled with.
+        const uint64_t threads = uint64_t(bx) * by * bz;
+        const bool has_blocks = gx > 0 && gy > 0 && gz > 0 && gx <= 0x7FFFFFFF && gy <= 65535 && gz <= 65535;
+        if (int(shared) > f.dynamic || !has_blocks || threads == 0 || threads > f.kernel->max_threads || bz > 64)
             return INVALID_VALUE;
+        if (!stream || !static_cast<sim::Stream *>(stream)->capture)
+            if (const int refused = sim::fault_of_launch(sim::Counted::Kernels); refused || sim::lost)
+                return refused;
+        bool leads_nowhere = false;
         sim::Launch launch{f.name, {gx, gy, gz}, {bx, by, bz}, shared, {}};
         for (size_t i = 0; i < f.kernel->sizes.size(); i++) {
             auto *bytes = static_cast<unsigned char *>(parameters[i]);
             launch.arguments.push_back({std::vector<unsigned char>(bytes, bytes + f.kernel->sizes[i])});
+            uint64_t address = 0;
+            if (f.kernel->are_pointers[i])
+                memcpy(&address, bytes, sizeof address);
+            // What leads nowhere is noticed when it is followed, and by a later call.
+            leads_nowhere = leads_nowhere || (address && !cuda_sim_holds(address, 1));
         }
-        return sim::begin(stream, [launch = std::move(launch)] {
+        return sim::begin(stream, [launch = std::move(launch), leads_nowhere] {
+            if (leads_nowhere)
+                sim::lost = sim::ILLEGAL_ADDRESS;
+            if (sim::lost)
+                return;
             sim::prepare(launch);
             sim::run_once();
         });
@@ -434,9 +480,12 @@ int cuGetErrorString(int result, const char **text) {
     case OUT_OF_MEMORY: *text = "out of memory"; break;
     case NOT_INITIALIZED: *text = "initialization error"; break;
     case INVALID_DEVICE: *text = "invalid device ordinal"; break;
+    case INVALID_HANDLE: *text = "invalid resource handle"; break;
     case INVALID_CONTEXT: *text = "invalid device context"; break;
     case NOT_FOUND: *text = "named symbol not found"; break;
-    default: *text = sim::text_of(result) ? sim::text_of(result) : "no error";
+    default:
+        *text = sim::text_of(result) ? sim::text_of(result) : sim::text_of_fault(result);
+        *text = *text ? *text : "no error";
     }
     return SUCCESS;
 }

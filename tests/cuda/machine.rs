@@ -60,7 +60,8 @@ pub fn not_tested(what: &str) {
     say(&format!("NOT TESTED: {what}"));
 }
 
-fn say(line: &str) {
+/// Says it past the harness, which keeps what a test prints that passes.
+pub fn say(line: &str) {
     // Nothing could be done about it.
     let _ = writeln!(std::io::stderr(), "{line}");
 }

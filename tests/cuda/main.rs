@@ -5,16 +5,23 @@ mod ahead;
 mod build;
 #[path = "../common/mod.rs"]
 mod common;
+mod conformance;
 mod convolution;
+#[path = "../kernels/cpu.rs"]
+mod cpu;
 mod cudnn;
 mod cudnn_faults;
+mod faults;
+mod gpus;
 mod graph;
 mod machine;
 mod memory;
 mod nccl;
 mod nccl_train;
+mod ops;
 mod plans;
 mod program;
+mod pytorch;
 mod steps;
 #[path = "../kernels/values.rs"]
 #[allow(dead_code, reason = "tests of kernels need more of it")]

@@ -14,11 +14,12 @@ pub fn gpu() -> Device {
     Device::Cuda(Box::new(Cuda::open(0).unwrap_or_else(|error| panic!("{error}"))))
 }
 
-fn cpu() -> Device {
+pub fn cpu() -> Device {
     Device::Cpu(Cpu::new(1))
 }
 
-fn with_kernels(test: &str, body: impl Fn()) {
+/// Runs `body` where there are kernels and all libraries.
+pub fn with_kernels(test: &str, body: impl Fn()) {
     match Image::embedded() {
         Some(_) => run_cases(test, &WITH_KERNELS, &[(&[], ())], |()| body()),
         None => not_tested(&format!("{test}: built without nvcc")),

@@ -7,7 +7,7 @@ use super::plans::Plans;
 use super::staging::Staging;
 use super::{
     Argument, Capture, Card, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Place, PlanTable,
-    Precision, PreparedKernel, Product, ProductShape, Step, Work,
+    Precision, PreparedKernel, Product, ProductShape, Step, Work, versions,
 };
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot, StagingId};
 use std::ops::Range;
@@ -132,6 +132,18 @@ impl Cuda {
     pub fn memory(&self) -> u64 {
         let constants = self.constants.iter().map(|(_, memory)| memory);
         self.buffers.iter().chain(constants).chain([&self.workspace]).map(|memory| memory.bytes as u64).sum()
+    }
+
+    /// What is to be said of a driver and of libraries that this program is not tested with.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn untested(&self) -> Result<Vec<String>, CudaError> {
+        let driver = Gpu::driver()?;
+        let driver = versions::DRIVER.warning(&format!("{}.{}", driver / 1000, driver % 1000 / 10));
+        let libraries =
+            [versions::CUDNN.warning(&self.dnn.version()), versions::CUBLASLT.warning(&self.blas.version())];
+        Ok([driver].into_iter().chain(libraries).flatten().collect())
     }
 
     /// What it computes on.
@@ -289,7 +301,16 @@ impl Cuda {
             outputs: operands.outputs.iter().map(at).collect(),
             scratch: operands.scratch.as_ref().map_or(0, at),
         };
-        work.steps.iter().map(|step| self.prepare_step(step, &addresses)).collect()
+        let commands = work.steps.iter().map(|step| self.prepare_step(step, &addresses)).collect::<Result<_, _>>();
+        commands.map_err(|error| self.cause(error))
+    }
+
+    /// What lies behind a refusal: where the card has failed, the driver says more than a library that notices it.
+    fn cause(&self, error: CudaError) -> CudaError {
+        match error {
+            CudaError::Library { .. } | CudaError::NoPlan { .. } => self.gpu.lost().unwrap_or(error),
+            other => other,
+        }
     }
 
     fn address(&self, slot: &Slot, binding: &Binding) -> u64 {
@@ -381,6 +402,10 @@ impl Cuda {
     /// # Errors
     /// What the driver or a library refuses; what goes wrong on the GPU comes with a later call.
     pub fn run(&self, commands: &[Command]) -> Result<(), CudaError> {
+        self.run_each(commands).map_err(|error| self.cause(error))
+    }
+
+    fn run_each(&self, commands: &[Command]) -> Result<(), CudaError> {
         for Command(kind) in commands {
             // SAFETY: buffers live as long as the device, and `prepare` has checked that slots lie inside.
             unsafe {

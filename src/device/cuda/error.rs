@@ -61,7 +61,7 @@ pub enum CudaError {
     )]
     UnknownPlanSetting(String),
     /// The driver refused something.
-    #[error("CUDA cannot {action}: {source}")]
+    #[error("CUDA cannot {action}: {}{}", said(*.source), advice(*.source))]
     Driver {
         /// What was asked for.
         action: String,
@@ -130,5 +130,38 @@ impl CudaError {
     /// Whether there was too little memory.
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, CudaError::Driver { source: DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY), .. })
+    }
+}
+
+/// `out of memory (CUDA_ERROR_OUT_OF_MEMORY)`
+fn said(error: DriverError) -> String {
+    let text = error.error_string().map_or("no text".into(), |text| text.to_string_lossy());
+    format!("{text} ({:?})", error.0)
+}
+
+/// What to do.
+fn advice(DriverError(code): DriverError) -> &'static str {
+    use CUresult::*;
+    match code {
+        CUDA_ERROR_OUT_OF_MEMORY => {
+            "; other programs may hold memory of this GPU (`nvidia-smi` shows them), and `ddpm-dist plan` shows what is needed here: lower \
+             `train.batch` or `sample.batch`"
+        }
+        CUDA_ERROR_ECC_UNCORRECTABLE | CUDA_ERROR_NVLINK_UNCORRECTABLE => {
+            "; memory or a link of this card is damaged: if it happens again, take the card out (`nvidia-smi -q -d ECC` and `dmesg` tell more)"
+        }
+        CUDA_ERROR_UNKNOWN | CUDA_ERROR_DEVICE_UNAVAILABLE => {
+            "; look into `dmesg` for an Xid of the driver: after 79 (the card has fallen off the bus) the machine must be restarted, and the \
+             card's power, cooling and seat be looked at"
+        }
+        CUDA_ERROR_ILLEGAL_ADDRESS
+        | CUDA_ERROR_MISALIGNED_ADDRESS
+        | CUDA_ERROR_ILLEGAL_INSTRUCTION
+        | CUDA_ERROR_INVALID_PC
+        | CUDA_ERROR_HARDWARE_STACK_ERROR
+        | CUDA_ERROR_LAUNCH_FAILED => {
+            "; a mistake of this program, or a fault of the card: if it happens again with another card, report it with what `dmesg` says"
+        }
+        _ => "",
     }
 }

@@ -78,15 +78,21 @@ impl Gpu {
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::NoDriver);
         }
-        let mut version = 0;
-        // SAFETY: the driver writes to a number that lives.
-        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(cannot("tell its version"))?;
+        let version = Gpu::driver()?;
         if version < OLDEST_DRIVER {
             return Err(CudaError::OldDriver(version));
         }
         let context = CudaContext::new(ordinal).map_err(cannot(format!("open GPU {ordinal}")))?;
         let stream = context.new_stream().map_err(cannot("make a stream"))?;
         Ok(Gpu { context, stream, module: None, functions: HashMap::new() })
+    }
+
+    /// Its driver's version: 1000·major + 10·minor of the newest CUDA that it knows.
+    pub(super) fn driver() -> Result<i32, CudaError> {
+        let mut version = 0;
+        // SAFETY: the driver writes to a number that lives.
+        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(cannot("tell its version"))?;
+        Ok(version)
     }
 
     /// `NVIDIA H200`
@@ -289,6 +295,12 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.bind()?;
         self.stream.synchronize().map_err(cannot("finish what was begun"))
+    }
+
+    /// Why nothing works on this GPU any more, if so. It waits for nothing, and may be asked during a capture.
+    pub(super) fn lost(&self) -> Option<CudaError> {
+        // "Note that this function may also return error codes from previous, asynchronous launches."
+        self.stream.capture_status().err().map(cannot("go on"))
     }
 
     /// How long the GPU takes for what `work` begins, by its own clock.

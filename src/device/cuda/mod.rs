@@ -14,6 +14,7 @@ pub mod nccl;
 mod peak;
 mod plans;
 mod staging;
+pub mod versions;
 mod work;
 
 pub use super::Precision;

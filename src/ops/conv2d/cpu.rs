@@ -3,6 +3,7 @@ use crate::device::cpu::Launch;
 use crate::device::cpu::gemm::window::Window;
 use crate::device::cpu::gemm::winograd::{self, Convolution, Filter};
 use crate::device::cpu::gemm::{self, Init, OutRows, Rows, Segment};
+use crate::ops::linear::cpu::weight_gradients;
 use std::ops::Range;
 
 fn window(op: &Conv2d) -> Window {
@@ -94,9 +95,9 @@ pub(super) fn input_gradient(op: &Conv2d, launch: &Launch<'_>) {
 
 pub(super) fn weight_gradient(op: &Conv2d, launch: &Launch<'_>) {
     let (dy, x) = (launch.input::<f32>(0), launch.input::<f32>(1));
-    let (dw, db) = (launch.output::<f32>(0), launch.output::<f32>(1));
+    let (dw, db, adds) = weight_gradients(launch);
     if let Some(convolution) = fewer_products(op) {
-        return winograd::weight_gradient(launch.pool(), &convolution, dy, x, dw, db, launch.updates(0));
+        return winograd::weight_gradient(launch.pool(), &convolution, dy, x, dw, db, adds);
     }
     let window = window(op);
     let offsets = |tap: usize, rows: Range<usize>, out: &mut [usize]| {
@@ -110,7 +111,7 @@ pub(super) fn weight_gradient(op: &Conv2d, launch: &Launch<'_>) {
         &Rows { segments: &[Segment { data: x, k: op.channels }; TAPS], offsets: &offsets },
         window.outputs(),
         dw,
-        launch.updates(0),
+        adds,
         Some(db),
     );
 }

@@ -58,9 +58,20 @@ pub(super) fn input_gradient(op: &Linear, source: usize, launch: &Launch<'_>) {
 
 pub(super) fn weight_gradient(op: &Linear, launch: &Launch<'_>) {
     let dy = launch.input::<f32>(0);
-    let (dw, db) = (launch.output::<f32>(0), launch.output::<f32>(1));
+    let (dw, db, adds) = weight_gradients(launch);
     with_rows(op, launch, 1, |rows| {
-        let adds = launch.updates(0);
         gemm::transposed_times_rows(launch.pool(), dy, op.out, op.out, rows, op.rows(), dw, adds, Some(db));
     });
+}
+
+/// Where the gradients of weights and bias go, and whether they are added to what is there: a product has both or neither added, so where
+/// it is one of them (layers that share a bias and no weights) the other begins as zeros.
+pub(in crate::ops) fn weight_gradients<'a>(launch: &Launch<'a>) -> (&'a mut [f32], &'a mut [f32], bool) {
+    let (dw, db) = (launch.output::<f32>(0), launch.output::<f32>(1));
+    match (launch.updates(0), launch.updates(1)) {
+        (true, false) => db.fill(0.0),
+        (false, true) => dw.fill(0.0),
+        (true, true) | (false, false) => {}
+    }
+    (dw, db, launch.updates(0) || launch.updates(1))
 }

@@ -3,7 +3,7 @@
 //! Two sources stand for their concatenation along the channels, which is never made: W's first columns meet the first source, its
 //! last columns the second.
 
-mod cpu;
+pub(super) mod cpu;
 pub mod cuda;
 
 #[cfg(test)]

@@ -33,21 +33,45 @@ impl Run<'_> {
     /// Saves what can be saved of a run that cannot go on; gives back why it cannot.
     pub(super) fn give_up(mut self, error: TrainError) -> TrainError {
         self.end_bar();
-        // State that is not finite, or not the same at all ranks, is worth less than the checkpoint before it.
-        use TrainError::{Corrupt, Diverged, NotSaved};
-        let is_worth_it = !matches!(error, Diverged { .. } | Corrupt { .. } | NotSaved { .. });
-        if self.collective.world_size() > 1 {
+        let error = match self.collective.world_size() {
+            1 => self.give_up_alone(error),
             // The others do not take part in it any more.
-            self.saver.call_off();
-        } else if is_worth_it {
-            match self.save_now() {
-                Ok(()) if self.step > 0 => self.console.alarm(format!("step {} is saved", self.step)),
-                Ok(()) => {}
-                Err(not_saved) => self.console.alarm(not_saved.to_string()),
+            _ => {
+                self.saver.call_off();
+                error
             }
-        }
+        };
         self.lead.iter_mut().for_each(|lead| lead.reports.flush());
         error
+    }
+
+    fn give_up_alone(&mut self, error: TrainError) -> TrainError {
+        // State that is not finite, or not the same at all ranks, is worth less than the checkpoint before it.
+        use TrainError::{Corrupt, Diverged, NotSaved};
+        if matches!(error, Diverged { .. } | Corrupt { .. } | NotSaved { .. }) {
+            return error;
+        }
+        // A GPU that cannot end what was begun does nothing more in this process, and nothing that it holds can be read.
+        if self.device.synchronize().is_err() {
+            return self.lost_with_device(error);
+        }
+        match self.save_now() {
+            Ok(()) if self.step > 0 => self.console.alarm(format!("step {} is saved", self.step)),
+            Ok(()) => {}
+            Err(not_saved) => self.console.alarm(not_saved.to_string()),
+        }
+        error
+    }
+
+    fn lost_with_device(&mut self, error: TrainError) -> TrainError {
+        // What is being written is the host's already.
+        let report = self.saver.wait();
+        self.note_save(report);
+        let kept = match self.saved {
+            Some(step) => format!("The checkpoint of step {step} is intact: the same command goes on from it"),
+            None => "No checkpoint was saved before: the same command begins again".to_string(),
+        };
+        TrainError::DeviceLost { step: self.step, kept, source: Box::new(error) }
     }
 }
 

@@ -1,0 +1,59 @@
+//! The versions of NVIDIA's software that this program is tested with. Others of the same major version may do, and are spoken of; those that
+//! cannot do are refused where they are loaded.
+
+use std::fmt;
+
+/// Software, with the first and the last minor version of it that is tested.
+#[derive(Clone, Copy, Debug)]
+pub struct Tested {
+    what: &'static str,
+    first: Version,
+    last: Version,
+}
+
+/// As `cuDriverGetVersion` tells of the newest CUDA that a driver knows.
+pub const DRIVER: Tested = Tested { what: "a driver for CUDA", first: Version(13, 0), last: Version(13, 1) };
+/// Convolutions.
+pub const CUDNN: Tested = Tested { what: "cuDNN", first: Version(9, 10), last: Version(9, 17) };
+/// Products.
+pub const CUBLASLT: Tested = Tested { what: "cuBLASLt", first: Version(13, 0), last: Version(13, 2) };
+/// Sums between GPUs. Of these, 2.28.3 to 2.28.8 lose data and are refused.
+pub const NCCL: Tested = Tested { what: "NCCL", first: Version(2, 27), last: Version(2, 29) };
+
+/// Major and minor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Version(u32, u32);
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
+impl Tested {
+    /// What to say of a version (`9.10.2`) that is not among them.
+    pub fn warning(&self, found: &str) -> Option<String> {
+        let Tested { what, first, last } = self;
+        let mut numbers = found.split('.').map(|number| number.parse().unwrap_or(0));
+        let version = Version(numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        (version < *first || version > *last).then(|| {
+            format!("{what} {found}: this program is tested with {first} to {last}; if anything is strange, use one of those")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_tested_is_told() {
+        for version in ["9.10.0", "9.10.2", "9.17.99"] {
+            assert_eq!(CUDNN.warning(version), None, "{version}");
+        }
+        for version in ["9.9.9", "9.18.0", "10.10.0", "8.9.7"] {
+            let said = CUDNN.warning(version).unwrap();
+            assert!(said.contains(&format!("cuDNN {version}")) && said.contains("9.10 to 9.17"), "{said}");
+        }
+    }
+}
