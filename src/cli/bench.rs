@@ -96,7 +96,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         let config = digest(to_toml(&config).or_fail(Code::Usage)?.as_bytes());
         ranks.same_everywhere(&format!("config {config}, {}", this_program().or_fail(Code::Failed)?))?;
     }
-    let mut device = ranks.training_device(common, config.train.shards)?;
+    let mut device = ranks.training_device(common)?;
     let (warmup, steps) = (u64::from(arguments.warmup), u64::from(arguments.steps));
 
     let bar = console.bar("measuring steps", warmup + steps);

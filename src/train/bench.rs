@@ -1,7 +1,7 @@
 //! How long steps take, as a whole and op by op.
 
 use super::step::step_runs;
-use super::{Config, Shards, Share, Trainer};
+use super::{Config, Share, Trainer};
 use crate::collective::Collective;
 use crate::device::{Device, DeviceError};
 use crate::diffusion::Schedule;
@@ -76,9 +76,7 @@ pub fn time_steps(
     options: BenchOptions<'_>,
     mut done: impl FnMut(u64),
 ) -> Result<Timings, BenchError> {
-    if config.train.shards == Shards::Auto {
-        collective.allow_any_order();
-    }
+    config.train.choose_adding(collective)?;
     let schedule = Schedule::new(&config.diffusion)?;
     let share = Share::new(&config.train, collective.rank(), collective.world_size())?;
     let mut trainer = Trainer::new(device, config, &schedule, size, share)?;

@@ -280,6 +280,7 @@ impl Trainer {
     ) -> Result<Losses<'_>, RunError> {
         self.step_with(device, config, step, pixels, &mut |_, program, device| {
             program.run(device, collective)?;
+            collective.note_sums()?;
             Ok(collective.settle()?)
         })
     }
@@ -299,6 +300,7 @@ impl Trainer {
     ) -> Result<Losses<'_>, RunError> {
         self.step_with(device, config, step, pixels, &mut |which, program, device| {
             program.run_observed(device, collective, &mut |number| done(which, number))?;
+            collective.note_sums()?;
             Ok(collective.settle()?)
         })
     }

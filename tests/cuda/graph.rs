@@ -13,7 +13,7 @@ use ddpm_dist::train::{Config, Shards, Share, Trainer};
 use std::sync::Arc;
 
 /// Launches of graphs in this process, which only the machine made of software tells.
-fn launches() -> Option<u64> {
+pub fn launches() -> Option<u64> {
     // SAFETY: the driver is there; the function is one of the machine's own, of that type.
     unsafe { sys::culib().get::<unsafe extern "C" fn() -> u64>(b"cuda_sim_graph_launches\0").ok().map(|count| count()) }
 }

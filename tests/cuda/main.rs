@@ -10,6 +10,7 @@ mod cudnn_faults;
 mod graph;
 mod machine;
 mod nccl;
+mod nccl_graph;
 mod nccl_train;
 mod program;
 mod steps;

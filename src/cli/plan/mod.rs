@@ -105,7 +105,12 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         ReverseStep { model, size, batch: grid, steps, layout: Some(&program.layout) }.program(target)
     });
     let threads = common.threads(if arguments.scaling.is_host() { 1.0 / ranks as f64 } else { 1.0 });
-    let memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), threads, ranks);
+    let mut memory = memory(&programs, sampler.as_ref().map(|program| (program, grid)), threads, ranks);
+    let sums = config.train.adding().scratch(program.longest_sum(), ranks);
+    if target.kind == DeviceKind::Cuda && ranks > 1 && sums > 0 {
+        let holds = "gradients on their way between GPUs".to_string();
+        memory.push(Part { name: "sums", bytes: sums as u64, holds });
+    }
     let row = |group: &OpGroup| OpRow {
         phase: group.phase.name(),
         op: group.name,

@@ -55,6 +55,9 @@ pub enum CudaError {
     /// What `DDPM_DIST_CUDA_GRAPH` says.
     #[error("DDPM_DIST_CUDA_GRAPH={0} is unknown: it is on or off; unset it to have steps captured as CUDA graphs")]
     UnknownGraphSetting(String),
+    /// A library that another process takes part in refused to be captured, after which it is of no more use.
+    #[error("{0}, while a CUDA graph was captured: set DDPM_DIST_CUDA_GRAPH=off")]
+    NotCaptured(Box<CudaError>),
     /// The driver refused something.
     #[error("CUDA cannot {action}: {source}")]
     Driver {
