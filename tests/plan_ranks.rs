@@ -285,5 +285,25 @@ fn the_table_is_readable_and_says_that_nothing_was_measured() {
         }
     }
     let bf16 = plan(&[&arguments[..], &["--gradients", "bf16"]].concat());
-    assert!(String::from_utf8_lossy(&bf16.stdout).contains("this version sums f32"));
+    assert!(String::from_utf8_lossy(&bf16.stdout).contains("gradients in bf16 (train.reduce)"));
+    // As the config has them.
+    let configured = plan(&[&arguments[..], &["--set", "train.reduce=\"bf16\""]].concat());
+    assert_eq!(String::from_utf8_lossy(&configured.stdout), String::from_utf8_lossy(&bf16.stdout));
+}
+
+#[test]
+fn what_sums_between_gpus_need_is_planned() {
+    let folder = Folder::new();
+    let file = folder.write("config.toml", TINY);
+    let sums = |more: &[&str]| {
+        let plan = json(&[&[file.as_str(), "--device", "cuda", "--ranks", "4"][..], more].concat());
+        let parts = plan["memory"].as_array().unwrap();
+        parts.iter().find(|part| part["name"] == "sums").map(|part| number(&part["bytes"]))
+    };
+    assert_eq!(sums(&[]), None);
+    // All gradients of so small a model are one bucket; a rank has a slice of each of four ranks', or all of its own in half the bytes.
+    let gradients = json(&[&file])["memory"][1]["bytes"].clone();
+    let tree = sums(&["--set", "train.shards=4"]).unwrap();
+    assert!((number(&gradients)..number(&gradients) + 1024.0).contains(&tree), "{tree}, {gradients}");
+    assert_eq!(sums(&["--set", "train.reduce=\"bf16\""]), Some(number(&gradients) / 2.0));
 }

@@ -13,7 +13,6 @@ use crate::device::{Device, DeviceKind};
 use crate::rendezvous::store::{Client, ServeError, Server, StoreError};
 use crate::rendezvous::{Detected, Environment, Launcher, World, detect};
 use crate::report::{Console, Verbosity};
-use crate::train::Shards;
 use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -155,20 +154,14 @@ impl Ranks {
     }
 
     /// What this rank trains on. GPUs add up among themselves, where that can be.
-    pub fn training_device(&mut self, common: &Common, shards: Shards) -> Result<Device, Failure> {
+    pub fn training_device(&mut self, common: &Common) -> Result<Device, Failure> {
         let device = self.device(common)?;
-        self.join_gpus(&device, &self.joint(common), shards)?;
+        self.join_gpus(&device, &self.joint(common))?;
         Ok(device)
     }
 
-    fn join_gpus(&mut self, device: &Device, console: &Console, shards: Shards) -> Result<(), Failure> {
+    fn join_gpus(&mut self, device: &Device, console: &Console) -> Result<(), Failure> {
         let Link::Several(ranks) = &mut self.link else { return Ok(()) };
-        if device.kind() == DeviceKind::Cuda && shards != Shards::Auto {
-            console.alarm(format!(
-                "gradients are summed through the memory of the host, which is slow: train.shards = {shards} fixes their order"
-            ));
-            return Ok(());
-        }
         let untested = nccl::version().ok().and_then(|version| versions::NCCL.warning(&version));
         untested.into_iter().for_each(|text| console.alarm(text));
         let joined = ranks.join_gpus(device);

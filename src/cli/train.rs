@@ -113,7 +113,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         console: &console,
         joint: &joint,
     };
-    let mut device = ranks.training_device(common, config.train.shards)?;
+    let mut device = ranks.training_device(common)?;
     let ended = train(&mut config, &mut device, ranks.collective(), &options);
     let has_left = match &ended {
         Ok(ended) => *ended == Ended::Stopped,

@@ -16,6 +16,8 @@ pub use beside::beside;
 pub use timed::Timed;
 pub use tree::sum_along_tree;
 
+pub use crate::device::cuda::nccl::Adding;
+
 use crate::device::{BufferId, Device, DeviceError};
 use std::fmt;
 use std::ops::Range;
@@ -95,6 +97,14 @@ pub trait Collective: fmt::Debug {
     /// Number of processes.
     fn world_size(&self) -> usize;
 
+    /// Takes what memory of the device sums of up to `longest` floats need; before the first of them, which may not be captured.
+    ///
+    /// # Errors
+    /// Too little memory.
+    fn reserve(&mut self, _device: &mut Device, _longest: usize) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
     /// Begins to replace `range` of `buffer` (f32) by its sum over all ranks.
     ///
     /// # Errors
@@ -129,7 +139,8 @@ pub trait Collective: fmt::Debug {
     /// A rank that does not take part, or more bytes than that.
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError>;
 
-    /// Notes that the sums that were waited for since the last time belong to one step, which [`Collective::settle`] will be called for.
+    /// Notes that a step has been begun on a device's queues, instruction by instruction or as a graph, whose sums [`Collective::settle`] will
+    /// be called for.
     ///
     /// # Errors
     /// The device's.
@@ -147,8 +158,11 @@ pub trait Collective: fmt::Debug {
         Ok(())
     }
 
-    /// Lets sums be added up in an order that depends on the ranks' hardware, if that is faster.
-    fn allow_any_order(&mut self) {}
+    /// Chooses how sums are added up from now on, which is along the tree if nobody chooses; gives whether the ranks can do that. Ranks on host
+    /// memory always add along the tree, in f32.
+    fn choose(&mut self, adding: Adding) -> bool {
+        adding != Adding::FastInBf16
+    }
 
     /// Changes the deadline of the operations that are begun from now on.
     fn set_patience(&mut self, patience: Duration);
@@ -177,6 +191,10 @@ impl Collective for Solo {
 
     fn needs_the_host(&self) -> bool {
         false
+    }
+
+    fn choose(&mut self, _: Adding) -> bool {
+        true
     }
 
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {

@@ -1,6 +1,6 @@
 //! A collective that knows how long it was waited for.
 
-use super::{Collective, CollectiveError};
+use super::{Adding, Collective, CollectiveError};
 use crate::device::{BufferId, Device};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -36,6 +36,10 @@ impl Collective for Timed<'_> {
         self.inner.world_size()
     }
 
+    fn reserve(&mut self, device: &mut Device, longest: usize) -> Result<(), CollectiveError> {
+        self.inner.reserve(device, longest)
+    }
+
     fn all_reduce_start(
         &mut self,
         device: &mut Device,
@@ -67,15 +71,63 @@ impl Collective for Timed<'_> {
     }
 
     fn settle(&mut self) -> Result<(), CollectiveError> {
-        // Not only the others are waited for, but this rank's own GPU too.
-        self.inner.settle()
+        // On a GPU, what it computes itself is in this, too: what is left is the time of the host.
+        self.time(|inner| inner.settle())
     }
 
-    fn allow_any_order(&mut self) {
-        self.inner.allow_any_order();
+    fn choose(&mut self, adding: Adding) -> bool {
+        self.inner.choose(adding)
     }
 
     fn set_patience(&mut self, patience: Duration) {
         self.inner.set_patience(patience);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ranks that are waited for only when the device's queues are.
+    #[derive(Debug)]
+    struct Late;
+
+    const LATE: Duration = Duration::from_millis(20);
+
+    impl Collective for Late {
+        fn rank(&self) -> usize {
+            0
+        }
+
+        fn world_size(&self) -> usize {
+            2
+        }
+
+        fn all_reduce_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+
+        fn all_reduce_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+
+        fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
+            Ok(vec![mine; 2])
+        }
+
+        fn settle(&mut self) -> Result<(), CollectiveError> {
+            std::thread::sleep(LATE);
+            Ok(())
+        }
+
+        fn set_patience(&mut self, _: Duration) {}
+    }
+
+    #[test]
+    fn waiting_for_a_devices_queues_is_waiting_for_others() {
+        let mut late = Late;
+        let mut timed = Timed::new(&mut late);
+        timed.settle().unwrap();
+        assert!(timed.spent >= LATE, "{:?}", timed.spent);
     }
 }

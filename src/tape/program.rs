@@ -1,9 +1,8 @@
 use super::{Op, ParamLayout, Phase};
 use crate::collective::{Collective, CollectiveError};
-use crate::device::{Binding, Device, DeviceError, Precision, Region, Slot, Target, cuda};
+use crate::device::{Binding, Device, DeviceError, Precision, Region, Slot, Target, Tick, cuda};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 use thiserror::Error;
 
 /// The queue an instruction belongs to. On the CPU they are one.
@@ -129,6 +128,15 @@ impl Program {
         }
     }
 
+    /// Floats of the longest of its sums over ranks; 0 if it has none.
+    pub fn longest_sum(&self) -> usize {
+        let len = |instruction: &Instruction| match &instruction.kind {
+            Kind::ReduceStart { range, .. } => range.len(),
+            Kind::Launch(_) | Kind::ReduceWait { .. } => 0,
+        };
+        self.instructions.iter().map(len).max().unwrap_or(0)
+    }
+
     /// Readies the program for runs with these buffers: all that can be known before the first one.
     ///
     /// # Errors
@@ -156,7 +164,8 @@ impl Program {
                 commands.collect::<Result<_, _>>()?
             }
         };
-        Ok(Loaded { program: self.clone(), binding, commands, replay: Replay::Cold })
+        let longest_sum = self.longest_sum();
+        Ok(Loaded { program: self.clone(), binding, commands, longest_sum, replay: Replay::Cold })
     }
 
     /// The convolutions that it asks of a GPU, each once.
@@ -205,6 +214,8 @@ pub struct Loaded {
     binding: Binding,
     /// Of each instruction, on a GPU.
     commands: Vec<Vec<cuda::Command>>,
+    /// Floats of the longest sum over ranks; 0 for none.
+    longest_sum: usize,
     replay: Replay,
 }
 
@@ -216,6 +227,8 @@ enum Replay {
     Warm,
     /// It has been captured.
     Captured(cuda::Graph),
+    /// It goes on one by one.
+    Single,
 }
 
 impl Loaded {
@@ -224,65 +237,83 @@ impl Loaded {
         &self.program
     }
 
-    /// Runs all instructions in order, each time with the same collective. A GPU captures them at the second run, unless sums over ranks need
-    /// the host, and from then on has them as one graph.
+    /// Runs all instructions in order, each time with the same collective, which is dropped after this. A GPU captures them at the second
+    /// run, unless sums over ranks need the host, and from then on has them as one graph. So have all ranks that add up, or none.
     ///
     /// # Errors
     /// As [`Loaded::run_timed`]. Where a capture fails, the program runs as it did before, and [`Device::take_notice`] says so.
     pub fn run(&mut self, device: &mut Device, collective: &mut dyn Collective) -> Result<(), RunError> {
-        if let (Replay::Warm, true) = (&self.replay, self.is_for_capture(device, collective)) {
-            match self.capture(device, collective) {
-                Ok(graph) => self.replay = Replay::Captured(graph),
-                Err(why) => {
-                    if let Device::Cuda(cuda) = device {
-                        cuda.give_up_graphs(&why.to_string());
-                    }
-                }
-            }
+        if let Replay::Warm = &self.replay {
+            self.replay = self.capture(device, collective)?.map_or(Replay::Single, Replay::Captured);
         }
-        if let (Replay::Captured(graph), Device::Cuda(cuda)) = (&self.replay, &*device) {
-            return Ok(cuda.replay(graph).map_err(DeviceError::from)?);
+        match (&self.replay, &*device) {
+            (Replay::Captured(graph), Device::Cuda(cuda)) => cuda.replay(graph).map_err(DeviceError::from)?,
+            _ => self.run_observed(device, collective, &mut |_, _| Ok(()))?,
         }
-        self.run_observed(device, collective, &mut |_, _| Ok(()))?;
-        self.replay = Replay::Warm;
+        if let Replay::Cold = &self.replay {
+            self.replay = Replay::Warm;
+        }
         Ok(())
     }
 
-    /// Whether nothing but the GPU takes part in a run.
-    fn is_for_capture(&self, device: &Device, collective: &dyn Collective) -> bool {
-        let is_launch = |instruction: &Instruction| matches!(instruction.kind, Kind::Launch(_));
-        let makes_graphs = matches!(device, Device::Cuda(cuda) if cuda.makes_graphs());
-        makes_graphs && (!collective.needs_the_host() || self.program.instructions.iter().all(is_launch))
+    /// The program as a graph, where all ranks that add up in it have one. None of the instructions has run.
+    fn capture(&self, device: &mut Device, collective: &mut dyn Collective) -> Result<Option<cuda::Graph>, RunError> {
+        let Device::Cuda(cuda) = &*device else { return Ok(None) };
+        if self.longest_sum > 0 && collective.needs_the_host() {
+            return Ok(None);
+        }
+        // Twice: no rank captures sums that another does not, nor keeps a graph of them. NCCL wants it so.
+        if !self.is_so_everywhere(cuda.makes_graphs(), collective)? {
+            return Ok(None);
+        }
+        let captured = self.record(device, collective);
+        let (graph, why) = match captured {
+            Ok(graph) => (Some(graph), None),
+            Err(RunError::Device(why)) => (None, Some(why)),
+            Err(error) => return Err(error),
+        };
+        if let (Some(why), Device::Cuda(cuda)) = (why, device) {
+            cuda.give_up_graphs(&why.to_string());
+        }
+        let is_everywhere = self.is_so_everywhere(graph.is_some(), collective)?;
+        Ok(graph.filter(|_| is_everywhere))
     }
 
-    /// All instructions as a graph. None of them has run.
-    fn capture(&self, device: &mut Device, collective: &mut dyn Collective) -> Result<cuda::Graph, RunError> {
+    /// Whether `mine` holds at all ranks, if they add up in this program, else here.
+    fn is_so_everywhere(&self, mine: bool, collective: &mut dyn Collective) -> Result<bool, RunError> {
+        if self.longest_sum == 0 {
+            return Ok(mine);
+        }
+        let all = collective.all_gather(vec![u8::from(mine)])?;
+        Ok(all.iter().all(|theirs| *theirs == [1]))
+    }
+
+    /// All instructions as a graph.
+    fn record(&self, device: &mut Device, collective: &mut dyn Collective) -> Result<cuda::Graph, RunError> {
         let Device::Cuda(cuda) = &*device else { unreachable!("graphs are made on GPUs") };
         let capture = cuda.capture().map_err(DeviceError::from)?;
-        self.run_observed(device, collective, &mut |_, _| Ok(()))?;
+        self.run_observed(device, collective, &mut |_, _| Ok(())).map_err(|error| match error {
+            RunError::Collective(CollectiveError::Device(DeviceError::Cuda(error))) => {
+                let error = DeviceError::Cuda(cuda::CudaError::NotCaptured(Box::new(error)));
+                RunError::Collective(CollectiveError::Device(error))
+            }
+            error => error,
+        })?;
         Ok(capture.end().map_err(DeviceError::from)?)
     }
 
-    /// Runs all instructions in order, and tells the time of each by the device's clock: on a GPU from the end of the one before it, which
-    /// for work of few microseconds is the time that the host takes to begin it.
+    /// Runs all instructions in order, and gives the moments before the first and after each by the device's clock. On a GPU, from one to the
+    /// next is the time of an instruction; where that is a few microseconds, it is the time that the host takes to begin it.
     ///
     /// # Errors
     /// What the collective or the device reports: the instructions after it have not run.
-    pub fn run_timed(
-        &self,
-        device: &mut Device,
-        collective: &mut dyn Collective,
-        took: &mut dyn FnMut(usize, Duration),
-    ) -> Result<(), RunError> {
+    pub fn run_timed(&self, device: &mut Device, collective: &mut dyn Collective) -> Result<Vec<Tick>, RunError> {
         let mut ticks = vec![device.tick()?];
         self.run_observed(device, collective, &mut |device, _| {
             ticks.push(device.tick()?);
             Ok(())
         })?;
-        for (number, pair) in ticks.windows(2).enumerate() {
-            took(number, device.time_between(&pair[0], &pair[1])?);
-        }
-        Ok(())
+        Ok(ticks)
     }
 
     /// Runs, or on a GPU begins, all instructions in order, and calls `then` after each.
@@ -295,7 +326,10 @@ impl Loaded {
         collective: &mut dyn Collective,
         then: &mut dyn FnMut(&Device, usize) -> Result<(), RunError>,
     ) -> Result<(), RunError> {
-        let Loaded { program, binding, commands, .. } = self;
+        let Loaded { program, binding, commands, longest_sum, .. } = self;
+        if *longest_sum > 0 {
+            collective.reserve(device, *longest_sum)?;
+        }
         let gradients = || match binding.get(Region::Gradients) {
             Some(buffer) => buffer,
             None => panic!("no buffer for region {}", Region::Gradients.name()),

@@ -2,7 +2,7 @@
 
 use super::plans::shapes_of_steps;
 use super::step::step_runs;
-use super::{Config, Shards, Share, Trainer, must_fit};
+use super::{Config, Share, Trainer, must_fit};
 use crate::collective::Collective;
 use crate::device::{Device, DeviceError};
 use crate::diffusion::Schedule;
@@ -78,9 +78,7 @@ pub fn time_steps(
     options: BenchOptions<'_>,
     mut done: impl FnMut(u64),
 ) -> Result<Timings, BenchError> {
-    if config.train.shards == Shards::Auto {
-        collective.allow_any_order();
-    }
+    config.train.choose_adding(collective)?;
     let schedule = Schedule::new(&config.diffusion)?;
     let share = Share::new(&config.train, collective.rank(), collective.world_size())?;
     // No grids are made here.
@@ -109,11 +107,9 @@ pub fn time_steps(
         let stops = collective.all_gather(vec![u8::from(options.stop.load(Ordering::Relaxed))]);
         let is_stopped = stops.map_err(RunError::from)?.iter().any(|stop| *stop == [1]);
         let goes_on = begun < options.warmup + options.steps && !is_stopped;
+        let mut ticks = Vec::new();
         if goes_on && options.per_op {
-            sums.fill(Duration::ZERO);
-            trainer.begin_timed(device, collective, config, begun, &pixels, &mut |program, number, took| {
-                sums[group_of[program][number]] += took;
-            })?;
+            ticks = trainer.begin_timed(device, collective, config, begun, &pixels)?;
         } else if goes_on {
             trainer.begin(device, collective, config, begun, &pixels)?;
         }
@@ -128,6 +124,12 @@ pub fn time_steps(
         let whole = since.elapsed();
         since = Instant::now();
         timings.not_finite += u64::from(!finite);
+        sums.fill(Duration::ZERO);
+        for (program, ticks) in ticks {
+            for (pair, &group) in ticks.windows(2).zip(&group_of[program]) {
+                sums[group] += device.time_between(&pair[0], &pair[1])?;
+            }
+        }
         if finished >= options.warmup {
             timings.steps.push(whole);
             timings.ops.iter_mut().zip(&sums).for_each(|((_, durations), &sum)| durations.push(sum));

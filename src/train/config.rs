@@ -3,6 +3,7 @@
 use super::{Shards, Share};
 use crate::checkpoint::CheckpointConfig;
 use crate::cluster::ClusterConfig;
+use crate::collective::{Adding, Collective};
 use crate::config::OutOfRange;
 use crate::data::DataConfig;
 use crate::device::Precision;
@@ -51,11 +52,14 @@ pub struct TrainConfig {
     pub seed: u64,
     /// What activations and products are computed in; sums, statistics, master weights and the optimiser are f32 in either case.
     pub precision: Precision,
+    /// What gradients are summed in between the GPUs of several ranks: bf16 sends half the bytes and rounds wherever two are added.
+    pub reduce: Precision,
 }
 
 impl Default for TrainConfig {
     fn default() -> Self {
-        TrainConfig { steps: 800_000, batch: 128, shards: Shards::Auto, seed: 0, precision: Precision::F32 }
+        let (precision, reduce) = (Precision::F32, Precision::F32);
+        TrainConfig { steps: 800_000, batch: 128, shards: Shards::Auto, seed: 0, precision, reduce }
     }
 }
 
@@ -209,8 +213,29 @@ impl TrainConfig {
             OutOfRange::check(shards.is_power_of_two(), "train.shards", shards, "\"auto\" or a power of two", why)?;
             // That they divide the batch.
             Share::new(self, 0, shards)?;
+            let why = "a fixed train.shards promises the same bits at any number of ranks, and sums in bf16 keep no such promise";
+            OutOfRange::check(self.reduce == Precision::F32, "train.reduce", self.reduce.name(), "f32", why)?;
         }
         Ok(())
+    }
+
+    /// How the gradients of several ranks are added up.
+    pub fn adding(&self) -> Adding {
+        match (self.shards, self.reduce) {
+            (Shards::Fixed(_), _) => Adding::Tree,
+            (Shards::Auto, Precision::F32) => Adding::Fast,
+            (Shards::Auto, Precision::Bf16) => Adding::FastInBf16,
+        }
+    }
+
+    /// Tells the ranks to add up as this says.
+    ///
+    /// # Errors
+    /// They cannot.
+    pub(super) fn choose_adding(&self, collective: &mut dyn Collective) -> Result<(), OutOfRange> {
+        let why = "sums of bf16 are made between GPUs, by NCCL, which these ranks do not do";
+        let can = collective.choose(self.adding());
+        OutOfRange::check(can, "train.reduce", self.reduce.name(), "f32", why)
     }
 }
 

@@ -65,6 +65,10 @@ pub fn memory(
         let copies = 1 + usize::from(grids.is_some());
         parts.push(part("copies", copies * flat / 2, "parameters in bf16, for training and for the grids' sampler"));
     }
+    let sums = config.train.adding().scratch(programs[programs.len() - 1].longest_sum(), share.world_size);
+    if target.kind == DeviceKind::Cuda && share.world_size > 1 && sums > 0 {
+        parts.push(part("sums", sums, "gradients on their way between GPUs"));
+    }
     if let Some((images, program)) = grids {
         let holds = format!("arena of the grids' sampler, {images} at a time");
         parts.push(part("sampler arena", program.arena_bytes, &holds));

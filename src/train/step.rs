@@ -14,7 +14,7 @@
 use super::transfer::Transfer;
 use super::{Config, Optimizer, Share};
 use crate::collective::Collective;
-use crate::device::{Binding, BufferId, Device, DeviceError, Region, Target};
+use crate::device::{Binding, BufferId, Device, DeviceError, Region, Target, Tick};
 use crate::diffusion::Schedule;
 use crate::ops::accumulate::{Accumulate, accumulate};
 use crate::ops::adam_ema::{Hyper, adam_ema, bias_correction};
@@ -25,7 +25,6 @@ use crate::ops::q_sample::{TrainingBatch, q_sample};
 use crate::tape::{Buckets, Loaded, Op, Phase, Program, Reduction, RunError, Spec, Tape, plan};
 use crate::unet::{Randomness, initial_parameters, unet};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Traces one training step of a rank with the given share of images of `[height, width]`: one program for each number of ones in which the
 /// number of a shard can end (in binary), of which the last one, that of the last shard, also sums over ranks and updates the weights.
@@ -303,8 +302,8 @@ impl Trainer {
         self.finish(device, collective)
     }
 
-    /// [`Trainer::begin`], with `took` called for each instruction with its program, its number in that, and its time: no program is a CUDA
-    /// graph. It returns when the step has been computed.
+    /// [`Trainer::begin`], and for each program that runs its number and the moments between its instructions, whose distance is known when the
+    /// step is finished: no program is a CUDA graph.
     ///
     /// # Errors
     /// As [`Trainer::begin`].
@@ -315,12 +314,14 @@ impl Trainer {
         config: &Config,
         step: u64,
         pixels: &[u8],
-        took: &mut dyn FnMut(usize, usize, Duration),
-    ) -> Result<(), RunError> {
+    ) -> Result<Vec<(usize, Vec<Tick>)>, RunError> {
+        let mut ticks = Vec::new();
         self.begin_with(device, config, step, pixels, &mut |which, program, device| {
-            program.run_timed(device, collective, &mut |number, time| took(which, number, time))
+            ticks.push((which, program.run_timed(device, collective)?));
+            Ok(())
         })?;
-        Ok(collective.note_sums()?)
+        collective.note_sums()?;
+        Ok(ticks)
     }
 
     /// Begins the step, where `run` runs a program of a number.

@@ -52,7 +52,11 @@ inline bool is_failing(const char *what) {
 }
 
 using Work = std::function<void()>;
-using Works = std::vector<Work>;
+/// Does its work, as far as that comes now, and gives whether it has ended.
+using Slow = std::function<bool()>;
+/// Makes the work of one launch.
+using Maker = std::function<Slow()>;
+using Works = std::vector<Maker>;
 
 /// CUgraph, and CUgraphExec.
 struct Graph {
@@ -80,8 +84,8 @@ struct Capture {
 /// CUstream. The only kind is CU_STREAM_NON_BLOCKING, which the legacy stream neither waits for nor keeps waiting.
 struct Stream {
     std::shared_ptr<Capture> capture = nullptr;
-    /// What it has not done yet: each does its work and gives whether it has ended.
-    std::deque<std::function<bool()>> left = {};
+    /// What it has not done yet.
+    std::deque<Slow> left = {};
 };
 
 /// All that are not destroyed, or that were before their work had ended.
@@ -119,43 +123,43 @@ inline bool is_busy() {
     return said;
 }
 
-/// Begins `work`, which is asked again until it has ended: it waits for another stream or for another process. This machine captures none.
-inline int begin_slow(void *on, std::function<bool()> work) {
+/// Begins what `make` makes, which is asked again until it has ended: it waits for another stream or for another process. Where the stream
+/// captures, `make` is kept.
+inline int begin_slow(void *on, Maker make) {
     auto *stream = static_cast<Stream *>(on);
     if (!stream)
         return CAPTURE_INVALID_VALUE;
-    if (stream->capture)
-        return spoil(*stream->capture, CAPTURE_UNSUPPORTED);
-    stream->left.push_back(std::move(work));
-    if (!is_busy())
-        go_on();
-    return CAPTURED;
-}
-
-/// Runs `work` in the order of the stream, or keeps it where that captures.
-inline int begin(void *on, Work work) {
-    auto *stream = static_cast<Stream *>(on);
-    if (!stream) {
-        // The order of that stream among the others is not needed here.
-        work();
+    if (!stream->capture) {
+        stream->left.push_back(make());
+        if (!is_busy())
+            go_on();
         return CAPTURED;
     }
-    if (!stream->capture)
-        return begin_slow(stream, [work = std::move(work)] {
-            work();
-            return true;
-        });
     Capture &capture = *stream->capture;
     // "Invalidation": "further use of any streams which are being captured ... is invalid and will return an error".
     if (!capture.is_valid)
         return CAPTURE_INVALIDATED;
     if (is_failing("capture") && capture.works.size() == 9)
         return spoil(capture, CAPTURE_UNSUPPORTED);
-    capture.works.push_back(std::move(work));
+    capture.works.push_back(std::move(make));
     if (stream != capture.origin) {
         capture.forks[stream]++;
         capture.unjoined.insert(stream);
     }
+    return CAPTURED;
+}
+
+/// Runs `work` in the order of the stream, or keeps it where that captures.
+inline int begin(void *on, Work work) {
+    if (on)
+        return begin_slow(on, [work = std::move(work)]() -> Slow {
+            return [work] {
+                work();
+                return true;
+            };
+        });
+    // The order of that stream among the others is not needed here.
+    work();
     return CAPTURED;
 }
 
@@ -288,10 +292,18 @@ inline unsigned long long launches = 0;
 
 inline int launch(const Graph *executable, void *stream) {
     launches++;
-    // Its works, and not the graph, which may be gone when what captured this launch is launched.
-    return begin(stream, [works = executable->works] {
-        for (const Work &work : *works)
-            work();
+    // Its works, and not the graph, which may be gone when what captured this launch is launched. They go in the order in which they were
+    // captured, whatever their streams.
+    return begin_slow(stream, [works = executable->works]() -> Slow {
+        return [works, next = size_t(0), work = Slow()]() mutable {
+            for (; next < works->size(); next++, work = nullptr) {
+                if (!work)
+                    work = (*works)[next]();
+                if (!work())
+                    return false;
+            }
+            return true;
+        };
     });
 }
 

@@ -181,6 +181,14 @@ int cuStreamCreate(void **stream, unsigned) {
         return SUCCESS;
     });
 }
+int cuCtxGetStreamPriorityRange(int *least, int *greatest) {
+    *least = 0, *greatest = -5;
+    return with_context([] { return SUCCESS; });
+}
+int cuStreamCreateWithPriority(void **stream, unsigned flags, int) {
+    // "if priority is outside the numerical range returned by cuCtxGetStreamPriorityRange, it will automatically be clamped".
+    return cuStreamCreate(stream, flags);
+}
 int cuStreamSynchronize(void *stream) {
     return with_context([=] {
         if (const int refused = sim::must_not_capture(stream))
@@ -195,7 +203,7 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned) {
         if (waited.mark.stream || (stream && static_cast<sim::Stream *>(stream)->capture))
             return sim::wait_for(stream, waited.mark);
         // "captures in event all work ... at the time of this call": an event that is recorded again later does not matter.
-        return sim::begin_slow(stream, [moment = waited.last] { return moment->is_over; });
+        return sim::begin_slow(stream, [moment = waited.last] { return [moment] { return moment->is_over; }; });
     });
 }
 int cuStreamDestroy_v2(sim::Stream *stream) {
@@ -208,10 +216,8 @@ int cuStreamDestroy_v2(sim::Stream *stream) {
     }
     return SUCCESS;
 }
-/// For the other libraries of the machine: what a stream does, which is asked again until it has ended.
-int cuda_sim_begin_slow(void *stream, int (*work)(void *), void *data) {
-    return sim::begin_slow(stream, [=] { return work(data) != 0; });
-}
+/// For the other libraries of the machine (stream.h).
+int cuda_sim_begin_slow(void *stream, const sim::Maker *make) { return sim::begin_slow(stream, *make); }
 
 int cuStreamBeginCapture_v2(void *stream, int mode) {
     return with_context([=] { return sim::begin_capture(stream, mode); });

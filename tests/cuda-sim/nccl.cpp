@@ -1,34 +1,40 @@
 // libnccl.so.2 of the machine made of software: the calls of NCCL that this project makes, between processes of one machine, for memory of
 // the driver beside it, which is the host's. Communicators do not block: a request is under way until the communicator has been asked a
-// few times how far it is, and only then stands in its stream. Sums are made in shared memory, in the order of the ranks. Nothing is
-// noticed of a process that is gone, as between the GPUs of one machine. What the library refuses is refused, with its rule beside it; what
-// it would not survive ends the process.
+// few times how far it is, and only then stands in its stream. Sums are made in shared memory, in the order of the ranks; in bf16 they are
+// rounded whenever two are added. A group of sends and receives is an operation of all ranks here. Nothing is noticed of a process that is
+// gone, as between the GPUs of one machine. What the library refuses is refused, with its rule beside it; what it would not survive ends the
+// process. Names in quotation marks are sections of NVIDIA's "NCCL documentation".
 //
-// CUDA_SIM_NCCL_FAIL names what goes wrong in this process: a call; "join", "sum" or "leave" for an error that comes later; "deaf" for
-// sums that this GPU never takes part in. CUDA_SIM_NCCL_VERSION is its version. It says on standard error how communicators end.
+// CUDA_SIM_NCCL_FAIL names what goes wrong in this process: a call; "join", "sum" or "leave" for an error that comes later; "capture" for
+// sums in one; "deaf" for sums that this GPU never takes part in. CUDA_SIM_NCCL_VERSION is its version. It says on standard error how communicators end.
+
+#include "stream.h"
 
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <sys/mman.h>
+#include <thread>
 #include <unistd.h>
+#include <vector>
 
 namespace {
 
 /// ncclResult_t
 enum Result { SUCCESS = 0, SYSTEM_ERROR = 2, INTERNAL_ERROR = 3, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6, IN_PROGRESS = 7 };
 
-constexpr int FLOAT32 = 7, SUM = 0;
+constexpr int FLOAT32 = 7, BFLOAT16 = 9, SUM = 0;
 constexpr int MOST_RANKS = 16;
-/// Of one rank in a sum, as sparse memory.
+/// Of one rank in an operation, as sparse memory.
 constexpr size_t MOST_FLOATS = size_t(4) << 20;
 /// How often a request is asked after before it is done.
 constexpr int DELAY = 3;
@@ -50,12 +56,16 @@ struct Config {
 struct Shared {
     struct Rank {
         std::atomic<int> is_here, has_left;
-        /// Sums whose floats it has laid out, and sums that it has taken.
+        /// Operations for which it has laid out its part, and that it has done with.
         std::atomic<uint64_t> offered, taken;
-        uint64_t floats;
+        /// Of the operation that it has laid out: bytes that it has in it and, for another rank, where they are, how many they are, and how
+        /// many it wants of it.
+        uint64_t bytes, from[MOST_RANKS], sent[MOST_RANKS], wanted[MOST_RANKS];
+        /// Its number among those that were captured, from 1; 0 if it was not.
+        uint64_t captured;
     } ranks[MOST_RANKS];
     std::atomic<int> here;
-    alignas(4096) float data[MOST_RANKS][MOST_FLOATS];
+    alignas(4096) char data[MOST_RANKS][MOST_FLOATS * sizeof(float)];
 };
 
 struct Communicator {
@@ -68,9 +78,11 @@ struct Communicator {
     std::function<bool()> is_done;
     /// An error that stays.
     Result broken = SUCCESS;
-    /// Sums in its streams.
-    uint64_t sums = 0;
+    /// Operations that were asked for, that were begun, that were captured, and that are in its streams.
+    uint64_t asked = 0, begun = 0, captured = 0;
     std::atomic<int> under_way = 0;
+    /// Operations in graphs.
+    std::atomic<int> in_graphs = 0;
     bool has_left = false;
     std::atomic<bool> is_gone = false;
 
@@ -100,13 +112,12 @@ bool is_failing(const char *what) {
     return wanted && !strcmp(wanted, what);
 }
 
-/// A function of the driver, which this process has loaded.
-template <class F> F *of_driver(const char *name) {
-    void *driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
-    void *function = driver ? dlsym(driver, name) : nullptr;
-    if (!function)
-        crash(std::string("the driver that is loaded has no ") + name);
-    return reinterpret_cast<F *>(function);
+using sim::of_driver;
+
+void must_be_held(const void *memory, size_t bytes) {
+    auto *holds = of_driver<int(uint64_t, size_t)>("cuda_sim_holds");
+    if (bytes == 0 || bytes > sizeof Shared::data[0] || !holds(reinterpret_cast<uint64_t>(memory), bytes))
+        crash("memory that is not the device's, or too large for this machine");
 }
 
 Communicator &of(void *handle) {
@@ -140,45 +151,202 @@ int request(Communicator &c, std::function<void()> begin, std::function<bool()> 
     return IN_PROGRESS;
 }
 
-/// A sum in its stream, which asks again and again until it has ended.
-struct Sum {
+/// A message of a group.
+struct Message {
+    int peer;
+    bool is_sent;
+    char *at;
+    size_t bytes;
+};
+
+/// What a stream is to do: a sum in place, or the messages of a group.
+struct Request {
+    int type;
+    char *at;
+    uint64_t count;
+    std::vector<Message> messages;
+};
+
+float widened(uint16_t value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+/// To the nearest, ties to even.
+uint16_t rounded(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return value != value ? 0x7FFF : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+/// An operation in its stream, which asks again and again until it has ended.
+struct Operation {
     Communicator *c;
-    const float *from;
-    float *to;
-    uint64_t floats, number;
+    std::shared_ptr<const Request> request;
+    uint64_t number, captured;
     bool is_offered = false;
+
+    void offer() {
+        Shared::Rank &mine = c->shared->ranks[c->rank];
+        char *data = c->shared->data[c->rank];
+        memset(mine.sent, 0, sizeof mine.sent);
+        memset(mine.wanted, 0, sizeof mine.wanted);
+        mine.captured = captured;
+        mine.bytes = request->count * (request->type == FLOAT32 ? 4 : 2);
+        memcpy(data, request->at, mine.bytes);
+        size_t end = 0;
+        for (const Message &message : request->messages) {
+            (message.is_sent ? mine.sent : mine.wanted)[message.peer] = message.bytes;
+            if (message.is_sent) {
+                mine.from[message.peer] = end;
+                memcpy(data + end, message.at, message.bytes);
+                end += message.bytes;
+            }
+        }
+        if (end > sizeof c->shared->data[0])
+            crash("messages that are too large for this machine");
+        mine.offered = number + 1;
+        is_offered = true;
+    }
+
+    void sum() {
+        for (uint64_t i = 0; i < request->count; i++) {
+            if (request->type == FLOAT32) {
+                auto value = [&](int r) { return reinterpret_cast<const float *>(c->shared->data[r])[i]; };
+                float sum = value(0);
+                for (int r = 1; r < c->size; r++)
+                    sum += value(r);
+                reinterpret_cast<float *>(request->at)[i] = sum;
+            } else {
+                auto value = [&](int r) { return reinterpret_cast<const uint16_t *>(c->shared->data[r])[i]; };
+                uint16_t sum = value(0);
+                for (int r = 1; r < c->size; r++)
+                    sum = rounded(widened(sum) + widened(value(r)));
+                reinterpret_cast<uint16_t *>(request->at)[i] = sum;
+            }
+        }
+    }
+
+    void receive() {
+        for (int r = 0; r < c->size; r++) {
+            // "Point-to-point communication": a send needs "a corresponding ncclRecv" with "the same count and type" at the other rank.
+            if (c->shared->ranks[r].sent[c->rank] != c->shared->ranks[c->rank].wanted[r])
+                crash("a rank that sends another number of bytes than is wanted");
+        }
+        for (const Message &message : request->messages)
+            if (!message.is_sent)
+                memcpy(message.at, c->shared->data[message.peer] + c->shared->ranks[message.peer].from[c->rank], message.bytes);
+    }
 
     bool go_on() {
         if (c->is_gone)
             return true;
         if (is_failing("deaf"))
             return false;
-        Shared::Rank &mine = c->shared->ranks[c->rank];
         if (!is_offered) {
             if (!c->all([&](auto &rank) { return rank.taken >= number; }))
                 return false;
-            memcpy(c->shared->data[c->rank], from, floats * sizeof(float));
-            mine.floats = floats;
-            mine.offered = number + 1;
-            is_offered = true;
+            offer();
         }
         if (!c->all([&](auto &rank) { return rank.offered > number; }))
             return false;
-        if (!c->all([&](auto &rank) { return rank.floats == floats; }))
-            crash("ranks that sum up different numbers of floats");
-        for (uint64_t i = 0; i < floats; i++) {
-            float sum = c->shared->data[0][i];
-            for (int r = 1; r < c->size; r++)
-                sum += c->shared->data[r][i];
-            to[i] = sum;
-        }
+        Shared::Rank &mine = c->shared->ranks[c->rank];
+        // "Using NCCL with CUDA Graphs": "Whether an operation launch is graph-captured is considered a collective property of that
+        // operation and therefore must be uniform over all ranks participating in the launch"; "each of those ranks must be using the graph
+        // derived from that collective capture".
+        if (!c->all([&](auto &rank) { return rank.captured == mine.captured; }))
+            crash("an operation that some ranks have captured and others not, or elsewhere");
+        if (!c->all([&](auto &rank) { return rank.bytes == mine.bytes; }))
+            crash("ranks that sum up different numbers");
+        request->messages.empty() ? sum() : receive();
         mine.taken = number + 1;
         return true;
     }
 };
 
+/// An operation that a graph holds. Neither ncclCommFinalize, ncclCommDestroy nor ncclCommAbort is done before no graph has any: they wait
+/// until `localPersistentRefs` is 0 (commDestroySync in init.cc of NCCL).
+struct Held {
+    Communicator &c;
+    explicit Held(Communicator &c) : c(c) { c.in_graphs++; }
+    ~Held() { c.in_graphs--; }
+};
+
+/// The operation as work of a stream.
+std::function<bool()> work_of(Communicator &c, std::shared_ptr<const Request> request, uint64_t captured) {
+    auto operation = std::make_shared<Operation>(Operation{&c, std::move(request), c.begun++, captured});
+    c.under_way++;
+    return [operation] {
+        if (!operation->go_on())
+            return false;
+        operation->c->under_way--;
+        return true;
+    };
+}
+
+/// Asks for an operation, which stands in its stream when the communicator is ready.
+int ask(Communicator &c, void *stream, Request what) {
+    c.asked++;
+    const bool is_captured = sim::is_capturing(stream);
+    if (is_captured && is_failing("capture"))
+        return refuse(INTERNAL_ERROR, "a capture that it cannot follow");
+    auto begin = [&c, stream, is_captured, request = std::make_shared<const Request>(std::move(what))] {
+        // "ncclCommGetAsyncError": a call "has not been issued to the stream" as long as it is in progress. Asked for in a capture and begun
+        // after it, it would be in no graph.
+        if (is_captured != sim::is_capturing(stream))
+            crash("an operation that was not polled to success before its stream began or ended a capture");
+        if (!is_captured) {
+            sim::begin_slow(stream, [&] { return work_of(c, request, 0); });
+            return;
+        }
+        auto held = std::make_shared<Held>(c);
+        const uint64_t number = ++c.captured;
+        sim::begin_slow(stream, [&c, request, number, held] { return work_of(c, request, number); });
+    };
+    return ::request(c, begin, nullptr);
+}
+
+/// The group that this thread has open, of one communicator and stream.
+struct Group {
+    bool is_open = false;
+    void *handle = nullptr, *stream = nullptr;
+    std::vector<Message> messages;
+};
+thread_local Group group;
+
+int add(bool is_sent, const void *at, size_t count, int type, int peer, void *handle, void *stream) {
+    Communicator &c = of(handle);
+    if (is_failing(is_sent ? "ncclSend" : "ncclRecv"))
+        return refuse(INTERNAL_ERROR, "no channel");
+    if (!is_ready(c))
+        return refuse(INVALID_USAGE, "Attempt to use communicator before the previous operation returned ncclSuccess");
+    // "Group Calls": point-to-point calls that need each other "must be fused" in a group, or they wait for ever.
+    if (!group.is_open || (group.handle && (group.handle != handle || group.stream != stream)))
+        crash("a message outside of a group, or in that of another communicator");
+    if (peer < 0 || peer >= c.size)
+        return refuse(INVALID_ARGUMENT, "Invalid peer : " + std::to_string(peer));
+    if (type != FLOAT32)
+        crash("a message that is none of floats");
+    must_be_held(at, count * sizeof(float));
+    for (const Message &other : group.messages)
+        if (other.peer == peer && other.is_sent == is_sent)
+            crash("two messages of a group to one rank");
+    group.handle = handle, group.stream = stream;
+    group.messages.push_back({peer, is_sent, static_cast<char *>(const_cast<void *>(at)), count * sizeof(float)});
+    return SUCCESS;
+}
+
 void end(Communicator &c, const char *how) {
     c.is_gone = true;
+    // Here it would wait for ever; this machine says so.
+    const auto start = std::chrono::steady_clock::now();
+    while (c.in_graphs > 0) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        if (std::chrono::steady_clock::now() - start > std::chrono::seconds(3))
+            crash("a communicator that is given back while graphs hold " + std::to_string(c.in_graphs) + " of its operations");
+    }
     fprintf(stderr, "nccl: rank %d has %s its communicator\n", c.rank, how);
     // Nobody else can come to it any more. It is not freed: streams may still know it.
     shm_unlink(c.name.c_str());
@@ -259,7 +427,7 @@ int ncclCommInitRankConfig(void **handle, int size, UniqueId id, int rank, Confi
 
 int ncclCommGetAsyncError(void *handle, int *error) {
     Communicator &c = of(handle);
-    if (is_failing("sum") && c.sums > 0 && !c.broken)
+    if (is_failing("sum") && c.asked > 0 && !c.broken)
         c.broken = Result(refuse(REMOTE_ERROR, "NET/IB : Got completion from peer with status=12"));
     *error = state(c);
     return SUCCESS;
@@ -271,26 +439,32 @@ int ncclAllReduce(const void *from, void *to, size_t count, int type, int operat
         return refuse(INTERNAL_ERROR, "no channel");
     if (!is_ready(c))
         return refuse(INVALID_USAGE, "Attempt to use communicator before the previous operation returned ncclSuccess");
-    auto *holds = of_driver<int(uint64_t, size_t)>("cuda_sim_holds");
-    if (type != FLOAT32 || operation != SUM || from != to)
+    if ((type != FLOAT32 && type != BFLOAT16) || operation != SUM || from != to)
         crash("a sum that is not one of floats in place");
-    if (count == 0 || count > MOST_FLOATS || !holds(reinterpret_cast<uint64_t>(to), count * sizeof(float)))
-        crash("a sum of memory that is not the device's, or too large for this machine");
-    auto *begin = of_driver<int(void *, int (*)(void *), void *)>("cuda_sim_begin_slow");
-    const uint64_t number = c.sums++;
-    auto start = [=, &c] {
-        auto *sum = new Sum{&c, static_cast<const float *>(from), static_cast<float *>(to), count, number};
-        c.under_way++;
-        begin(stream, [](void *data) -> int {
-            auto *sum = static_cast<Sum *>(data);
-            if (!sum->go_on())
-                return 0;
-            sum->c->under_way--;
-            delete sum;
-            return 1;
-        }, sum);
-    };
-    return request(c, start, nullptr);
+    must_be_held(to, count * (type == FLOAT32 ? 4 : 2));
+    return ask(c, stream, {type, static_cast<char *>(to), count, {}});
+}
+
+int ncclGroupStart() {
+    if (group.is_open)
+        crash("a group in a group");
+    group = {.is_open = true, .messages = {}};
+    return SUCCESS;
+}
+int ncclSend(const void *from, size_t count, int type, int peer, void *handle, void *stream) {
+    return add(true, from, count, type, peer, handle, stream);
+}
+int ncclRecv(void *to, size_t count, int type, int peer, void *handle, void *stream) {
+    return add(false, to, count, type, peer, handle, stream);
+}
+int ncclGroupEnd() {
+    if (!group.is_open)
+        return refuse(INVALID_USAGE, "ncclGroupEnd: not in a group call.");
+    const Group ended = std::move(group);
+    group = {};
+    if (ended.messages.empty())
+        return SUCCESS;
+    return ask(of(ended.handle), ended.stream, {FLOAT32, nullptr, 0, ended.messages});
 }
 
 int ncclCommFinalize(void *handle) {

@@ -28,4 +28,16 @@ inline bool begin(void *stream, std::function<void()> work) {
                  [](void *context) { delete static_cast<Work *>(context); }) == 0;
 }
 
+/// Begins what `make` makes, which is asked again until it has ended: now, or, where the stream captures, whenever the graph is launched.
+inline bool begin_slow(void *stream, const std::function<std::function<bool()>()> &make) {
+    return of_driver<int(void *, const void *)>("cuda_sim_begin_slow")(stream, &make) == 0;
+}
+
+/// Whether a stream captures: cuStreamIsCapturing.
+inline bool is_capturing(void *stream) {
+    int status = 0;
+    of_driver<int(void *, int *)>("cuStreamIsCapturing")(stream, &status);
+    return status != 0;
+}
+
 } // namespace sim

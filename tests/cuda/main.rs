@@ -17,6 +17,7 @@ mod graph;
 mod machine;
 mod memory;
 mod nccl;
+mod nccl_graph;
 mod nccl_train;
 mod ops;
 mod plans;

@@ -4,11 +4,12 @@
 
 use crate::build::Build;
 use crate::machine::{library_path, not_tested};
-use ddpm_dist::collective::Collective;
+use crate::values::rounded;
 use ddpm_dist::collective::host::{Host, Meeting};
 use ddpm_dist::collective::nccl::Nccl;
-use ddpm_dist::device::cuda::Cuda;
-use ddpm_dist::device::{BufferId, Device};
+use ddpm_dist::collective::{Adding, Collective, sum_along_tree};
+use ddpm_dist::device::cuda::{Cuda, Image};
+use ddpm_dist::device::{BufferId, Device, Precision};
 use ddpm_dist::rendezvous::store::{Client, Server};
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,12 +17,14 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const LIBRARIES: [Build; 4] = [Build::BareDriver, Build::Cudnn, Build::CublasLt, Build::Nccl];
+/// The same with this program's kernels.
+pub const WITH_KERNELS: [Build; 4] = [Build::Driver, Build::Cudnn, Build::CublasLt, Build::Nccl];
 /// For ranks to come and, in most tests, for anything: more than a busy machine needs.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Where a rank that does not come is waited for.
 const SHORT: Duration = Duration::from_secs(2);
 
-/// The environment of a rank: number, size, port of the store, deadline in ms, steps, whether any order will do.
+/// The environment of a rank: number, size, port of the store, deadline in ms, steps, how it adds up.
 const PLACE: &str = "NCCL_RANKS_PLACE";
 /// How far a rank goes before it does nothing more for ever.
 const STOPS_AT: &str = "NCCL_RANKS_STOPS_AT";
@@ -29,21 +32,31 @@ const STOPS_AT: &str = "NCCL_RANKS_STOPS_AT";
 const FLOATS: usize = 100_003;
 const CUTS: [usize; 4] = [0, 50_000, 60_001, FLOATS];
 
-struct World {
-    size: usize,
-    deadline: Duration,
+pub struct World {
+    /// The test that a rank is.
+    pub rank: &'static str,
+    pub size: usize,
+    pub deadline: Duration,
     /// 0 for as many as there can be.
-    steps: usize,
-    any_order: bool,
-    libraries: &'static [Build],
+    pub steps: usize,
+    /// "fast", "bf16" or "tree".
+    pub adding: &'static str,
+    pub libraries: &'static [Build],
     /// Variables for some ranks.
-    settings: Vec<(usize, &'static str, &'static str)>,
+    pub settings: Vec<(usize, &'static str, &'static str)>,
 }
 
-const FINE: World =
-    World { size: 2, deadline: PATIENCE, steps: 3, any_order: true, libraries: &LIBRARIES, settings: Vec::new() };
+pub const FINE: World = World {
+    rank: "nccl::a_rank",
+    size: 2,
+    deadline: PATIENCE,
+    steps: 3,
+    adding: "fast",
+    libraries: &LIBRARIES,
+    settings: Vec::new(),
+};
 
-struct Ranks(Vec<Child>, #[allow(dead_code, reason = "it serves them")] Server);
+pub struct Ranks(pub Vec<Child>, #[allow(dead_code, reason = "it serves them")] Server);
 
 impl Drop for Ranks {
     fn drop(&mut self) {
@@ -55,26 +68,26 @@ impl Drop for Ranks {
 }
 
 /// What a rank said.
-struct Said {
-    out: String,
+pub struct Said {
+    pub out: String,
     err: String,
     is_success: bool,
 }
 
 impl World {
     /// Nothing where there is a real GPU: one is too few.
-    fn start(&self) -> Option<Ranks> {
+    pub fn start(&self) -> Option<Ranks> {
         if std::env::var("DDPM_DIST_KERNELS").is_ok_and(|place| place == "gpu") {
             not_tested("sums between GPUs need several");
             return None;
         }
         let server = Server::listen(([127, 0, 0, 1], 0).into()).unwrap();
         let (port, path) = (server.address().port(), library_path(self.libraries));
-        let World { size, deadline, steps, any_order, ref settings, .. } = *self;
+        let World { rank: test, size, deadline, steps, adding, ref settings, .. } = *self;
         let start = |rank| {
-            let place = format!("{rank} {size} {port} {} {steps} {any_order}", deadline.as_millis());
+            let place = format!("{rank} {size} {port} {} {steps} {adding}", deadline.as_millis());
             let mut command = Command::new(std::env::current_exe().unwrap());
-            command.args(["--ignored", "--exact", "nccl::a_rank", "--nocapture", "--test-threads=1"]);
+            command.args(["--ignored", "--exact", test, "--nocapture", "--test-threads=1"]);
             command.env(PLACE, place).env("LD_LIBRARY_PATH", &path);
             command.envs(settings.iter().filter(|(of, ..)| *of == rank).map(|(_, name, value)| (name, value)));
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
@@ -83,30 +96,33 @@ impl World {
     }
 
     /// Runs all ranks to their ends.
-    fn run(&self) -> Vec<Said> {
+    pub fn run(&self) -> Vec<Said> {
         self.start().map_or(Vec::new(), |mut ranks| (0..self.size).map(|rank| ranks.end_of(rank)).collect())
     }
 }
 
 impl Ranks {
     /// Waits until all have been through some steps.
-    fn at_work(mut self) -> Ranks {
+    pub fn at_work(mut self) -> Ranks {
         for rank in &mut self.0 {
             until(rank.stdout.as_mut().unwrap(), "at work\n");
         }
         self
     }
 
-    fn end_of(&mut self, rank: usize) -> Said {
+    /// What it says from now on, and how it ends.
+    pub fn end_of(&mut self, rank: usize) -> Said {
         let child = &mut self.0[rank];
         // It says little on standard error: it does not wait for a reader there.
         let (mut out, mut err) = (String::new(), String::new());
-        child.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        if let Some(mut left) = child.stdout.take() {
+            left.read_to_string(&mut out).unwrap();
+        }
         child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
         Said { out, err, is_success: child.wait().unwrap().success() }
     }
 
-    fn signal(&self, rank: usize, signal: Signal) {
+    pub fn signal(&self, rank: usize, signal: Signal) {
         kill_process(Pid::from_child(&self.0[rank]), signal).unwrap();
     }
 }
@@ -122,7 +138,7 @@ fn until(from: &mut ChildStdout, word: &str) {
 }
 
 impl Said {
-    fn assert(&self, rank: usize, words: &[&str]) {
+    pub fn assert(&self, rank: usize, words: &[&str]) {
         let all = format!("{}{}", self.out, self.err);
         assert!(self.is_success && !all.contains("panicked"), "rank {rank}: {all}");
         for word in words {
@@ -131,14 +147,14 @@ impl Said {
     }
 }
 
-/// Whole numbers, whose sums have no rounding.
-fn value(rank: usize, step: usize, i: usize) -> f32 {
-    ((i * (rank + 1) + 7 * step) % 1000) as f32
+/// Whole numbers, whose sums have no rounding; for a fixed order, and in bf16, numbers whose sums have.
+fn value(rank: usize, step: usize, i: usize, adding: Adding) -> f32 {
+    let whole = ((i * (rank + 1) + 7 * step) % 1000) as f32;
+    if adding == Adding::Fast { whole } else { whole * 0.1 + 1e-3 }
 }
 
-fn step(nccl: &mut Nccl, device: &mut Device, buffer: BufferId, step: usize) -> Result<Vec<f32>, String> {
-    let mine: Vec<f32> = (0..FLOATS).map(|i| value(nccl.rank(), step, i)).collect();
-    device.upload(buffer, 0, &mine).unwrap();
+fn step(nccl: &mut Nccl, device: &mut Device, buffer: BufferId, mine: &[f32]) -> Result<Vec<f32>, String> {
+    device.upload(buffer, 0, mine).unwrap();
     let buckets = || CUTS.windows(2).map(|cuts| cuts[0]..cuts[1]);
     for bucket in buckets() {
         nccl.all_reduce_start(device, buffer, bucket).map_err(|error| error.to_string())?;
@@ -146,36 +162,81 @@ fn step(nccl: &mut Nccl, device: &mut Device, buffer: BufferId, step: usize) -> 
     for bucket in buckets() {
         nccl.all_reduce_wait(device, buffer, bucket).map_err(|error| error.to_string())?;
     }
+    nccl.note_sums().map_err(|error| error.to_string())?;
     nccl.settle().map_err(|error| error.to_string())?;
     let mut sum = vec![0.0; FLOATS];
     device.download(buffer, 0, &mut sum).unwrap();
     Ok(sum)
 }
 
+/// Where a rank is, as its environment says.
+pub struct Place {
+    pub size: usize,
+    /// 0 for as many as there can be.
+    pub steps: usize,
+    pub adding: Adding,
+}
+
+impl Place {
+    /// Nothing where this process is no rank. The rank has met the others, on the host.
+    pub fn meet() -> Option<(Place, Nccl)> {
+        let place = std::env::var(PLACE).ok()?;
+        let place: Vec<&str> = place.split(' ').collect();
+        let number = |i: usize| place[i].parse::<usize>().unwrap();
+        let (rank, size, port, steps) = (number(0), number(1), number(2) as u16, number(4));
+        let deadline = Duration::from_millis(number(3) as u64);
+        let store = Client::connect("127.0.0.1", port, "/test/", PATIENCE).unwrap();
+        let meeting = Meeting { rank, size, one_machine: true, store, patience: PATIENCE };
+        let mut nccl = Nccl::over(Host::join(meeting, deadline).unwrap(), deadline);
+        let adding = match place[5] {
+            "fast" => Adding::Fast,
+            "bf16" => Adding::FastInBf16,
+            _ => Adding::Tree,
+        };
+        nccl.choose(adding);
+        Some((Place { size, steps, adding }, nccl))
+    }
+
+    /// Lets a rank do what `step` does with the number of each step, until it has done all; says that it is at work, and how it ends.
+    pub fn work(&self, nccl: &mut Nccl, mut step: impl FnMut(&mut Nccl, usize) -> Result<(), String>) {
+        let end = Instant::now() + PATIENCE;
+        for number in 0.. {
+            if number == 5 {
+                tell("at work");
+                stops_at("a sum");
+            }
+            if self.steps > 0 && number == self.steps {
+                break;
+            }
+            assert!(Instant::now() < end, "the test has forgotten this rank");
+            if let Err(error) = step(nccl, number) {
+                tell(&format!("ended: {error}"));
+                return;
+            }
+        }
+        // Nobody goes before all have their sums.
+        nccl.host().barrier().unwrap();
+        tell("ended: well");
+    }
+}
+
+/// Does nothing more for ever, where the test wants it here.
+fn stops_at(what: &str) {
+    if std::env::var(STOPS_AT).is_ok_and(|at| at == what) {
+        tell(&format!("stops at {what}"));
+        let _ = std::io::stdin().lines().count();
+    }
+}
+
 /// The rank that the tests below start.
 #[test]
 #[ignore = "is started by the tests below"]
 fn a_rank() {
-    let Ok(place) = std::env::var(PLACE) else { return };
-    let place: Vec<&str> = place.split(' ').collect();
-    let number = |i: usize| place[i].parse::<usize>().unwrap();
-    let (rank, size, port, steps) = (number(0), number(1), number(2) as u16, number(4));
-    let deadline = Duration::from_millis(number(3) as u64);
-    let stops_at = |what: &str| {
-        if std::env::var(STOPS_AT).is_ok_and(|at| at == what) {
-            tell(&format!("stops at {what}"));
-            let _ = std::io::stdin().lines().count();
-        }
-    };
-    let store = Client::connect("127.0.0.1", port, "/test/", PATIENCE).unwrap();
-    let meeting = Meeting { rank, size, one_machine: true, store, patience: PATIENCE };
-    let mut nccl = Nccl::over(Host::join(meeting, deadline).unwrap(), deadline);
-    let mut device = Device::Cuda(Box::new(Cuda::without_kernels(0).unwrap()));
+    let Some((place, mut nccl)) = Place::meet() else { return };
+    let open = if place.adding == Adding::Fast { Cuda::without_kernels } else { Cuda::open };
+    let mut device = Device::Cuda(Box::new(open(0).unwrap()));
     let buffer = device.allocate(4 * FLOATS).unwrap();
     stops_at("the meeting");
-    if place[5] == "true" {
-        nccl.allow_any_order();
-    }
     if let Err(error) = nccl.join_gpus(&device) {
         tell(&format!("ended: {error}"));
         return;
@@ -183,41 +244,33 @@ fn a_rank() {
     if let Some(notice) = nccl.notice() {
         tell(&format!("notice: {notice}"));
     }
-    let end = Instant::now() + PATIENCE;
-    for number in 0.. {
-        if number == 5 {
-            tell("at work");
-            stops_at("a sum");
+    nccl.reserve(&mut device, CUTS.windows(2).map(|cuts| cuts[1] - cuts[0]).max().unwrap()).unwrap();
+    let floats = |rank, number| (0..FLOATS).map(|i| value(rank, number, i, place.adding)).collect::<Vec<f32>>();
+    place.work(&mut nccl, |nccl, number| {
+        let sum = step(nccl, &mut device, buffer, &floats(nccl.rank(), number))?;
+        let mut all: Vec<Vec<f32>> = (0..place.size).map(|rank| floats(rank, number)).collect();
+        if place.adding == Adding::FastInBf16 {
+            let bf16 = |x: f32| rounded(x, Precision::Bf16);
+            let sum = |i: usize| all.iter().map(|part| bf16(part[i])).reduce(|sum, x| bf16(sum + x)).unwrap();
+            all[0] = (0..FLOATS).map(sum).collect();
+        } else {
+            sum_along_tree(&mut all);
         }
-        if steps > 0 && number == steps {
-            break;
-        }
-        assert!(Instant::now() < end, "the test has forgotten this rank");
-        match step(&mut nccl, &mut device, buffer, number) {
-            Ok(sum) => {
-                let expected = |i| (0..size).map(|rank| value(rank, number, i)).sum::<f32>();
-                let wrong = (0..FLOATS).find(|&i| sum[i] != expected(i));
-                assert_eq!(wrong, None, "step {number}");
-            }
-            Err(error) => {
-                tell(&format!("ended: {error}"));
-                return;
-            }
-        }
-    }
-    // Nobody goes before all have their sums.
-    nccl.host().barrier().unwrap();
-    tell("ended: well");
+        let wrong = (0..FLOATS).find(|&i| sum[i].to_bits() != all[0][i].to_bits());
+        assert_eq!(wrong, None, "step {number}");
+        Ok(())
+    });
 }
 
 /// To the test, which may have heard enough.
-fn tell(what: &str) {
+pub fn tell(what: &str) {
     let _ = writeln!(std::io::stdout(), "{what}").and_then(|()| std::io::stdout().flush());
 }
 
 /// What a rank says when it ends, and when that was.
-fn last_words(rank: &mut Child, since: Instant) -> (String, Duration) {
-    let lines = BufReader::new(rank.stdout.take().unwrap()).lines();
+pub fn last_words(rank: &mut Child, since: Instant) -> (String, Duration) {
+    // It may say more later.
+    let lines = BufReader::new(rank.stdout.as_mut().unwrap()).lines();
     let end = lines.map_while(Result::ok).find(|line| line.contains("ended: "));
     (end.unwrap_or_default(), since.elapsed())
 }
@@ -233,8 +286,25 @@ fn gpus_sum_up_what_their_ranks_have() {
 }
 
 #[test]
-fn a_fixed_order_is_that_of_the_host() {
-    for (rank, said) in (World { any_order: false, size: 3, ..FINE }).run().iter().enumerate() {
+fn a_fixed_order_has_the_bits_of_the_host() {
+    if Image::embedded().is_none() {
+        return not_tested("sums along a tree need kernels: built without nvcc");
+    }
+    for size in [2, 3, 4, 8] {
+        let world = World { size, adding: "tree", libraries: &WITH_KERNELS, ..FINE };
+        for (rank, said) in world.run().iter().enumerate() {
+            said.assert(rank, &["ended: well", "has left its communicator"]);
+            assert!(!said.out.contains("notice: "), "{}", said.out);
+        }
+    }
+}
+
+#[test]
+fn gradients_in_bf16_are_rounded_where_they_are_added() {
+    if Image::embedded().is_none() {
+        return not_tested("sums in bf16 need kernels: built without nvcc");
+    }
+    for (rank, said) in (World { adding: "bf16", libraries: &WITH_KERNELS, ..FINE }).run().iter().enumerate() {
         said.assert(rank, &["ended: well", "has left its communicator"]);
     }
 }

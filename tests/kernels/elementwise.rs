@@ -2,7 +2,9 @@
 
 use crate::cpu::on_cpu;
 use crate::machine::{Buffer, run_launch};
-use crate::values::{activations, f32_of, rounded};
+use crate::values::{activations, bytes_of_f32, f32_of, normals, rounded};
+use ddpm_dist::collective::sum_along_tree;
+use ddpm_dist::device::cuda::nccl::tree_sum;
 use ddpm_dist::device::cuda::{Launch, Precision};
 use ddpm_dist::ops::accumulate::{self, Accumulate};
 use ddpm_dist::ops::add::{self, Add};
@@ -71,6 +73,36 @@ fn sums_are_those_of_the_cpu() {
         same(both(op.clone(), launch.clone(), Precision::F32, &[len], len, true), Precision::F32);
     }
     assert_eq!(accumulate::cuda::launches(&Accumulate { sums: 3, elements: 64 }, 64).len(), 3);
+}
+
+/// Numbers of ranks: of one launch, of two and of three; whole trees, and others.
+#[test]
+fn parts_of_ranks_are_added_along_the_tree_of_the_cpu() {
+    for (count, len, stride) in [
+        (2, 1025, 1040),
+        (3, 64, 64),
+        (4, 5000, 5008),
+        (7, 3, 4),
+        (8, 1025, 1028),
+        (9, 64, 80),
+        (23, 8, 16),
+        (130, 5, 8),
+    ] {
+        // Sums whose bits depend on the order.
+        let values: Vec<f32> =
+            (0..count).flat_map(|p| normals(p as u64, stride).into_iter().map(move |x| x * p as f32)).collect();
+        let mut parts: Vec<Vec<f32>> = values.chunks(stride).map(|part| part[..len].to_vec()).collect();
+        sum_along_tree(&mut parts);
+        let mut found = bytes_of_f32(&values);
+        for launch in tree_sum(count, stride, len) {
+            found = run_launch(&launch, &[], &[Buffer::Updated(found)]).remove(0);
+        }
+        let found = &f32_of(&found, Precision::F32)[..len];
+        assert!(
+            found.iter().zip(&parts[0]).all(|(found, sum)| found.to_bits() == sum.to_bits()),
+            "{count} parts of {len}"
+        );
+    }
 }
 
 #[test]

@@ -3,9 +3,8 @@
 use crate::elementwise::BOTH;
 use crate::machine::{Buffer, run_launch, run_with};
 use crate::values::{activations, bytes_of, bytes_of_f32, f32_of, normals, rounded};
-use ddpm_dist::device::cuda::Precision;
+use ddpm_dist::device::cuda::{Launch, Precision};
 use ddpm_dist::ops::conv2d::cuda::{padded, transposed, unpadded};
-use ddpm_dist::ops::copy::cuda::cast;
 use ddpm_dist::ops::linear::cuda::{bias, bias_gradient, pieces};
 
 #[test]
@@ -74,12 +73,16 @@ fn casts_round_to_the_nearest() {
         let special = [1.003_906_3, f32::MAX, f32::from_bits(0x0001_8000), f32::NAN, f32::NEG_INFINITY, -0.0];
         values.iter_mut().zip(special).for_each(|(value, special)| *value = special);
         let inputs = [Buffer::Input(bytes_of_f32(&values))];
-        let narrow = run_launch(&cast(len, Precision::Bf16), &inputs, &[Buffer::Output(2 * len)]).remove(0);
+        let narrow = run_launch(&Launch::cast(len, Precision::Bf16), &inputs, &[Buffer::Output(2 * len)]).remove(0);
         for (found, &x) in f32_of(&narrow, Precision::Bf16).into_iter().zip(&values) {
             let expected = rounded(x, Precision::Bf16);
             assert!(found.to_bits() == expected.to_bits() || found.is_nan() && x.is_nan(), "{x}: {found}");
         }
-        let wide = run_launch(&cast(len, Precision::F32), &[Buffer::Input(narrow.clone())], &[Buffer::Output(4 * len)]);
+        let wide = run_launch(
+            &Launch::cast(len, Precision::F32),
+            &[Buffer::Input(narrow.clone())],
+            &[Buffer::Output(4 * len)],
+        );
         assert_eq!(wide[0], bytes_of_f32(&f32_of(&narrow, Precision::Bf16)));
     }
 }

@@ -35,7 +35,7 @@ fn of(shape @ [images, height, width, channels]: [usize; 4], precision: Precisio
         case(copy::cuda::launch(&Copy { shape: shape.into() }, precision, false), &[len], len),
         Case::new(
             named(shape),
-            [copy::cuda::cast(len, precision)],
+            [Launch::cast(len, precision)],
             vec![Content::of(other, len)],
             vec![Content::of(precision, len)],
         ),

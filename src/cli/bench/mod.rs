@@ -121,7 +121,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         let config = digest(to_toml(&config).or_fail(Code::Usage)?.as_bytes());
         ranks.same_everywhere(&format!("config {config}, {}", this_program().or_fail(Code::Failed)?))?;
     }
-    let mut device = ranks.training_device(common, config.train.shards)?;
+    let mut device = ranks.training_device(common)?;
     let batch = match what {
         What::Training => config.train.batch,
         What::Sampling => config.sample.batch,

@@ -4,7 +4,7 @@ use super::super::exit::{Code, Failure, OrFail};
 use super::super::stdout::{grouped, table};
 use crate::cluster::Interconnect;
 use crate::cluster::scaling::{Bucket, Hardware, JITTER, Pace, Portion, Prediction, Work, ladder, predict};
-use crate::device::DType;
+use crate::device::{DType, Precision};
 use crate::tape::{Kind, Phase, Program, human_bytes};
 use crate::train::{Config, Share};
 use serde::{Deserialize, Serialize};
@@ -133,7 +133,10 @@ impl Arguments {
     /// The model's answer, if it was asked for.
     pub(super) fn scaling(&self, subject: &Subject<'_>) -> Result<Option<Scaling>, Failure> {
         let Some(network) = &self.interconnect else { return Ok(None) };
-        let gradients = self.gradients.unwrap_or(Gradients::F32);
+        let gradients = self.gradients.unwrap_or(match subject.config.train.reduce {
+            Precision::F32 => Gradients::F32,
+            Precision::Bf16 => Gradients::Bf16,
+        });
         let work = work(subject, gradients);
         let (pace, speed) = self.pace(network, &work, subject)?;
         let Share { world_size, shards, .. } = *subject.share;
@@ -337,7 +340,7 @@ impl Scaling {
     pub(super) fn to_text(&self) -> String {
         let gradients = match self.gradients {
             Gradients::F32 => "f32",
-            Gradients::Bf16 => "bf16 (not built yet: this version sums f32)",
+            Gradients::Bf16 => "bf16 (train.reduce)",
         };
         let mut text =
             format!("\nScaling over {}, gradients in {gradients}: predicted, not measured\n", self.interconnect);

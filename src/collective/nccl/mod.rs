@@ -4,13 +4,17 @@
 //! comes for ever, and its errors name nobody. So its communicator is one whose calls return at once, every wait is a look at it that is
 //! repeated until a deadline, and meanwhile the host's connections show who is gone. Before a step's results are read, the ranks call each
 //! other on the host while their GPUs still compute ([`Collective::settle`]): a rank that does not come is named as it is on host memory.
+//!
+//! Sums that are captured in a CUDA graph are begun without any call of this room but one, which marks the graph's end. Graphs go before
+//! their communicator: programs are dropped before the collective that they run with. Where sums have to be ended under a graph, NCCL is
+//! told at once, and waited for when this is dropped.
 
 mod agreement;
 
 use super::host::Host;
 use super::{Collective, CollectiveError};
-use crate::device::cuda::nccl::{self, Communicator};
-use crate::device::cuda::{CudaError, Mark};
+use crate::device::cuda::nccl::{self, Adding, Communicator};
+use crate::device::cuda::{CudaError, Mark, Memory};
 use crate::device::{BufferId, Device, DeviceError};
 use agreement::Agreed;
 use std::collections::VecDeque;
@@ -33,26 +37,18 @@ pub struct Nccl {
     host: Host,
     notice: Option<String>,
     patience: Duration,
-    /// Whether sums need not have the order of the tree.
-    any_order: bool,
-    /// Whether the GPU has sums that have not been noted.
-    has_sums: bool,
-    /// For each step that was noted and not settled the end of its sums, if it has any.
-    noted: VecDeque<Option<Mark>>,
+    adding: Adding,
+    /// Memory for sums, and how many floats they may have.
+    scratch: Option<(Memory, usize)>,
+    /// Ends of the steps that were noted and not settled.
+    noted: VecDeque<Mark>,
 }
 
 impl Nccl {
     /// Ranks that have met; they add up over the host as long as they have not [joined their GPUs](Nccl::join_gpus).
     pub fn over(host: Host, patience: Duration) -> Nccl {
-        Nccl {
-            communicator: None,
-            host,
-            notice: None,
-            patience,
-            any_order: false,
-            has_sums: false,
-            noted: VecDeque::new(),
-        }
+        let (adding, noted) = (Adding::Tree, VecDeque::new());
+        Nccl { communicator: None, host, notice: None, patience, adding, scratch: None, noted }
     }
 
     /// Lets the GPUs add up, if all ranks have one and a library for it, or leaves a [notice](Nccl::notice). All ranks call it.
@@ -86,12 +82,12 @@ impl Nccl {
     }
 
     fn gpus(&mut self) -> Result<&mut Communicator, CollectiveError> {
-        self.communicator.as_mut().ok_or(CollectiveError::Ended)
+        self.communicator.as_mut().filter(|gpus| !gpus.is_ended()).ok_or(CollectiveError::Ended)
     }
 
-    /// Whether a sum goes through the host.
+    /// Whether sums go through the host.
     fn is_by_host(&self) -> bool {
-        self.communicator.is_none() || !self.any_order
+        self.communicator.is_none()
     }
 
     /// Looks until something `is_over`, a rank is gone, or the deadline has passed. After an error there are no more sums.
@@ -167,10 +163,10 @@ impl Nccl {
         if let Some(communicator) = &mut self.communicator {
             communicator.abort();
         }
-        self.communicator = None;
     }
 
-    fn settle_sums(&mut self, mark: &Mark) -> Result<(), CollectiveError> {
+    /// Waits for what is before `mark`.
+    fn settle_until(&mut self, mark: &Mark) -> Result<(), CollectiveError> {
         self.host.call_all()?;
         let start = Instant::now();
         // The host's deadline ends this.
@@ -203,6 +199,19 @@ impl Collective for Nccl {
         self.host.world_size()
     }
 
+    fn reserve(&mut self, device: &mut Device, longest: usize) -> Result<(), CollectiveError> {
+        let is_there = self.scratch.is_some_and(|(_, floats)| longest <= floats);
+        if is_there || self.is_by_host() {
+            return Ok(());
+        }
+        let bytes = self.adding.scratch(longest, self.world_size());
+        let buffer = device.allocate(bytes)?;
+        if let Device::Cuda(cuda) = device {
+            self.scratch = Some((cuda.whole(buffer), longest));
+        }
+        Ok(())
+    }
+
     fn all_reduce_start(
         &mut self,
         device: &mut Device,
@@ -213,12 +222,14 @@ impl Collective for Nccl {
             Device::Cuda(cuda) if !self.is_by_host() => cuda,
             device => return self.host.all_reduce_start(device, buffer, range),
         };
+        let Some((scratch, _)) = self.scratch else { panic!("a sum before `reserve`") };
         let floats = cuda.floats(buffer, &range);
-        let begun = self.gpus()?.begin_sum(floats);
-        self.unless_lost(begun)?;
-        self.has_sums = true;
-        self.until("all-reduce", Communicator::is_ready)?;
-        self.gpus()?.sum_is_begun().map_err(device_error)
+        for stage in self.adding.stages() {
+            let begun = self.gpus()?.begin(*stage, cuda.gpu_mut(), floats, scratch);
+            self.unless_lost(begun)?;
+            self.until("all-reduce", Communicator::is_ready)?;
+        }
+        self.gpus()?.sum_is_begun(floats).map_err(device_error)
     }
 
     fn all_reduce_wait(
@@ -228,9 +239,16 @@ impl Collective for Nccl {
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
         match device {
-            Device::Cuda(_) if !self.is_by_host() => self.gpus()?.wait_for_sum().map_err(device_error),
+            Device::Cuda(cuda) if !self.is_by_host() => {
+                let floats = cuda.floats(buffer, &range);
+                self.gpus()?.wait_for_sum(floats).map_err(device_error)
+            }
             device => self.host.all_reduce_wait(device, buffer, range),
         }
+    }
+
+    fn needs_the_host(&self) -> bool {
+        self.is_by_host()
     }
 
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
@@ -238,22 +256,26 @@ impl Collective for Nccl {
     }
 
     fn note_sums(&mut self) -> Result<(), CollectiveError> {
-        let end = std::mem::take(&mut self.has_sums).then(|| self.gpus()?.mark().map_err(device_error)).transpose()?;
-        self.noted.push_back(end);
+        if !self.is_by_host() {
+            let end = self.gpus()?.mark().map_err(device_error)?;
+            self.noted.push_back(end);
+        }
         Ok(())
     }
 
     fn settle(&mut self) -> Result<(), CollectiveError> {
-        let Some(mark) = self.noted.pop_front().flatten() else { return Ok(()) };
-        let result = self.settle_sums(&mark);
-        if result.is_err() {
-            self.end();
+        let Some(mark) = self.noted.pop_front() else { return Ok(()) };
+        let settled = self.settle_until(&mark);
+        match self.gpus() {
+            Ok(gpus) if settled.is_ok() => gpus.forget(mark),
+            _ => self.end(),
         }
-        result
+        settled
     }
 
-    fn allow_any_order(&mut self) {
-        self.any_order = true;
+    fn choose(&mut self, adding: Adding) -> bool {
+        self.adding = adding;
+        !self.is_by_host() || self.host.choose(adding)
     }
 
     fn set_patience(&mut self, patience: Duration) {

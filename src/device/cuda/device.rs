@@ -151,6 +151,11 @@ impl Cuda {
         &self.gpu
     }
 
+    /// The same, for kernels that are none of a program's.
+    pub fn gpu_mut(&mut self) -> &mut Gpu {
+        &mut self.gpu
+    }
+
     /// Allocates a zeroed buffer.
     ///
     /// # Errors
@@ -176,7 +181,12 @@ impl Cuda {
         Memory { address: memory.address + first as u64, bytes }
     }
 
-    /// Floats of a buffer, for a library.
+    /// All of a buffer, for a library.
+    pub fn whole(&self, buffer: BufferId) -> Memory {
+        self.buffers[buffer.0]
+    }
+
+    /// Floats of a buffer, likewise.
     ///
     /// # Panics
     /// If they lie outside.

@@ -60,6 +60,9 @@ pub enum CudaError {
         "DDPM_DIST_CUDA_PLANS={0} is unknown: it is off, or a folder by its absolute path; unset it to keep plans in the user's cache"
     )]
     UnknownPlanSetting(String),
+    /// A library that another process takes part in refused to be captured, after which it is of no more use.
+    #[error("{0}, while a CUDA graph was captured: set DDPM_DIST_CUDA_GRAPH=off")]
+    NotCaptured(Box<CudaError>),
     /// The driver refused something.
     #[error("CUDA cannot {action}: {}{}", said(*.source), advice(*.source))]
     Driver {

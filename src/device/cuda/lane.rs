@@ -1,7 +1,7 @@
 //! A second queue of a GPU beside the one that computes, and marks at which one waits for the other.
 
-use super::{CudaError, Gpu};
-use cudarc::driver::result::DriverError;
+use super::{CudaError, Gpu, PreparedKernel};
+use cudarc::driver::result::{DriverError, stream};
 use cudarc::driver::{CudaEvent, CudaStream};
 use std::fmt;
 use std::sync::Arc;
@@ -28,19 +28,35 @@ impl fmt::Debug for Lane {
 }
 
 impl Lane {
-    /// An empty queue.
+    /// An empty queue. Where both have something to begin, this one's goes first: what it does for others is short beside what is computed,
+    /// and they wait for it.
     ///
     /// # Errors
     /// The driver's.
     pub fn beside(gpu: &Gpu) -> Result<Lane, CudaError> {
         let compute = Arc::clone(gpu.stream());
-        let stream = compute.context().new_stream().map_err(cannot("make a stream"))?;
+        compute.context().bind_to_thread().map_err(cannot("use the GPU on this thread"))?;
+        let (_, highest) = stream::get_priority_range().map_err(cannot("tell the priorities of streams"))?;
+        let stream = compute.context().new_stream_with_priority(highest).map_err(cannot("make a stream"))?;
         Ok(Lane { compute, stream, spare: Vec::new() })
     }
 
     /// The queue, for libraries.
     pub(super) fn stream(&self) -> &CudaStream {
         &self.stream
+    }
+
+    /// Begins a kernel here.
+    ///
+    /// # Errors
+    /// A launch that the driver refuses.
+    ///
+    /// # Safety
+    /// As [`Gpu::begin`].
+    pub(super) unsafe fn begin(&self, kernel: &PreparedKernel) -> Result<(), CudaError> {
+        // SAFETY: the caller vouches for it.
+        unsafe { kernel.launch(self.stream.cu_stream()) }
+            .map_err(|source| CudaError::Driver { action: format!("launch {kernel}"), source })
     }
 
     /// Lets this thread use the GPU.
@@ -88,6 +104,11 @@ impl Lane {
         let mark = self.unused()?;
         mark.0.record(&self.compute).map_err(cannot("record an event"))?;
         Ok(mark)
+    }
+
+    /// Takes back a mark that nobody looks at any more.
+    pub fn reuse(&mut self, mark: Mark) {
+        self.spare.push(mark);
     }
 
     fn unused(&mut self) -> Result<Mark, CudaError> {

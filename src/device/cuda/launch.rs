@@ -89,4 +89,11 @@ impl Launch {
         let arguments = [buffers, &[Argument::u64(len as u64)], more].concat();
         Launch::new(name, precision, [blocks, 1, 1], THREADS, arguments)
     }
+    /// `kernels/cast.cu`: y = x of `len` elements, from the other precision to `to`.
+    pub fn cast(len: usize, to: Precision) -> Launch {
+        /// Threads of a block, which have eight elements each.
+        const THREADS: usize = 256;
+        let arguments = vec![Argument::Input(0), Argument::Output(0), Argument::u64(len as u64)];
+        Launch::new("cast_to", to, [len.div_ceil(8 * THREADS), 1, 1], THREADS, arguments)
+    }
 }

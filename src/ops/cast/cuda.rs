@@ -1,9 +1,8 @@
 //! `kernels/cast.cu`
 
 use crate::device::cuda::{Launch, Precision};
-use crate::ops::copy::cuda::cast;
 
 /// Of flat buffers of `len` elements.
 pub(super) fn launch(len: usize) -> Launch {
-    cast(len, Precision::Bf16)
+    Launch::cast(len, Precision::Bf16)
 }

@@ -116,7 +116,7 @@ pub(super) fn weight_gradient(op: &Conv2d, form: &Form) -> Work {
         residual: Argument::Null,
         bias_kernel: None,
         add_kernel: Some(from_workspace(copy::cuda::launch(&Copy { shape: op.weight() }, Precision::F32, true))),
-        cast_kernel: Some(from_workspace(copy::cuda::cast(op.weight().len(), Precision::F32))),
+        cast_kernel: Some(from_workspace(Launch::cast(op.weight().len(), Precision::F32))),
     };
     let mut work = bias_gradient_work(rows(op), form);
     work.steps.push(Step::Convolution(Box::new(convolution)));

@@ -10,7 +10,7 @@ use super::grids::Grids;
 use super::ranks::{LOOK, at_rank_zero, gather, same_program};
 use super::reports::Reports;
 use super::state::{Identity, snapshot};
-use super::{Config, Shards, Share, TrainConfig, TrainError, Trainer};
+use super::{Config, Share, TrainConfig, TrainError, Trainer};
 use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Start};
 use crate::cluster::{Stragglers, minority};
 use crate::collective::{Activity, Collective};
@@ -85,9 +85,7 @@ pub fn train(
     options: &Options<'_>,
 ) -> Result<Ended, TrainError> {
     collective.set_patience(config.cluster.patience());
-    if config.train.shards == Shards::Auto {
-        collective.allow_any_order();
-    }
+    config.train.choose_adding(collective)?;
     let start = start(collective, options)?;
     same_program(collective, config)?;
     let share = Share::new(&config.train, collective.rank(), collective.world_size())?;

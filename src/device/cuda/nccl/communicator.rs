@@ -2,10 +2,8 @@
 
 use super::super::lane::{Lane, Mark};
 use super::super::{CudaError, Gpu, Memory};
-use super::library::{Config, FLOAT32, Handle, Library, SUCCESS, SUM, Status, UniqueId};
-use std::collections::VecDeque;
-use std::ffi::c_void;
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use super::library::{Config, Handle, Library, SUCCESS, Status, UniqueId};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 /// Length of what names a communicator.
@@ -19,15 +17,21 @@ const RELEASE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_micros(200);
 
 /// This process's GPU among those that add up together, and the queue on which it does.
+///
+/// The library gives a communicator back only when no CUDA graph is left that has sums of it: what captures them is dropped before this.
 #[derive(Debug)]
 pub struct Communicator {
-    library: &'static Library,
+    pub(super) library: &'static Library,
     /// Null once it is given back.
-    handle: Handle,
-    lane: Lane,
-    /// Ends of sums that nothing waits for yet.
-    sums: VecDeque<Mark>,
+    pub(super) handle: Handle,
+    pub(super) lane: Lane,
+    pub(super) rank: usize,
+    pub(super) size: usize,
+    /// Ends of sums that nothing waits for yet, with their addresses.
+    sums: Vec<(u64, Mark)>,
     has_failed: bool,
+    /// Says when the handle has been given back.
+    release: Option<Receiver<()>>,
 }
 
 impl std::fmt::Debug for Mark {
@@ -64,7 +68,8 @@ impl Communicator {
         let (mut handle, mut config) = (std::ptr::null_mut(), Config::non_blocking());
         // SAFETY: the handle and the config live until it returns, and the config is that of the header.
         let status = unsafe { (library.init)(&mut handle, size as i32, UniqueId(id), rank as i32, &mut config) };
-        let mut joined = Communicator { library, handle, lane, sums: VecDeque::new(), has_failed: false };
+        let mut joined =
+            Communicator { library, handle, lane, rank, size, sums: Vec::new(), has_failed: false, release: None };
         joined.checked(status, "join the other GPUs")?;
         Ok(joined)
     }
@@ -81,46 +86,36 @@ impl Communicator {
         Ok(asked && self.checked(state, "sum up between the GPUs")?)
     }
 
-    fn checked(&mut self, status: Status, action: &str) -> Result<bool, CudaError> {
+    pub(super) fn checked(&mut self, status: Status, action: &str) -> Result<bool, CudaError> {
         let result = self.library.check(status, self.handle, action);
         self.has_failed |= result.is_err();
         result
     }
 
-    /// Begins to replace floats by their sums over all GPUs, when what was begun on this GPU before has ended. To be followed by
-    /// [`Communicator::sum_is_begun`] when it [is ready](Communicator::is_ready).
-    ///
-    /// # Errors
-    /// What the library refuses.
-    pub fn begin_sum(&mut self, floats: Memory) -> Result<(), CudaError> {
-        self.lane.follow()?;
-        let (at, count) = (floats.address as *mut c_void, floats.bytes / size_of::<f32>());
-        let stream = self.lane.stream().cu_stream().cast();
-        // SAFETY: a memory lives as long as its GPU, whose queue ends before it, and it is that long.
-        let status = unsafe { (self.library.all_reduce)(at, at, count, FLOAT32, SUM, self.handle, stream) };
-        self.checked(status, &format!("sum up {count} floats")).map(drop)
-    }
-
-    /// Marks the end of the sum that was begun last.
+    /// Marks the end of the sum of these floats, which was begun last.
     ///
     /// # Errors
     /// The driver's.
-    pub fn sum_is_begun(&mut self) -> Result<(), CudaError> {
+    pub fn sum_is_begun(&mut self, floats: Memory) -> Result<(), CudaError> {
         let end = self.lane.mark()?;
-        self.sums.push_back(end);
+        // One that was never waited for belongs to a capture that failed.
+        self.sums.retain(|(address, _)| *address != floats.address);
+        self.sums.push((floats.address, end));
         Ok(())
     }
 
-    /// What the GPU computes from now on finds the first of the sums that were begun and not waited for. Nobody waits here.
+    /// What the GPU computes from now on finds the sum of these floats. Nobody waits here.
     ///
     /// # Errors
     /// The driver's.
     ///
     /// # Panics
-    /// If there is none.
-    pub fn wait_for_sum(&mut self) -> Result<(), CudaError> {
-        let Some(end) = self.sums.pop_front() else { panic!("a sum is waited for that was not begun") };
-        self.lane.lead(end)
+    /// If it was not begun.
+    pub fn wait_for_sum(&mut self, floats: Memory) -> Result<(), CudaError> {
+        let Some(place) = self.sums.iter().position(|(address, _)| *address == floats.address) else {
+            panic!("a sum is waited for that was not begun")
+        };
+        self.lane.lead(self.sums.remove(place).1)
     }
 
     /// Marks all that was begun on the GPU so far, sums that were waited for among it.
@@ -139,7 +134,17 @@ impl Communicator {
         Ok(self.is_ready()? && self.lane.is_over(mark)?)
     }
 
-    /// Ends all sums that are under way, whatever is in the memory then. There are no more.
+    /// Takes back a mark that nobody looks at any more.
+    pub fn forget(&mut self, mark: Mark) {
+        self.lane.reuse(mark);
+    }
+
+    /// Whether it has been [ended](Communicator::abort).
+    pub fn is_ended(&self) -> bool {
+        self.handle.is_null()
+    }
+
+    /// Ends all sums that are under way, whatever is in the memory then. There are no more. Nobody waits here for the library to be done.
     pub fn abort(&mut self) {
         self.release(self.library.abort);
     }
@@ -159,7 +164,7 @@ impl Communicator {
         }
     }
 
-    /// Gives the handle back by a call that may wait for a GPU or a process that is gone: no longer than a limit.
+    /// Gives the handle back, on a thread of its own: the call waits for a GPU or a process that may be gone, and for CUDA graphs.
     fn release(&mut self, call: unsafe extern "C" fn(Handle) -> Status) {
         let handle = std::mem::replace(&mut self.handle, std::ptr::null_mut()) as usize;
         if handle == 0 {
@@ -173,20 +178,23 @@ impl Communicator {
             let _ = done.send(());
         };
         if std::thread::Builder::new().name("nccl-release".into()).spawn(release).is_ok() {
-            let _: Result<(), RecvTimeoutError> = is_done.recv_timeout(RELEASE);
+            self.release = Some(is_done);
         }
     }
 }
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        if self.handle.is_null() {
-            return;
+        if !self.is_ended() {
+            let is_well = !self.has_failed && !std::thread::panicking() && self.lane.bind().is_ok();
+            match is_well && self.leave() {
+                true => self.release(self.library.destroy),
+                false => self.abort(),
+            }
         }
-        let is_well = !self.has_failed && !std::thread::panicking() && self.lane.bind().is_ok();
-        match is_well && self.leave() {
-            true => self.release(self.library.destroy),
-            false => self.abort(),
+        if let Some(is_done) = &self.release {
+            // What is left after that goes with the process.
+            let _ = is_done.recv_timeout(RELEASE);
         }
     }
 }

@@ -22,6 +22,7 @@ pub(super) const IN_PROGRESS: Status = 7;
 
 /// `ncclDataType_t` and `ncclRedOp_t`.
 pub(super) const FLOAT32: c_int = 7;
+pub(super) const BFLOAT16: c_int = 9;
 pub(super) const SUM: c_int = 0;
 
 /// `ncclComm_t`
@@ -102,6 +103,10 @@ entry_points! {
     init = "ncclCommInitRankConfig": fn(*mut Handle, c_int, UniqueId, c_int, *mut Config) -> Status;
     async_error = "ncclCommGetAsyncError": fn(Handle, *mut Status) -> Status;
     all_reduce = "ncclAllReduce": fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> Status;
+    send = "ncclSend": fn(*const c_void, usize, c_int, c_int, Handle, *mut c_void) -> Status;
+    receive = "ncclRecv": fn(*mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> Status;
+    group_start = "ncclGroupStart": fn() -> Status;
+    group_end = "ncclGroupEnd": fn() -> Status;
     finalize = "ncclCommFinalize": fn(Handle) -> Status;
     destroy = "ncclCommDestroy": fn(Handle) -> Status;
     abort = "ncclCommAbort": fn(Handle) -> Status;

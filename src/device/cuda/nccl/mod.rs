@@ -2,8 +2,12 @@
 
 mod communicator;
 mod library;
+mod sum;
+mod tree;
 
 pub use communicator::{Communicator, ID_BYTES};
+pub use sum::{Adding, Stage};
+pub use tree::tree_sum;
 
 use super::CudaError;
 use library::Library;
