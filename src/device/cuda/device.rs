@@ -1,92 +1,30 @@
 //! The device behind [`Device::Cuda`](crate::device::Device): buffers, libraries, and ops whose operands have addresses.
 
-use super::blas::{Blas, PreparedProduct, ProductAddresses};
+use super::blas::Blas;
 use super::capture::Graphs;
-use super::dnn::{ConvolutionAddresses, Dnn, PreparedConvolution, Rest};
+use super::dnn::Dnn;
 use super::plans::Plans;
 use super::staging::Staging;
-use super::{
-    Argument, Capture, Card, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Place, PlanTable,
-    Precision, PreparedKernel, Product, ProductShape, Step, Work, versions,
-};
-use crate::device::{Binding, BufferId, DeviceError, Element, Slot, StagingId};
+use super::{Capture, Card, ConvolutionShape, CudaError, Gpu, Graph, Memory, PlanTable, versions};
+use crate::device::{BufferId, DeviceError, Element, Slot, StagingId};
 use std::ops::Range;
-use std::time::Duration;
 
 /// Bytes that libraries may use while they compute.
 pub const WORKSPACE: usize = 256 << 20;
 
 /// A GPU with its libraries and buffers.
 pub struct Cuda {
-    gpu: Gpu,
+    pub(super) gpu: Gpu,
     name: String,
-    dnn: Dnn,
-    blas: Blas,
-    workspace: Memory,
+    pub(super) dnn: Dnn,
+    pub(super) blas: Blas,
+    pub(super) workspace: Memory,
     graphs: Graphs,
-    plans: Plans,
-    buffers: Vec<Memory>,
+    pub(super) plans: Plans,
+    pub(super) buffers: Vec<Memory>,
     stagings: Vec<Staging>,
     /// What kernels read beside their inputs; equal ones are there once.
-    constants: Vec<(Vec<u8>, Memory)>,
-}
-
-/// Where an instruction reads and writes.
-#[derive(Clone, Copy, Debug)]
-pub struct Operands<'a> {
-    /// Where it reads.
-    pub inputs: &'a [Slot],
-    /// Where it writes.
-    pub outputs: &'a [Slot],
-    /// Its workspace.
-    pub scratch: Option<Slot>,
-}
-
-/// A part of an op's work, with addresses.
-pub struct Command(Kind);
-
-enum Kind {
-    Kernel(PreparedKernel),
-    /// And what it leaves to a kernel.
-    Convolution(PreparedConvolution, Option<PreparedKernel>),
-    Product(PreparedProduct),
-}
-
-/// Addresses of an op's operands and constants.
-struct Addresses {
-    inputs: Vec<u64>,
-    outputs: Vec<u64>,
-    scratch: u64,
-}
-
-impl Addresses {
-    /// Where an operand stands; 0 for none.
-    ///
-    /// # Panics
-    /// If the op has no such operand.
-    fn of(&self, argument: &Argument) -> u64 {
-        match argument {
-            Argument::Input(place) => self.inputs[*place],
-            Argument::Output(place) => self.outputs[*place],
-            Argument::Scratch => self.scratch,
-            Argument::Null | Argument::Value(_) => 0,
-        }
-    }
-
-    fn of_place(&self, place: &Place, precision: Precision) -> u64 {
-        self.of(&place.operand) + (place.offset * precision.bytes()) as u64
-    }
-
-    fn of_product(&self, product: &Product) -> ProductAddresses {
-        let Product { shape, a, b, c, bias, addend } = product;
-        ProductAddresses {
-            a: self.of_place(a, shape.a.precision),
-            b: self.of_place(b, shape.b.precision),
-            c: self.of_place(c, shape.c.precision),
-            bias: self.of(bias),
-            addend: self.of_place(&Place { operand: addend.clone(), offset: c.offset }, shape.c.precision),
-        }
-    }
+    pub(super) constants: Vec<(Vec<u8>, Memory)>,
 }
 
 impl Cuda {
@@ -291,147 +229,12 @@ impl Cuda {
         self.plans.card()
     }
 
-    /// An op's work on operands whose buffers are known.
-    ///
-    /// # Errors
-    /// What the GPU or a library cannot do.
-    ///
-    /// # Panics
-    /// If a slot lies outside its buffer or has none, or the work names operands that the op has not: errors of the program.
-    pub fn prepare(
-        &mut self,
-        work: &Work,
-        operands: &Operands<'_>,
-        binding: &Binding,
-    ) -> Result<Vec<Command>, CudaError> {
-        let constants = work.constants.iter().map(|bytes| self.constant(bytes)).collect::<Result<Vec<_>, _>>()?;
-        let at = |slot: &Slot| self.address(slot, binding);
-        let addresses = Addresses {
-            inputs: operands.inputs.iter().map(at).chain(constants).collect(),
-            outputs: operands.outputs.iter().map(at).collect(),
-            scratch: operands.scratch.as_ref().map_or(0, at),
-        };
-        let commands = work.steps.iter().map(|step| self.prepare_step(step, &addresses)).collect::<Result<_, _>>();
-        commands.map_err(|error| self.cause(error))
-    }
-
-    /// What lies behind a refusal: where the card has failed, the driver says more than a library that notices it.
-    fn cause(&self, error: CudaError) -> CudaError {
-        match error {
-            CudaError::Library { .. } | CudaError::NoPlan { .. } => self.gpu.lost().unwrap_or(error),
-            other => other,
-        }
-    }
-
-    fn address(&self, slot: &Slot, binding: &Binding) -> u64 {
-        let Some(id) = binding.get(slot.region) else { panic!("no buffer for region {}", slot.region.name()) };
-        let memory = self.buffers[id.0];
-        let end = slot.len.checked_mul(slot.dtype.size()).and_then(|bytes| bytes.checked_add(slot.offset));
-        assert!(end.is_some_and(|end| end <= memory.bytes), "slot outside its buffer: {slot:?}");
-        memory.address + slot.offset as u64
-    }
-
-    /// The address of a copy of `bytes`.
-    fn constant(&mut self, bytes: &[u8]) -> Result<u64, CudaError> {
-        if let Some((_, memory)) = self.constants.iter().find(|(known, _)| known == bytes) {
-            return Ok(memory.address);
-        }
-        let memory = self.gpu.allocate(bytes.len())?;
-        self.gpu.upload(memory, bytes)?;
-        self.constants.push((bytes.to_vec(), memory));
-        Ok(memory.address)
-    }
-
-    fn prepare_step(&mut self, step: &Step, addresses: &Addresses) -> Result<Command, CudaError> {
-        Ok(Command(match step {
-            Step::Kernel(launch) => Kind::Kernel(self.gpu.prepare(launch, |argument| addresses.of(argument))?),
-            Step::Product(product) => Kind::Product(self.blas.prepare(&product.shape, addresses.of_product(product))?),
-            Step::Convolution(convolution) => self.prepare_convolution(convolution, addresses)?,
-        }))
-    }
-
-    fn prepare_convolution(&mut self, of: &Convolution, addresses: &Addresses) -> Result<Kind, CudaError> {
-        self.find_plans(&[of.shape], &|| true)?;
-        let Some(plan) = self.plans.get(&of.shape) else { unreachable!("it has just been found") };
-        let [x, weight, y, bias, residual] =
-            [&of.x, &of.weight, &of.y, &of.bias, &of.residual].map(|argument| addresses.of(argument));
-        let at = ConvolutionAddresses { x, weight, y, bias, residual };
-        // SAFETY: they are addresses of slots inside their buffers, and this thread has the library for itself.
-        let prepared = unsafe { plan.prepare(&at, self.workspace.address) }?;
-        let left = match (plan.rest(), of.shape.adds) {
-            (Rest::Nothing, _) => return Ok(Kind::Convolution(prepared, None)),
-            (Rest::Bias, _) => &of.bias_kernel,
-            (Rest::Gradient(precision), adds) if precision == output_precision(&of.shape) && adds => &of.add_kernel,
-            (Rest::Gradient(_), false) => &of.cast_kernel,
-            (Rest::Gradient(_), true) => &None,
-        };
-        let Some(launch) = left else {
-            let (library, what) = (format!("cuDNN {}", self.dnn.version()), of.shape.to_string());
-            let refusals = vec!["the sum of a bf16 gradient and an f32 one is not implemented".into()];
-            return Err(CudaError::NoPlan { library, what, refusals });
-        };
-        let kernel = self.gpu.prepare(launch, |argument| match argument {
-            Argument::Scratch => self.workspace.address,
-            operand => addresses.of(operand),
-        })?;
-        Ok(Kind::Convolution(prepared, Some(kernel)))
-    }
-
-    /// Time that a product takes at least, of some rounds of so many together.
-    ///
-    /// # Errors
-    /// What the library refuses.
-    pub(super) fn fastest_product(
-        &mut self,
-        shape: &ProductShape,
-        at: ProductAddresses,
-        rounds: usize,
-        together: usize,
-    ) -> Result<Duration, CudaError> {
-        let product = self.blas.prepare(shape, at)?;
-        let Cuda { gpu, blas, .. } = self;
-        let mut fastest = Duration::MAX;
-        for _ in 0..rounds {
-            // SAFETY: the caller gives memory of these sizes, which lives until the clock has been read.
-            let time = gpu.time(|_| (0..together).try_for_each(|_| unsafe { blas.run(&product) }))?;
-            fastest = fastest.min(time / together as u32);
-        }
-        Ok(fastest)
-    }
-
     /// Returns when all that was begun has ended.
     ///
     /// # Errors
     /// What a kernel or a library did wrong.
     pub fn synchronize(&self) -> Result<(), CudaError> {
         self.gpu.synchronize()
-    }
-
-    /// Begins what was prepared on this device.
-    ///
-    /// # Errors
-    /// What the driver or a library refuses; what goes wrong on the GPU comes with a later call.
-    pub fn run(&self, commands: &[Command]) -> Result<(), CudaError> {
-        self.run_each(commands).map_err(|error| self.cause(error))
-    }
-
-    fn run_each(&self, commands: &[Command]) -> Result<(), CudaError> {
-        for Command(kind) in commands {
-            // SAFETY: buffers live as long as the device, and `prepare` has checked that slots lie inside.
-            unsafe {
-                match kind {
-                    Kind::Kernel(kernel) => self.gpu.begin(kernel)?,
-                    Kind::Product(product) => self.blas.run(product)?,
-                    Kind::Convolution(convolution, rest) => {
-                        convolution.run()?;
-                        if let Some(kernel) = rest {
-                            self.gpu.begin(kernel)?;
-                        }
-                    }
-                }
-            }
-        }
-        Ok(())
     }
 
     /// Whether what runs often should be captured: until that has failed, or never with `DDPM_DIST_CUDA_GRAPH=off`.
@@ -470,11 +273,6 @@ impl Cuda {
     pub fn take_notice(&mut self) -> Option<String> {
         self.plans.take_notice().or_else(|| self.graphs.take_notice())
     }
-}
-
-/// Type of what a convolution gives.
-fn output_precision(shape: &ConvolutionShape) -> Precision {
-    if shape.pass == Pass::WeightGradient { Precision::F32 } else { shape.precision }
 }
 
 fn bytes_of<T: Element>(data: &[T]) -> &[u8] {

@@ -2,6 +2,7 @@
 
 mod blas;
 mod capture;
+mod command;
 mod device;
 pub mod dnn;
 mod error;
@@ -19,7 +20,8 @@ mod work;
 
 pub use super::Precision;
 pub use capture::{Capture, Graph};
-pub use device::{Command, Cuda, Operands, WORKSPACE};
+pub use command::{Command, Operands};
+pub use device::{Cuda, WORKSPACE};
 pub use error::CudaError;
 pub use gpu::{Gpu, Memory, Tick};
 pub use image::Image;
