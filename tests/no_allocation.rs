@@ -4,7 +4,7 @@ use ddpm_dist::collective::Solo;
 use ddpm_dist::device::{Device, Precision, cpu::Cpu};
 use ddpm_dist::diffusion::{SamplerConfig, SamplerTable, Schedule};
 use ddpm_dist::sample::{Progress, Request, ReverseProcess, ReverseStep, SampleError, Sampler};
-use ddpm_dist::train::{Config, Shards, Share, Trainer};
+use ddpm_dist::train::{Config, Images, Shards, Share, Trainer};
 use ddpm_dist::unet::UnetConfig;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -73,7 +73,7 @@ fn steps_allocate_nothing() {
         let share = Share::solo(&config.train).unwrap();
         let mut trainer = Trainer::new(&mut device, &config, &schedule, size, share).unwrap();
         let mut step = |number: u64| {
-            let losses = trainer.step(&mut device, &mut Solo, &config, number, &pixels).unwrap();
+            let losses = trainer.step(&mut device, &mut Solo, &config, number, Images::Pixels(&pixels)).unwrap();
             losses.norm[1] == 1.0
         };
         for warm_up in 0..3 {

@@ -118,11 +118,13 @@ pub enum Region {
     Arena,
     /// Inputs written and results read by the host between runs.
     Io,
+    /// All images of a data set, u8.
+    Images,
 }
 
 impl Region {
     /// Number of regions.
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 9;
 
     /// Name in listings.
     pub fn name(self) -> &'static str {
@@ -135,6 +137,7 @@ impl Region {
             Region::Compute => "compute",
             Region::Arena => "arena",
             Region::Io => "io",
+            Region::Images => "images",
         }
     }
 }

@@ -178,6 +178,12 @@ impl Tape {
         self.value(None, dtype, Home::Flat(region, number), false)
     }
 
+    /// What stands at the beginning of a region for the whole run.
+    pub fn held(&mut self, region: Region, spec: Spec) -> Var {
+        let dtype = spec.dtype(self.precision());
+        self.value(spec.shape, dtype, Home::Flat(region, 0), false)
+    }
+
     /// Says to which of the flat buffers of [`Region::Gradients`] the gradients of parameters are written; 0 if nothing is said.
     pub fn write_gradients_to(&mut self, number: usize) {
         self.gradients = number;

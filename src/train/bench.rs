@@ -1,9 +1,11 @@
 //! How long steps take, as a whole and op by op.
 
+use super::feed::fits;
 use super::plans::shapes_of_steps;
 use super::step::step_runs;
-use super::{Config, Share, Trainer, must_fit};
+use super::{Config, Images, Share, Trainer, must_fit};
 use crate::collective::Collective;
+use crate::data::Order;
 use crate::device::{Device, DeviceError};
 use crate::diffusion::Schedule;
 use crate::rng::{Kind as Random, Stream};
@@ -12,6 +14,9 @@ use crate::tape::{Kind, OpGroup, Phase, Program, RunError, agree_on_plans};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use thiserror::Error;
+
+/// Images that a GPU holds at least while it is measured.
+const HELD: usize = 1024;
 
 /// How a measurement is made.
 #[derive(Clone, Copy, Debug)]
@@ -83,13 +88,23 @@ pub fn time_steps(
     let share = Share::new(&config.train, collective.rank(), collective.world_size())?;
     // No grids are made here.
     let without_grids = Config { sample: SampleConfig { count: 0, ..config.sample.clone() }, ..config.clone() };
-    must_fit::<BenchError>(device, &without_grids, size, &share)?;
+    let room = must_fit::<BenchError>(device, &without_grids, size, &share)?;
     let shapes = shapes_of_steps(device, config, size, &share);
     if !agree_on_plans(device, collective, &shapes, options.stop)? {
         return Ok(Timings { steps: vec![], ops: vec![], step_flops: 0, not_finite: 0 });
     }
-    let mut trainer = Trainer::new(device, config, &schedule, size, share)?;
-    let pixels = random_pixels(config.train.seed, share.images() * size[0] * size[1] * config.model.image_channels);
+    // On a GPU as with a data set that it holds.
+    let images = share.images().max(HELD);
+    let image = size[0] * size[1] * config.model.image_channels;
+    let held = room.filter(|room| fits((images * image) as u64, *room)).map(|_| images);
+    let mut trainer = Trainer::holding(device, config, &schedule, size, share, held)?;
+    let pixels = random_pixels(config.train.seed, held.unwrap_or(share.images()) * image);
+    if let Some(buffer) = trainer.images() {
+        device.upload(buffer, 0, &pixels)?;
+    }
+    let order = Order { seed: config.train.seed, len: images as u64 };
+    let numbers: Vec<u32> = (0..share.images() as u64).map(|place| order.index(place) as u32).collect();
+    let images = if held.is_some() { Images::Numbers(&numbers) } else { Images::Pixels(&pixels) };
     let (groups, group_of) = if options.per_op { step_groups(trainer.programs()) } else { Default::default() };
     let mut timings = Timings {
         steps: Vec::new(),
@@ -109,9 +124,9 @@ pub fn time_steps(
         let goes_on = begun < options.warmup + options.steps && !is_stopped;
         let mut ticks = Vec::new();
         if goes_on && options.per_op {
-            ticks = trainer.begin_timed(device, collective, config, begun, &pixels)?;
+            ticks = trainer.begin_timed(device, collective, config, begun, images)?;
         } else if goes_on {
-            trainer.begin(device, collective, config, begun, &pixels)?;
+            trainer.begin(device, collective, config, begun, images)?;
         }
         begun += u64::from(goes_on);
         match trainer.under_way() {

@@ -97,22 +97,22 @@ fn grids(
     Ok(Some((reverse.batch, reverse.program(step.target))))
 }
 
-/// Refuses a rank's training that takes more memory than its GPU has free, with the largest batch that would fit. What CPU cores have free is
-/// the system's to say.
+/// Refuses a rank's training that takes more memory than its GPU has free, with the largest batch that would fit. Gives the bytes that stay
+/// free; none on CPU cores, of which the system has to say what is free.
 ///
 /// # Errors
 /// That it does not fit; what keeps the GPU from saying how much is free.
-pub fn must_fit<E>(device: &Device, config: &Config, size: [usize; 2], share: &Share) -> Result<(), E>
+pub fn must_fit<E>(device: &Device, config: &Config, size: [usize; 2], share: &Share) -> Result<Option<u64>, E>
 where
     E: From<DeviceError> + From<OutOfRange>,
 {
-    let Some([free, total]) = device.free_memory()? else { return Ok(()) };
+    let Some([free, total]) = device.free_memory()? else { return Ok(None) };
     let target = device.target(config.train.precision);
     // It is there already.
     let taken = WORKSPACE as u64;
     let needed = on_device(config, size, share, target)? - taken;
     if needed <= free {
-        return Ok(());
+        return Ok(Some(free - needed));
     }
     let now = config.train.batch;
     let advice = match largest_batch(config, size, share, target, free + taken)? {

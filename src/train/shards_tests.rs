@@ -43,7 +43,7 @@ fn six_steps(config: &Config, collective: &mut dyn Collective) -> (Vec<Vec<u32>>
         let batch = pixels(step, config.train.batch * image);
         let places = share.places();
         let mine = &batch[places.start * image..places.end * image];
-        let given = trainer.step(&mut device, collective, config, step, mine).unwrap();
+        let given = trainer.step(&mut device, collective, config, step, Images::Pixels(mine)).unwrap();
         assert_eq!(given.norm[1], 1.0);
         losses.extend(given.losses.iter().map(|loss| loss.to_bits()));
         timesteps.extend_from_slice(given.timesteps);
@@ -100,7 +100,7 @@ fn shards_add_up_to_the_batch() {
         let share = Share::solo(&config.train).unwrap();
         let mut trainer = Trainer::new(&mut device, &config, &schedule, SIZE, share).unwrap();
         let batch = pixels(0, 8 * SIZE[0] * SIZE[1] * 3);
-        let norm = trainer.step(&mut device, &mut Solo, &config, 0, &batch).unwrap().norm[0];
+        let norm = trainer.step(&mut device, &mut Solo, &config, 0, Images::Pixels(&batch)).unwrap().norm[0];
         let mut gradients = vec![0.0f32; trainer.program().layout.len()];
         trainer.gradients(&device, &mut gradients).unwrap();
         (norm, gradients)

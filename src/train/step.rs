@@ -21,7 +21,7 @@ use crate::ops::adam_ema::{Hyper, adam_ema, bias_correction};
 use crate::ops::cast::ComputeCopy;
 use crate::ops::grad_norm::grad_norm;
 use crate::ops::loss::{LossInputs, mse_loss};
-use crate::ops::q_sample::{TrainingBatch, q_sample};
+use crate::ops::q_sample::{Given, TrainingBatch, q_sample};
 use crate::tape::{Buckets, Loaded, Op, Phase, Program, Reduction, RunError, Spec, Tape, plan};
 use crate::unet::{Randomness, initial_parameters, unet};
 use std::sync::Arc;
@@ -31,16 +31,27 @@ use std::sync::Arc;
 ///
 /// All have the inputs `pixels`, `clock` and `hyper`, and the results `loss` (per image), `t` and `norm` at the same places.
 pub fn step_programs(config: &Config, size: [usize; 2], share: &Share, target: Target) -> (Vec<Program>, Tape) {
+    step_programs_on(config, size, share, target, None)
+}
+
+/// The same where the device holds so many images ([`Region::Images`]): in place of `pixels` they have `numbers`.
+pub fn step_programs_on(
+    config: &Config,
+    size: [usize; 2],
+    share: &Share,
+    target: Target,
+    held: Option<usize>,
+) -> (Vec<Program>, Tape) {
+    let shard = |target, ones| shard(config, size, share.shard, target, held, ones);
     let last = share.partial_sums();
     let before = |elements: usize| Arc::new(Accumulate { sums: last, elements }) as Arc<dyn Op>;
     let before: Option<&dyn Fn(usize) -> Arc<dyn Op>> = if last > 0 { Some(&before) } else { None };
     let reduction = Reduction { buckets: Buckets::default(), before };
-    let tape = shard(config, size, share.shard, target, None);
+    let tape = shard(target, None);
     // Parameters stand where they do on CPU cores, though other instructions may complete their gradients.
-    let places = (target != Target::default())
-        .then(|| plan(&shard(config, size, share.shard, Target::default(), None), None, None).layout);
+    let places = (target != Target::default()).then(|| plan(&shard(Target::default(), None), None, None).layout);
     let whole = plan(&tape, places.as_ref(), Some(reduction));
-    let accumulating = |t: usize| plan(&shard(config, size, share.shard, target, Some(t)), Some(&whole.layout), None);
+    let accumulating = |t: usize| plan(&shard(target, Some(t)), Some(&whole.layout), None);
     let mut programs: Vec<Program> = (0..last).map(accumulating).collect();
     programs.push(whole);
     (programs, tape)
@@ -59,25 +70,32 @@ fn shard(
     [height, width]: [usize; 2],
     images: usize,
     target: Target,
+    held: Option<usize>,
     trailing_ones: Option<usize>,
 ) -> Tape {
     let channels = config.model.image_channels;
     let timesteps = config.diffusion.timesteps;
     let mut tape = Tape::on(target);
-    let pixels = tape.io("pixels", Spec::u8([images, height, width, channels]));
     let clock = tape.io("clock", Spec::u32([4]));
     let hyper = tape.io("hyper", Spec::f32([Hyper::LEN]));
     let norm = tape.io("norm", Spec::f32([2]));
     let forward_table = tape.io("forward_table", Spec::f32([timesteps, 2]));
     let target_table = tape.io("target_table", Spec::f32([timesteps, 2]));
     let seed = config.train.seed;
-    let samples = TrainingBatch { images, height, width, channels, timesteps, flip: config.data.flip, seed };
+    let samples = TrainingBatch { images, height, width, channels, timesteps, flip: config.data.flip, seed, held };
+    let given = match held {
+        None => Given { pixels: tape.io("pixels", samples.pixels()), numbers: None },
+        Some(_) => {
+            let numbers = Some(tape.io("numbers", Spec::u32([images])));
+            Given { pixels: tape.held(Region::Images, samples.pixels()), numbers }
+        }
+    };
 
-    let (x_t, t) = q_sample(&mut tape, &samples, pixels, forward_table, clock);
+    let (x_t, t) = q_sample(&mut tape, &samples, given, forward_table, clock);
     let out = unet(&mut tape, &config.model, x_t, t, Some(Randomness { seed, clock }));
 
     tape.begin(Phase::Backward);
-    let inputs = LossInputs { out, pixels, t, table: target_table, clock };
+    let inputs = LossInputs { out, images: given, t, table: target_table, clock };
     let (dout, loss) = mse_loss(&mut tape, &samples, config.train.batch, inputs);
     tape.publish(t, "t");
     tape.publish(loss, "loss");
@@ -96,6 +114,25 @@ fn shard(
         }
     }
     tape
+}
+
+/// What a rank's images of a step are given by.
+#[derive(Clone, Copy, Debug)]
+pub enum Images<'a> {
+    /// [N, H, W, C].
+    Pixels(&'a [u8]),
+    /// Their numbers among the images that the device holds.
+    Numbers(&'a [u32]),
+}
+
+impl<'a> Images<'a> {
+    /// As they are copied to the device.
+    pub(super) fn bytes(self) -> &'a [u8] {
+        match self {
+            Images::Pixels(pixels) => pixels,
+            Images::Numbers(numbers) => bytemuck::cast_slice(numbers),
+        }
+    }
 }
 
 /// What a rank's images of a step gave.
@@ -170,7 +207,23 @@ impl Trainer {
         size: [usize; 2],
         share: Share,
     ) -> Result<Trainer, RunError> {
-        let (programs, tape) = step_programs(config, size, &share, device.target(config.train.precision));
+        Trainer::holding(device, config, schedule, size, share, None)
+    }
+
+    /// The same on a device that holds so many images, whose pixels are to be uploaded to [`Trainer::images`].
+    ///
+    /// # Errors
+    /// Too little memory on the device.
+    pub fn holding(
+        device: &mut Device,
+        config: &Config,
+        schedule: &Schedule,
+        size: [usize; 2],
+        share: Share,
+        held: Option<usize>,
+    ) -> Result<Trainer, RunError> {
+        let target = device.target(config.train.precision);
+        let (programs, tape) = step_programs_on(config, size, &share, target, held);
         let whole = &programs[programs.len() - 1];
         let flat_bytes = whole.layout.len() * size_of::<f32>();
         let arena_bytes = programs.iter().map(|program| program.arena_bytes).max().unwrap_or(0);
@@ -179,6 +232,10 @@ impl Trainer {
             .with(Region::Io, io)
             .with(Region::Arena, device.allocate(arena_bytes)?)
             .with(Region::Gradients, device.allocate((1 + share.partial_sums()) * flat_bytes)?);
+        if let Some(held) = held {
+            let bytes = held * size[0] * size[1] * config.model.image_channels;
+            binding = binding.with(Region::Images, device.allocate(bytes)?);
+        }
         let mut buffers = [io; 4];
         for (buffer, region) in buffers.iter_mut().zip(STATE) {
             *buffer = device.allocate(flat_bytes)?;
@@ -195,7 +252,7 @@ impl Trainer {
         for (slot, table) in tables {
             device.upload(io, slot.offset / size_of::<f32>(), table.as_flattened())?;
         }
-        let transfer = Transfer::new(device, whole, io, share)?;
+        let transfer = Transfer::new(device, whole, io, share, held.is_some())?;
         let load = |program: Program| Arc::new(program).load(device, binding);
         let programs = programs.into_iter().map(load).collect::<Result<_, _>>()?;
         let trainer = Trainer { programs, copy, share, binding, buffers, transfer };
@@ -206,6 +263,11 @@ impl Trainer {
     /// The program of the last shard: the whole step, where there is one.
     pub fn program(&self) -> &Program {
         self.programs[self.programs.len() - 1].program()
+    }
+
+    /// The buffer of the images that the device holds.
+    pub fn images(&self) -> Option<BufferId> {
+        self.binding.get(Region::Images)
     }
 
     /// The images of this rank.
@@ -250,7 +312,7 @@ impl Trainer {
         self.copy.as_ref().map_or(Ok(()), |copy| copy.refresh(device, &self.binding))
     }
 
-    /// Begins step `step` (from 0) on this rank's `pixels` `[N, H, W, C]`, which may be others as soon as this returns.
+    /// Begins step `step` (from 0) on this rank's `images`, which may be others as soon as this returns.
     ///
     /// # Errors
     /// A rank that does not answer; what the device did wrong, also in earlier steps.
@@ -263,9 +325,9 @@ impl Trainer {
         collective: &mut dyn Collective,
         config: &Config,
         step: u64,
-        pixels: &[u8],
+        images: Images<'_>,
     ) -> Result<(), RunError> {
-        self.begin_with(device, config, step, pixels, &mut |_, program, device| program.run(device, collective))?;
+        self.begin_with(device, config, step, images, &mut |_, program, device| program.run(device, collective))?;
         Ok(collective.note_sums()?)
     }
 
@@ -296,9 +358,9 @@ impl Trainer {
         collective: &mut dyn Collective,
         config: &Config,
         step: u64,
-        pixels: &[u8],
+        images: Images<'_>,
     ) -> Result<Losses<'_>, RunError> {
-        self.begin(device, collective, config, step, pixels)?;
+        self.begin(device, collective, config, step, images)?;
         self.finish(device, collective)
     }
 
@@ -313,10 +375,10 @@ impl Trainer {
         collective: &mut dyn Collective,
         config: &Config,
         step: u64,
-        pixels: &[u8],
+        images: Images<'_>,
     ) -> Result<Vec<(usize, Vec<Tick>)>, RunError> {
         let mut ticks = Vec::new();
-        self.begin_with(device, config, step, pixels, &mut |which, program, device| {
+        self.begin_with(device, config, step, images, &mut |which, program, device| {
             ticks.push((which, program.run_timed(device, collective)?));
             Ok(())
         })?;
@@ -330,10 +392,10 @@ impl Trainer {
         device: &mut Device,
         config: &Config,
         step: u64,
-        pixels: &[u8],
+        images: Images<'_>,
         run: &mut dyn FnMut(usize, &mut Loaded, &mut Device) -> Result<(), RunError>,
     ) -> Result<(), RunError> {
-        self.transfer.open(device, step, &hyper(config, step), pixels)?;
+        self.transfer.open(device, step, &hyper(config, step), images)?;
         for shard in 0..self.share.shards {
             self.transfer.give(device, shard)?;
             let which = shard.trailing_ones() as usize;

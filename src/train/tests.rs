@@ -256,7 +256,8 @@ impl Run {
     }
 
     fn step(&mut self, step: u64, pixels: &[u8]) -> Metrics {
-        let losses = self.trainer.step(&mut self.device, &mut Solo, &self.config, step, pixels).unwrap();
+        let losses =
+            self.trainer.step(&mut self.device, &mut Solo, &self.config, step, Images::Pixels(pixels)).unwrap();
         let (norm, images) = (losses.norm, losses.losses.iter().copied().zip(losses.timesteps.iter().copied()));
         Metrics::new(images, self.config.diffusion.timesteps, norm)
     }
@@ -368,4 +369,30 @@ fn parameters_stand_at_the_same_places_whatever_computes() {
     for precision in [Precision::F32, Precision::Bf16] {
         assert!(layout(DeviceKind::Cuda, precision) == expected, "{precision:?}");
     }
+}
+
+/// Images that the device holds are those that are uploaded.
+#[test]
+fn images_by_number_are_those_by_pixels() {
+    let config = small_config();
+    let (size, count) = ([8, 8], 11);
+    let mut run = Run::new(config.clone(), size, 2);
+    let image = run.image();
+    let all = pixels(3, count * image);
+    let mut device = Device::Cpu(Cpu::new(2));
+    let schedule = Schedule::new(&config.diffusion).unwrap();
+    let share = Share::solo(&config.train).unwrap();
+    let mut holding = Trainer::holding(&mut device, &config, &schedule, size, share, Some(count)).unwrap();
+    device.upload(holding.images().unwrap(), 0, &all).unwrap();
+    for (step, numbers) in [[10u32, 0, 3, 3, 7], [1, 2, 10, 9, 4]].iter().enumerate() {
+        let taken: Vec<u8> =
+            numbers.iter().flat_map(|&number| &all[number as usize * image..][..image]).copied().collect();
+        let expected = run.step(step as u64, &taken);
+        let losses = holding.step(&mut device, &mut Solo, &config, step as u64, Images::Numbers(numbers)).unwrap();
+        let (norm, images) = (losses.norm, losses.losses.iter().copied().zip(losses.timesteps.iter().copied()));
+        assert_eq!(Metrics::new(images, config.diffusion.timesteps, norm), expected);
+    }
+    let mut weights = vec![0.0; holding.program().layout.len()];
+    device.download(holding.buffer(Region::Weights), 0, &mut weights).unwrap();
+    assert!(weights == run.state(Region::Weights));
 }

@@ -4,7 +4,7 @@
 //! the next step. There is one staging for each step that may be under way.
 
 use super::Share;
-use super::step::Losses;
+use super::step::{Images, Losses};
 use crate::device::{BufferId, Device, DeviceError, Slot, StagingId};
 use crate::ops::adam_ema::Hyper;
 use crate::tape::Program;
@@ -28,7 +28,7 @@ pub(super) struct Transfer {
 
 /// Places in the program's inputs and results.
 struct Slots {
-    pixels: Slot,
+    images: Slot,
     clock: Slot,
     loss: Slot,
     t: Slot,
@@ -39,7 +39,7 @@ struct Slots {
 /// What a shard has of its own, in the order in which it stands in staging memory.
 #[derive(Clone, Copy)]
 enum OfShard {
-    Pixels,
+    Images,
     Clock,
     Loss,
     T,
@@ -54,7 +54,7 @@ enum OfStep {
 
 impl Slots {
     fn of_shard(&self) -> [Slot; 4] {
-        [self.pixels, self.clock, self.loss, self.t]
+        [self.images, self.clock, self.loss, self.t]
     }
 
     fn of_step(&self) -> [Slot; 2] {
@@ -67,14 +67,22 @@ fn words(slots: &[Slot]) -> usize {
 }
 
 impl Transfer {
-    /// For steps of `program`, and of those that have their inputs and results at the same places of `io`.
+    /// For steps of `program`, and of those that have their inputs and results at the same places of `io`; images are given by their pixels,
+    /// or by their numbers.
     ///
     /// # Errors
     /// Too little memory.
-    pub fn new(device: &mut Device, program: &Program, io: BufferId, share: Share) -> Result<Transfer, DeviceError> {
-        let [pixels, clock, loss, t, hyper, norm] =
-            ["pixels", "clock", "loss", "t", "hyper", "norm"].map(|name| program.io(name));
-        let slots = Slots { pixels, clock, loss, t, hyper, norm };
+    pub fn new(
+        device: &mut Device,
+        program: &Program,
+        io: BufferId,
+        share: Share,
+        by_number: bool,
+    ) -> Result<Transfer, DeviceError> {
+        let images = if by_number { "numbers" } else { "pixels" };
+        let [images, clock, loss, t, hyper, norm] =
+            [images, "clock", "loss", "t", "hyper", "norm"].map(|name| program.io(name));
+        let slots = Slots { images, clock, loss, t, hyper, norm };
         let len = share.shards * words(&slots.of_shard()) + words(&slots.of_step());
         let stagings = [device.stage(len)?, device.stage(len)?];
         let (losses, drawn) = (vec![0.0; share.images()], vec![0; share.images()]);
@@ -115,23 +123,30 @@ impl Transfer {
         device.begin_download(self.io, slot, self.staging(), at.start)
     }
 
-    /// Takes over the scalars and the rank's pixels of step `step`, which may be others as soon as this returns.
+    /// Takes over the scalars and the rank's images of step `step`, which may be others as soon as this returns.
     ///
     /// # Errors
     /// What went wrong on the device in an earlier step.
     ///
     /// # Panics
     /// If as many steps as possible are under way.
-    pub fn open(&mut self, device: &mut Device, step: u64, hyper: &Hyper, pixels: &[u8]) -> Result<(), DeviceError> {
+    pub fn open(
+        &mut self,
+        device: &mut Device,
+        step: u64,
+        hyper: &Hyper,
+        images: Images<'_>,
+    ) -> Result<(), DeviceError> {
         assert!(self.under_way() < MOST, "{MOST} steps are under way already");
         self.begun += 1;
         let Share { shard, shards, .. } = self.share;
         let first = self.share.places().start;
         let words = device.staged(self.staging())?;
         words[self.of_step(OfStep::Hyper).1].copy_from_slice(bytemuck::cast_slice(&hyper.to_array()));
-        for (i, pixels) in pixels.chunks_exact(pixels.len() / shards).enumerate() {
-            let staged: &mut [u8] = bytemuck::cast_slice_mut(&mut words[self.of_shard(i, OfShard::Pixels).1]);
-            staged[..pixels.len()].copy_from_slice(pixels);
+        let images = images.bytes();
+        for (i, images) in images.chunks_exact(images.len() / shards).enumerate() {
+            let staged: &mut [u8] = bytemuck::cast_slice_mut(&mut words[self.of_shard(i, OfShard::Images).1]);
+            staged[..images.len()].copy_from_slice(images);
             let clock = [step as u32, (first + i * shard) as u32, 0, 0];
             words[self.of_shard(i, OfShard::Clock).1].copy_from_slice(&clock);
         }
@@ -143,7 +158,7 @@ impl Transfer {
     /// # Errors
     /// The device's.
     pub fn give(&self, device: &mut Device, shard: usize) -> Result<(), DeviceError> {
-        self.begin_upload(device, self.of_shard(shard, OfShard::Pixels))?;
+        self.begin_upload(device, self.of_shard(shard, OfShard::Images))?;
         self.begin_upload(device, self.of_shard(shard, OfShard::Clock))
     }
 

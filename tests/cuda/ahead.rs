@@ -8,7 +8,7 @@ use ddpm_dist::device::cuda::Image;
 use ddpm_dist::device::{Device, Precision};
 use ddpm_dist::diffusion::Schedule;
 use ddpm_dist::sample::SampleError;
-use ddpm_dist::train::{Config, Shards, Share, Trainer};
+use ddpm_dist::train::{Config, Images, Shards, Share, Trainer};
 
 const SIZE: [usize; 2] = [8, 8];
 
@@ -52,7 +52,7 @@ fn the_host_does_not_wait_for_a_step_that_it_begins() {
         let mut trainer = Trainer::new(&mut device, &config, &schedule, SIZE, share).unwrap();
         device.synchronize().unwrap();
         let begin = |trainer: &mut Trainer, device: &mut Device, step| {
-            trainer.begin(device, &mut Solo, &config, step, &pixels(&config, SIZE, step)).unwrap();
+            trainer.begin(device, &mut Solo, &config, step, Images::Pixels(&pixels(&config, SIZE, step))).unwrap();
         };
         // One by one, while it is captured, and as a graph.
         for step in 0..4 {

@@ -9,7 +9,7 @@ use ddpm_dist::collective::Solo;
 use ddpm_dist::device::cuda::{Cuda, Gpu, Image};
 use ddpm_dist::device::{Device, Precision};
 use ddpm_dist::diffusion::Schedule;
-use ddpm_dist::train::{Config, Shards, Share, Trainer};
+use ddpm_dist::train::{Config, Images, Shards, Share, Trainer};
 use std::sync::Arc;
 
 /// Launches of graphs in this process, which only the machine made of software tells.
@@ -87,12 +87,13 @@ fn timed_steps_are_not_captured() {
             let pixels = pixels(&config, SIZE, step);
             match is_timed {
                 true => {
-                    let ticks = trainer.begin_timed(&mut device, &mut Solo, &config, step, &pixels).unwrap();
+                    let ticks =
+                        trainer.begin_timed(&mut device, &mut Solo, &config, step, Images::Pixels(&pixels)).unwrap();
                     let done: usize = ticks.iter().map(|(_, ticks)| ticks.len() - 1).sum();
                     trainer.finish(&mut device, &mut Solo).unwrap();
                     assert_eq!(done, instructions, "step {step}");
                 }
-                false => drop(trainer.step(&mut device, &mut Solo, &config, step, &pixels).unwrap()),
+                false => drop(trainer.step(&mut device, &mut Solo, &config, step, Images::Pixels(&pixels)).unwrap()),
             }
             assert_launched(before, launched);
         }

@@ -7,7 +7,7 @@ use ddpm_dist::collective::{Adding, Collective};
 use ddpm_dist::device::cuda::{Cuda, Image};
 use ddpm_dist::device::{Device, Precision, Region};
 use ddpm_dist::diffusion::Schedule;
-use ddpm_dist::train::{Shards, Share, Trainer};
+use ddpm_dist::train::{Images, Shards, Share, Trainer};
 use rustix::process::Signal;
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,9 @@ fn a_rank() {
         let all = pixels(&config, SIZE, step as u64);
         let image = all.len() / config.train.batch;
         let mine = &all[share.places().start * image..share.places().end * image];
-        let found = trainer.step(&mut device, nccl, &config, step as u64, mine).map_err(|error| error.to_string())?;
+        let found = trainer
+            .step(&mut device, nccl, &config, step as u64, Images::Pixels(mine))
+            .map_err(|error| error.to_string())?;
         bits.add(&found.norm);
         Ok(())
     });

@@ -165,3 +165,22 @@ fn what_keeps_a_gpu_from_working_is_told() {
     let said = ok(with("CUDA_SIM_CUBLASLT_FAIL", "create", &["--set", "train.steps=1"]));
     assert!(said.contains("computing on CPU cores: cuBLASLt cannot start"), "{said}");
 }
+
+/// Images that a GPU has no room for are uploaded for each step, and give the same bits.
+#[test]
+fn a_run_is_the_same_whether_the_gpu_holds_the_images() {
+    let Some(work) = Work::new("program::a_run_is_the_same_whether_the_gpu_holds_the_images") else { return };
+    let held = ok(work.train("held", &["--device", "cuda", "--verbose"]));
+    assert!(held.contains("the GPU holds all images"), "{held}");
+    let mut uploaded = work.train("uploaded", &["--device", "cuda", "--verbose"]);
+    // The images are 7.8 MB.
+    let config = work.path("config.toml");
+    let plan: serde_json::Value =
+        serde_json::from_str(&ok(work.command(&["plan", &config, "--json", "--device", "cuda"]))).unwrap();
+    let parts = plan["memory"].as_array().unwrap().iter().filter(|part| part["on_host"] == false);
+    let needed: u64 = parts.map(|part| part["bytes"].as_u64().unwrap()).sum();
+    uploaded.env("CUDA_SIM_MEMORY", (needed + (10 << 20)).to_string());
+    let said = ok(uploaded);
+    assert!(!said.contains("the GPU holds all images"), "{said}");
+    assert!(last_checkpoint(&work.path("held")) == last_checkpoint(&work.path("uploaded")), "the same bits");
+}

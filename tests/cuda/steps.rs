@@ -7,7 +7,7 @@ use ddpm_dist::device::{Device, Precision, Region, cpu::Cpu};
 use ddpm_dist::diffusion::{SamplerConfig, SamplerTable, Schedule};
 use ddpm_dist::rng::{Kind, Stream};
 use ddpm_dist::sample::{Progress, Request, ReverseProcess, ReverseStep, SampleError, Sampler};
-use ddpm_dist::train::{Config, Shards, Share, Trainer};
+use ddpm_dist::train::{Config, Images, Shards, Share, Trainer};
 use ddpm_dist::unet::{TimestepForm, UnetConfig};
 
 pub fn gpu() -> Device {
@@ -77,7 +77,7 @@ pub fn train_ahead(device: &mut Device, config: &Config, size: [usize; 2], steps
     let (mut losses, mut timesteps, mut norms) = (vec![], vec![], vec![]);
     for step in 0..steps + ahead as u64 {
         if step < steps {
-            trainer.begin(device, &mut Solo, config, step, &pixels(config, size, step)).unwrap();
+            trainer.begin(device, &mut Solo, config, step, Images::Pixels(&pixels(config, size, step))).unwrap();
         }
         if step < ahead as u64 {
             continue;

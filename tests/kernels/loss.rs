@@ -37,7 +37,8 @@ fn check(
     let out = padded(&on_device, batch.channels, channels, precision);
     let inputs = [out, pictures, t, table, clock, bytes_of_u32(&indices)].map(Buffer::Input);
     let bytes = images * height * width * channels * precision.bytes();
-    let [first, second] = cuda::launches(&op, precision, channels, is_indexed);
+    let batch_on_device = TrainingBatch { held: is_indexed.then_some(images), ..batch.clone() };
+    let [first, second] = cuda::launches(&MseLoss { batch: batch_on_device, ..op }, precision, channels);
     let workspace = Buffer::Output(8 * images * cuda::partials(batch));
     let [gradient, partials] = &run_with(&first, &inputs, &[Buffer::Output(bytes)], &workspace)[..] else {
         panic!("two outputs")
@@ -65,7 +66,7 @@ fn check(
 }
 
 fn batch([images, height, width, channels]: [usize; 4]) -> TrainingBatch {
-    TrainingBatch { images, height, width, channels, timesteps: 1000, flip: true, seed: 0xFEED_5EED_0001 }
+    TrainingBatch { images, height, width, channels, timesteps: 1000, flip: true, seed: 0xFEED_5EED_0001, held: None }
 }
 
 #[test]

@@ -14,8 +14,16 @@ fn q_sample_draws_what_the_cpu_draws() {
     for (images, height, width, channels, padded) in
         [(3, 32, 32, 3, 8), (2, 28, 28, 1, 8), (1, 3, 7, 3, 3), (4, 5, 3, 2, 4), (2, 1, 1, 5, 5), (1, 9, 31, 3, 16)]
     {
-        let batch =
-            TrainingBatch { images, height, width, channels, timesteps: 1000, flip: true, seed: 0xDEAD_BEEF_0123 };
+        let batch = TrainingBatch {
+            images,
+            height,
+            width,
+            channels,
+            timesteps: 1000,
+            flip: true,
+            seed: 0xDEAD_BEEF_0123,
+            held: None,
+        };
         // A data set of which the batch takes some, in an order of its own.
         let area = height * width;
         let image = area * channels;
@@ -31,7 +39,8 @@ fn q_sample_draws_what_the_cpu_draws() {
         );
         for precision in [Precision::F32, Precision::Bf16] {
             for is_indexed in [false, true] {
-                let launch = cuda::launch(&batch, precision, padded, is_indexed);
+                let held = is_indexed.then_some(11);
+                let launch = cuda::launch(&TrainingBatch { held, ..batch.clone() }, precision, padded);
                 let source = if is_indexed { &data_set } else { &taken };
                 let inputs =
                     [source, &table, &clock, &bytes_of_u32(&indices)].map(|bytes| Buffer::Input(bytes.clone()));

@@ -48,12 +48,15 @@ fn timesteps(images: usize) -> Content {
 fn training(shape: [usize; 4], schedule: &Schedule, precision: Precision, is_indexed: bool) -> [Case; 2] {
     let [images, height, width, channels] = shape;
     let (pixels, elements) = (images * height * width, images * height * width * channels);
-    let batch = TrainingBatch { images, height, width, channels, timesteps: TIMESTEPS, flip: true, seed: 1 };
+    let batch =
+        TrainingBatch { images, height, width, channels, timesteps: TIMESTEPS, flip: true, seed: 1, held: None };
+    let held = is_indexed.then(|| DATA_SET / batch.elements());
+    let batch = TrainingBatch { held, ..batch };
     let mse = MseLoss { batch: batch.clone(), global_batch: images, padded: PADDED };
     let table = || floats(schedule.target_table().as_flattened());
     let clock = || words([7, 0, 0, 0]);
     let activations = || Content::of(precision, PADDED * pixels);
-    let there_are = if is_indexed { DATA_SET / batch.elements() } else { images };
+    let there_are = held.unwrap_or(images);
     let pictures = || Content::Bytes(there_are * batch.elements());
     let taken = || words((0..images as u32).map(|i| i.wrapping_mul(2_654_435_761) % there_are as u32));
     let indices = || is_indexed.then(taken);
@@ -64,7 +67,7 @@ fn training(shape: [usize; 4], schedule: &Schedule, precision: Precision, is_ind
             bytes: moved(1),
             ..Case::new(
                 text(),
-                [q_sample::cuda::launch(&batch, precision, PADDED, is_indexed)],
+                [q_sample::cuda::launch(&batch, precision, PADDED)],
                 [pictures(), table(), clock()].into_iter().chain(indices()).collect(),
                 vec![activations(), Content::Bytes(4 * images)],
             )
@@ -74,7 +77,7 @@ fn training(shape: [usize; 4], schedule: &Schedule, precision: Precision, is_ind
             bytes: moved(2),
             ..Case::new(
                 text(),
-                loss::cuda::launches(&mse, precision, PADDED, is_indexed),
+                loss::cuda::launches(&mse, precision, PADDED),
                 [activations(), pictures(), timesteps(images), table(), clock()].into_iter().chain(indices()).collect(),
                 vec![activations(), Content::F32(images)],
             )

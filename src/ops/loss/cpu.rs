@@ -5,6 +5,7 @@ use crate::multiversion;
 pub(super) fn mse_loss(op: &MseLoss, launch: &Launch<'_>) {
     let (out, pixels, t) = (launch.input::<f32>(0), launch.input::<u8>(1), launch.input::<u32>(2));
     let (table, clock) = (launch.input::<f32>(3), launch.input::<u32>(4));
+    let numbers = op.batch.held.map(|_| launch.input::<u32>(5));
     let elements = op.batch.elements();
     let scale = op.scale();
     let (dout, loss) = (launch.output::<f32>(0), launch.output::<f32>(1));
@@ -12,7 +13,7 @@ pub(super) fn mse_loss(op: &MseLoss, launch: &Launch<'_>) {
         let row = 2 * t[j] as usize;
         let target = [table[row], table[row + 1]];
         let image = j * elements..(j + 1) * elements;
-        let (out, pixels) = (&out[image.clone()], &pixels[image]);
+        let (out, pixels) = (&out[image], &pixels[op.batch.place(j, numbers)]);
         let mut sum = 0.0;
         op.batch.sample(clock, j).visit(pixels, scratch, |range, x_0, epsilon| {
             sum += residual(&mut dout[range.clone()], &out[range], x_0, epsilon, target, scale);

@@ -12,17 +12,16 @@ pub fn partials(batch: &TrainingBatch) -> usize {
     (batch.height * batch.width).div_ceil(4 * THREADS)
 }
 
-/// The gradient and partial sums, then the losses. The network's output and its gradient have `padded` channels; images are taken from a
-/// data set by index if input 5 is there: u32 [N].
-pub fn launches(op: &MseLoss, precision: Precision, padded: usize, is_indexed: bool) -> [Launch; 2] {
-    let &TrainingBatch { images, height, width, channels, flip, seed, .. } = &op.batch;
-    let indices = if is_indexed { Argument::Input(5) } else { Argument::Null };
+/// The gradient and partial sums, then the losses. The network's output and its gradient have `padded` channels.
+pub fn launches(op: &MseLoss, precision: Precision, padded: usize) -> [Launch; 2] {
+    let &TrainingBatch { images, height, width, channels, flip, seed, held, .. } = &op.batch;
+    let numbers = held.map_or(Argument::Null, |_| Argument::Input(5));
     let image = Argument::struct_of([height, width, channels, padded]);
     let partials = partials(&op.batch);
     let first = vec![
         Argument::Input(0),
         Argument::Input(1),
-        indices,
+        numbers,
         Argument::Input(2),
         Argument::Input(3),
         Argument::Input(4),

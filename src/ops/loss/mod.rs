@@ -8,13 +8,13 @@ pub mod cuda;
 #[cfg(test)]
 mod tests;
 
-use super::q_sample::TrainingBatch;
+use super::q_sample::{Given, TrainingBatch};
 use crate::device::cpu::Launch;
 use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 
 /// Inputs: the network's output [N, H, W, `padded`]; pixels u8 [N, H, W, C]; t u32 [N]; the target's coefficients of x_0 and of ε as table
-/// [T, 2]; clock u32 [4].
+/// [T, 2]; clock u32 [4]; where the pixels are those of a whole data set, the numbers of the batch's images, u32 [N].
 /// Outputs: gradient [N, H, W, `padded`] of the mean over `global_batch` images; each image's own mean squared error [N].
 ///
 /// An image whose error is past f32 has a gradient of NaN, so that whoever adds up gradients, over shards and ranks too, learns of it.
@@ -33,8 +33,8 @@ pub struct MseLoss {
 pub struct LossInputs {
     /// The network's output [N, H, W, C].
     pub out: Var,
-    /// u8 [N, H, W, C].
-    pub pixels: Var,
+    /// As `q_sample` got them.
+    pub images: Given,
     /// u32 [N].
     pub t: Var,
     /// [T, 2].
@@ -45,10 +45,11 @@ pub struct LossInputs {
 
 /// Puts the gradient of the loss with respect to `out`, for [`Tape::backward`], and each image's loss on the tape.
 pub fn mse_loss(tape: &mut Tape, batch: &TrainingBatch, global_batch: usize, inputs: LossInputs) -> (Var, Var) {
-    let LossInputs { out, pixels, t, table, clock } = inputs;
+    let LossInputs { out, images, t, table, clock } = inputs;
     let padded = tape.padded(batch.channels);
     let op = MseLoss { batch: batch.clone(), global_batch, padded };
-    let outputs = tape.push(op, &[out, pixels, t, table, clock]);
+    let inputs: Vec<Var> = [out, images.pixels, t, table, clock].into_iter().chain(images.numbers).collect();
+    let outputs = tape.push(op, &inputs);
     (outputs[0], outputs[1])
 }
 
@@ -66,15 +67,12 @@ impl Op for MseLoss {
 
     fn signature(&self) -> Signature {
         let TrainingBatch { images, timesteps, .. } = self.batch;
-        let (shape, padded) = (self.batch.shape(), self.batch.shape_with(self.padded));
+        let (pixels, padded) = (self.batch.pixels(), self.batch.shape_with(self.padded));
+        let inputs =
+            [Spec::computed(padded.clone()), pixels, Spec::u32([images]), Spec::f32([timesteps, 2]), Spec::u32([4])];
+        let numbers = self.batch.held.map(|_| Spec::u32([images]));
         Signature {
-            inputs: vec![
-                Spec::computed(padded.clone()),
-                Spec::u8(shape),
-                Spec::u32([images]),
-                Spec::f32([timesteps, 2]),
-                Spec::u32([4]),
-            ],
+            inputs: inputs.into_iter().chain(numbers).collect(),
             outputs: vec![Spec::computed(padded), Spec::f32([images])],
         }
     }
@@ -94,7 +92,7 @@ impl Op for MseLoss {
 
     fn cuda(&self, form: &Form) -> Work {
         let partials = self.batch.images * cuda::partials(&self.batch);
-        let launches = cuda::launches(self, form.precision, self.padded, false);
+        let launches = cuda::launches(self, form.precision, self.padded);
         Work::kernels(launches).with_scratch(size_of::<f64>() * partials)
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 const T: usize = 50;
 
 fn batch(images: usize, height: usize, width: usize, channels: usize) -> TrainingBatch {
-    TrainingBatch { images, height, width, channels, timesteps: T, flip: true, seed: 77 }
+    TrainingBatch { images, height, width, channels, timesteps: T, flip: true, seed: 77, held: None }
 }
 
 /// Coefficients of the target that differ at each timestep.
@@ -34,9 +34,10 @@ fn program(
     let noising = tape.io("noising", Spec::f32([T, 2]));
     let target = tape.io("target", Spec::f32([T, 2]));
     let clock = tape.io("clock", Spec::u32([4]));
-    let (x_t, t) = q_sample(&mut tape, batch, pixels, noising, clock);
+    let (x_t, t) = q_sample(&mut tape, batch, pixels.into(), noising, clock);
     let out = network(&mut tape, x_t, w);
-    let (dout, loss) = mse_loss(&mut tape, batch, global, LossInputs { out, pixels, t, table: target, clock });
+    let (dout, loss) =
+        mse_loss(&mut tape, batch, global, LossInputs { out, images: pixels.into(), t, table: target, clock });
     let copies = [("dout", dout), ("loss", loss)];
     for (name, value) in copies {
         let shape = tape.shape(value).clone();

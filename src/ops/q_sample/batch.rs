@@ -2,7 +2,7 @@
 
 use crate::multiversion;
 use crate::rng::{Kind, Stream};
-use crate::tape::Shape;
+use crate::tape::{Shape, Spec};
 use std::ops::Range;
 
 /// The images that one run of a training program takes, and how they are drawn.
@@ -25,6 +25,8 @@ pub struct TrainingBatch {
     pub flip: bool,
     /// The run seed.
     pub seed: u64,
+    /// Images of the data set, where the device holds all of it and the batch is given by their numbers; else the batch is given by its pixels.
+    pub held: Option<usize>,
 }
 
 /// Elements that are drawn, then used, at a time: small enough for x_0, ε, input and output to stay in the first-level cache.
@@ -34,6 +36,17 @@ impl TrainingBatch {
     /// [N, H, W, C].
     pub fn shape(&self) -> Shape {
         self.shape_with(self.channels)
+    }
+
+    /// What its images are taken from, u8: [N, H, W, C], or all that the device holds.
+    pub fn pixels(&self) -> Spec {
+        Spec::u8([self.held.unwrap_or(self.images), self.height, self.width, self.channels])
+    }
+
+    /// Where among these pixels those of image `j` stand, whose numbers are given where all images are held.
+    pub(crate) fn place(&self, j: usize, numbers: Option<&[u32]>) -> Range<usize> {
+        let image = numbers.map_or(j, |numbers| numbers[j] as usize);
+        image * self.elements()..(image + 1) * self.elements()
     }
 
     /// [N, H, W, channels].

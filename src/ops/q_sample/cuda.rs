@@ -8,13 +8,13 @@ const THREADS: usize = 128;
 /// Pixels of a thread.
 const PIXELS: usize = 4;
 
-/// With `padded` channels in x_t, and images taken from a data set by index if input 3 is there: u32 [N].
-pub fn launch(batch: &TrainingBatch, precision: Precision, padded: usize, is_indexed: bool) -> Launch {
-    let &TrainingBatch { images, height, width, channels, timesteps, flip, seed } = batch;
-    let indices = if is_indexed { Argument::Input(3) } else { Argument::Null };
+/// With `padded` channels in x_t.
+pub fn launch(batch: &TrainingBatch, precision: Precision, padded: usize) -> Launch {
+    let &TrainingBatch { images, height, width, channels, timesteps, flip, seed, held } = batch;
+    let numbers = held.map_or(Argument::Null, |_| Argument::Input(3));
     let arguments = vec![
         Argument::Input(0),
-        indices,
+        numbers,
         Argument::Input(1),
         Argument::Input(2),
         Argument::Output(0),

@@ -16,7 +16,8 @@ use crate::device::cpu::Launch;
 use crate::device::cuda::{Form, Work};
 use crate::tape::{Op, Scratch, Signature, Spec, Tape, Var};
 
-/// Inputs: pixels u8 [N, H, W, C]; √ᾱ_t and √(1−ᾱ_t) as table [T, 2]; clock u32 [4] (see [`TrainingBatch`]).
+/// Inputs: pixels u8 [N, H, W, C]; √ᾱ_t and √(1−ᾱ_t) as table [T, 2]; clock u32 [4] (see [`TrainingBatch`]); where the pixels are those of a
+/// whole data set, the numbers of the batch's images, u32 [N].
 /// Outputs: x_t [N, H, W, `padded`]; t u32 [N].
 #[derive(Clone, Debug)]
 pub struct QSample {
@@ -26,10 +27,27 @@ pub struct QSample {
     pub padded: usize,
 }
 
+/// What the images of a batch are given by.
+#[derive(Clone, Copy, Debug)]
+pub struct Given {
+    /// u8 [N, H, W, C], or [M, H, W, C] of a data set of M images.
+    pub pixels: Var,
+    /// In the second case, which of them: u32 [N].
+    pub numbers: Option<Var>,
+}
+
+impl From<Var> for Given {
+    /// Pixels of the batch.
+    fn from(pixels: Var) -> Given {
+        Given { pixels, numbers: None }
+    }
+}
+
 /// Puts x_t and t on the tape.
-pub fn q_sample(tape: &mut Tape, batch: &TrainingBatch, pixels: Var, table: Var, clock: Var) -> (Var, Var) {
+pub fn q_sample(tape: &mut Tape, batch: &TrainingBatch, images: Given, table: Var, clock: Var) -> (Var, Var) {
     let padded = tape.padded(batch.channels);
-    let outputs = tape.push(QSample { batch: batch.clone(), padded }, &[pixels, table, clock]);
+    let inputs: Vec<Var> = [images.pixels, table, clock].into_iter().chain(images.numbers).collect();
+    let outputs = tape.push(QSample { batch: batch.clone(), padded }, &inputs);
     (outputs[0], outputs[1])
 }
 
@@ -40,8 +58,10 @@ impl Op for QSample {
 
     fn signature(&self) -> Signature {
         let batch = &self.batch;
+        let numbers = batch.held.map(|_| Spec::u32([batch.images]));
+        let inputs = [batch.pixels(), Spec::f32([batch.timesteps, 2]), Spec::u32([4])];
         Signature {
-            inputs: vec![Spec::u8(batch.shape()), Spec::f32([batch.timesteps, 2]), Spec::u32([4])],
+            inputs: inputs.into_iter().chain(numbers).collect(),
             outputs: vec![Spec::computed(batch.shape_with(self.padded)), Spec::u32([batch.images])],
         }
     }
@@ -60,6 +80,6 @@ impl Op for QSample {
     }
 
     fn cuda(&self, form: &Form) -> Work {
-        Work::kernels([cuda::launch(&self.batch, form.precision, self.padded, false)])
+        Work::kernels([cuda::launch(&self.batch, form.precision, self.padded)])
     }
 }

@@ -6,7 +6,16 @@ use crate::rng::{Kind, Stream};
 use crate::tape::{Spec, Tape};
 
 fn batch(images: usize, height: usize, width: usize, channels: usize) -> TrainingBatch {
-    TrainingBatch { images, height, width, channels, timesteps: 1000, flip: true, seed: 0xDEAD_BEEF_0123_4567 }
+    TrainingBatch {
+        images,
+        height,
+        width,
+        channels,
+        timesteps: 1000,
+        flip: true,
+        seed: 0xDEAD_BEEF_0123_4567,
+        held: None,
+    }
 }
 
 fn schedule() -> Schedule {
@@ -157,6 +166,6 @@ fn the_builder_gives_temporaries_of_the_right_shape() {
     let pixels = tape.io("pixels", Spec::u8(batch.shape()));
     let table = tape.io("table", Spec::f32([1000, 2]));
     let clock = tape.io("clock", Spec::u32([4]));
-    let (x_t, t) = q_sample(&mut tape, &batch, pixels, table, clock);
+    let (x_t, t) = q_sample(&mut tape, &batch, pixels.into(), table, clock);
     assert_eq!((tape.shape(x_t).dims().to_vec(), tape.shape(t).dims().to_vec()), (vec![2, 3, 4, 3], vec![2]));
 }

@@ -6,6 +6,7 @@ mod step;
 
 use self::open::open_data;
 use super::accounts::Account;
+use super::feed::Feed;
 use super::grids::Grids;
 use super::ranks::{LOOK, at_rank_zero, gather, same_program};
 use super::reports::Reports;
@@ -14,7 +15,7 @@ use super::{Config, Share, TrainConfig, TrainError, Trainer};
 use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Start};
 use crate::cluster::{Stragglers, minority};
 use crate::collective::{Activity, Collective};
-use crate::data::{Dataset, ImageSize, Loader, LoaderConfig, Order};
+use crate::data::{Dataset, ImageSize, Order};
 use crate::device::{Device, Region};
 use crate::rendezvous::Launch;
 use crate::rendezvous::store::{Client, StoreError};
@@ -176,8 +177,9 @@ impl<'a> Run<'a> {
     fn all_steps(&mut self, dataset: &Arc<Dataset>) -> Result<Ended, TrainError> {
         let TrainConfig { batch, steps, seed, .. } = self.config.train;
         let places = self.trainer.share().places();
-        let slice = LoaderConfig { batch, offset: places.start, count: places.len(), start: self.step, depth: 3 };
-        let mut loader = Loader::new(Arc::clone(dataset), Order { seed, len: dataset.len() }, slice)?;
+        let order = Order { seed, len: dataset.len() };
+        let is_held = self.trainer.images().is_some();
+        let mut feed = Feed::new(dataset, order, batch, places, self.step, is_held)?;
         self.account.checksum = self.checksum()?;
         let (accounts, mut known) = self.exchange()?;
         let strange = minority(&accounts.iter().filter_map(|account| account.checksum).collect::<Vec<_>>());
@@ -193,7 +195,7 @@ impl<'a> Run<'a> {
                 return Ok(Ended::Stopped);
             }
             let since = Instant::now();
-            self.begin(&mut loader)?;
+            self.begin(&mut feed)?;
             let ahead = if self.is_due() { 0 } else { self.device.steps_ahead() };
             known = self.finish_all_but(ahead)?.unwrap_or(known);
             self.longest = self.longest.max(since.elapsed());

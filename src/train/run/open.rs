@@ -15,6 +15,7 @@ use crate::diffusion::Schedule;
 use crate::machine::host_name;
 use crate::report::Console;
 use crate::train::accounts::Account;
+use crate::train::feed::{HoldError, held, hold};
 use crate::train::grids::Grids;
 use crate::train::plans::{settle_plans, take_pinned};
 use crate::train::ranks::{LOOK, at_rank_zero, beside, gather, same_images, together};
@@ -61,12 +62,21 @@ impl<'a> Run<'a> {
         })?;
         let (run_dir, record) = opened.unzip();
         same_directory(collective, root, run_dir.as_ref())?;
-        together(collective, must_fit(device, config, [height, width], &share))?;
+        let room = together(collective, must_fit::<TrainError>(device, config, [height, width], &share))?;
+        let held = room.and_then(|room| held(dataset, room));
         record.flatten().iter().for_each(|record| take_pinned(device, record, console));
         let agreed = settle_plans(device, collective, config, [height, width], &share, options);
         together(collective, agreed)?;
-        let trainer = Trainer::new(device, config, &schedule, [height, width], share).map_err(TrainError::from);
-        let trainer = together(collective, trainer)?;
+        let trainer = Trainer::holding(device, config, &schedule, [height, width], share, held);
+        let trainer = together(collective, trainer.map_err(TrainError::from))?;
+        let uploaded = hold(&trainer, device, dataset).map_err(|error| match error {
+            HoldError::Data(error) => TrainError::from(error),
+            HoldError::Device(error) => TrainError::from(error),
+        });
+        together(collective, uploaded)?;
+        if held.is_some() {
+            console.detail("the GPU holds all images");
+        }
         let layout = layout_for_checkpoints(&trainer.program().layout)?;
         let newest = match start {
             Start::Resume => newest(root, collective, &layout, console)?,

@@ -6,10 +6,10 @@
 use super::{Known, Run};
 use crate::cluster::{SpeedChange, minority};
 use crate::collective::Timed;
-use crate::data::Loader;
 use crate::device::{DeviceError, Region};
 use crate::train::accounts::Account;
 use crate::train::checksum::checksum;
+use crate::train::feed::Feed;
 use crate::train::ranks::lost;
 use crate::train::{Config, Metrics, TrainError};
 use std::sync::atomic::Ordering;
@@ -25,15 +25,14 @@ impl Run<'_> {
     }
 
     /// Algorithm 1, once: begun on the device.
-    pub(super) fn begin(&mut self, loader: &mut Loader) -> Result<(), TrainError> {
+    pub(super) fn begin(&mut self, feed: &mut Feed) -> Result<(), TrainError> {
         let (since, step) = (Instant::now(), self.begun + 1);
         self.note(step, "waiting for images");
-        let loaded = loader.next();
-        let pixels = loaded.map_err(|source| TrainError::Loading { step, source })?.pixels;
+        let images = feed.next().map_err(|source| TrainError::Loading { step, source })?;
         let loading = since.elapsed();
         self.note(step, "forward and backward");
         let mut timed = Timed::new(self.collective);
-        self.trainer.begin(self.device, &mut timed, self.config, self.begun, pixels)?;
+        self.trainer.begin(self.device, &mut timed, self.config, self.begun, images)?;
         self.beginnings.push_back([since.elapsed().saturating_sub(timed.spent), loading]);
         self.begun = step;
         Ok(())
