@@ -50,6 +50,8 @@ impl Machine {
         let mut command = self.project.program();
         command.args(["train", "config.toml", "--device", "cuda", "--run-dir", run_dir]).args(SMALL).args(more);
         command.env("LD_LIBRARY_PATH", library_path(&WITH_KERNELS)).env("RUST_BACKTRACE", "0");
+        // Each run looks for its plans, which takes kernels and memory.
+        command.env("DDPM_DIST_CUDA_PLANS", "off");
         command.envs(settings.iter().copied());
         let output = command.output().unwrap();
         Ended {

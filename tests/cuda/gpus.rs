@@ -100,7 +100,7 @@ fn a_gpu_that_fails_is_named_and_the_rest_goes_on_from_the_checkpoint() {
     let _alone = alone();
     straight(&project);
     let mut broken = command(&project, &[&FOUR[..], &["--max-restarts", "1"]].concat(), "run", &FIXED);
-    broken.env("CUDA_SIM_FAULT", "ecc@k900 of 1").env("CUDA_SIM_FAULT_ONCE", project.path("broken"));
+    broken.env("CUDA_SIM_FAULT", "ecc@4 of 1").env("CUDA_SIM_FAULT_ONCE", project.path("broken"));
     let (code, stderr) = project.start("run", broken).wait();
     assert_eq!(code, Some(0), "{stderr}");
     let cause = stderr.lines().find(|line| line.contains("rank 1 (node 0")).unwrap_or_else(|| panic!("{stderr}"));
@@ -118,10 +118,7 @@ fn whoever_misses_a_rank_with_a_broken_gpu_names_it() {
     let store = store();
     let ranks = ranks::start(&project, &store, 2, |_, command| {
         command.env("LD_LIBRARY_PATH", library_path(&LIBRARIES)).env("CUDA_SIM_GPUS", "2").env("RUST_BACKTRACE", "0");
-        command
-            .env("CUDA_SIM_FAULT", "ecc@k900 of 1")
-            .args(ranks::train("run", &ONE))
-            .args(["--set", "train.steps=100"])
+        command.env("CUDA_SIM_FAULT", "ecc@4 of 1").args(ranks::train("run", &ONE)).args(["--set", "train.steps=100"])
     });
     let [zero, one] = ranks.into_iter().map(Running::wait).collect::<Vec<_>>().try_into().unwrap();
     assert_eq!(one.0, Some(7), "{}", one.1);
