@@ -395,6 +395,22 @@ impl Trainer {
         images: Images<'_>,
         run: &mut dyn FnMut(usize, &mut Loaded, &mut Device) -> Result<(), RunError>,
     ) -> Result<(), RunError> {
+        let begun = self.begin_shards(device, config, step, images, run);
+        if begun.is_err() {
+            // Nothing of it may be taken for results.
+            self.transfer.withdraw();
+        }
+        begun
+    }
+
+    fn begin_shards(
+        &mut self,
+        device: &mut Device,
+        config: &Config,
+        step: u64,
+        images: Images<'_>,
+        run: &mut dyn FnMut(usize, &mut Loaded, &mut Device) -> Result<(), RunError>,
+    ) -> Result<(), RunError> {
         self.transfer.open(device, step, &hyper(config, step), images)?;
         for shard in 0..self.share.shards {
             self.transfer.give(device, shard)?;

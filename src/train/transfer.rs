@@ -179,6 +179,11 @@ impl Transfer {
         self.begin_download(device, self.of_step(OfStep::Norm))
     }
 
+    /// Forgets the step that was opened last, which could not be begun.
+    pub fn withdraw(&mut self) {
+        self.begun -= 1;
+    }
+
     /// Waits for the first of the steps that are under way, and gives its results.
     ///
     /// # Errors

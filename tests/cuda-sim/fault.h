@@ -1,6 +1,7 @@
 // What goes wrong with a card while it works: CUDA_SIM_FAULT=WHAT@N, in processes that use GPU 0, or with " of G" after it, GPU G.
 //
 //   memory@N   the N-th allocation of a process is one too many
+//   late@N     the N-th allocation after its first graph
 //   launch@N   the N-th graph that a process launches is refused, and nothing else is
 //   ecc@N      while the N-th graph runs a bit of memory is lost for good, which is noticed later
 //   address@N  likewise a kernel of it reads where there is nothing
@@ -72,15 +73,18 @@ inline bool is_fault(const char *what, unsigned long number, Counted counted = C
     return !once || mark;
 }
 
+/// Graphs and kernels that were launched so far.
+inline unsigned long launched[2] = {};
+
 /// An allocation is asked for.
 inline int fault_of_allocation() {
-    static unsigned long allocations = 0;
-    return is_fault("memory", ++allocations) ? FAULT_OUT_OF_MEMORY : FINE;
+    static unsigned long allocations = 0, late = 0;
+    const bool is_late = launched[int(Counted::Others)] > 0 && is_fault("late", ++late);
+    return is_fault("memory", ++allocations) || is_late ? FAULT_OUT_OF_MEMORY : FINE;
 }
 
 /// A graph or a kernel is to be launched. What it gives is the answer to that call; what comes later stands in `lost`.
 inline int fault_of_launch(Counted counted) {
-    static unsigned long launched[2] = {};
     const unsigned long number = ++launched[int(counted)];
     if (is_fault("launch", number, counted))
         return LAUNCH_OUT_OF_RESOURCES;

@@ -50,6 +50,8 @@ impl Machine {
         let mut command = self.project.program();
         command.args(["train", "config.toml", "--device", "cuda", "--run-dir", run_dir]).args(SMALL).args(more);
         command.env("LD_LIBRARY_PATH", library_path(&WITH_KERNELS)).env("RUST_BACKTRACE", "0");
+        // Each run looks for its plans, which takes kernels and memory.
+        command.env("DDPM_DIST_CUDA_PLANS", "off");
         command.envs(settings.iter().copied());
         let output = command.output().unwrap();
         Ended {
@@ -143,6 +145,23 @@ fn any_allocation_may_be_one_too_many() {
         machine.goes_on(&run_dir, &fault);
     }
     assert!(refused > 10, "only {refused} allocations");
+}
+
+/// Another number of images than a step has: the first grid needs memory for plans of its own.
+#[test]
+fn memory_that_is_short_for_pictures_ends_a_run_with_its_state_saved() {
+    let Some(machine) = Machine::new("faults::memory_that_is_short_for_pictures_ends_a_run_with_its_state_saved")
+    else {
+        return;
+    };
+    for at in [1, 20] {
+        let (fault, run_dir) = (format!("late@{at}"), format!("late-{at}"));
+        let ended = machine.train(&run_dir, Some(&fault), &["--set", "sample.batch=3"]);
+        ended.refused(DEVICE, &["memory", "sample.batch"]);
+        ended.warned(&["step 3 is saved"]);
+        assert_eq!(machine.project.checkpoints(&run_dir).last(), Some(&3));
+        machine.goes_on(&run_dir, &fault);
+    }
 }
 
 /// Weights that are finite and overflow.

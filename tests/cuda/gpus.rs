@@ -3,7 +3,7 @@
 
 use crate::build::Build;
 use crate::common::processes::{lives, send, until_gone};
-use crate::common::ranks::{alone, is_saved};
+use crate::common::ranks::{self, alone, is_saved, store};
 use crate::common::{Project, Running};
 use crate::machine::{library_path, not_tested};
 use ddpm_dist::device::cuda::Image;
@@ -100,7 +100,7 @@ fn a_gpu_that_fails_is_named_and_the_rest_goes_on_from_the_checkpoint() {
     let _alone = alone();
     straight(&project);
     let mut broken = command(&project, &[&FOUR[..], &["--max-restarts", "1"]].concat(), "run", &FIXED);
-    broken.env("CUDA_SIM_FAULT", "ecc@k900 of 1").env("CUDA_SIM_FAULT_ONCE", project.path("broken"));
+    broken.env("CUDA_SIM_FAULT", "ecc@4 of 1").env("CUDA_SIM_FAULT_ONCE", project.path("broken"));
     let (code, stderr) = project.start("run", broken).wait();
     assert_eq!(code, Some(0), "{stderr}");
     let cause = stderr.lines().find(|line| line.contains("rank 1 (node 0")).unwrap_or_else(|| panic!("{stderr}"));
@@ -108,6 +108,23 @@ fn a_gpu_that_fails_is_named_and_the_rest_goes_on_from_the_checkpoint() {
         assert!(cause.contains(words), "{words} is not in: {cause}");
     }
     is_as_straight(&project, "run");
+}
+
+/// Ranks that nobody starts again: each ends with a code of its own.
+#[test]
+fn whoever_misses_a_rank_with_a_broken_gpu_names_it() {
+    let Some(project) = project("gpus::whoever_misses_a_rank_with_a_broken_gpu_names_it") else { return };
+    let _alone = alone();
+    let store = store();
+    let ranks = ranks::start(&project, &store, 2, |_, command| {
+        command.env("LD_LIBRARY_PATH", library_path(&LIBRARIES)).env("CUDA_SIM_GPUS", "2").env("RUST_BACKTRACE", "0");
+        command.env("CUDA_SIM_FAULT", "ecc@4 of 1").args(ranks::train("run", &ONE)).args(["--set", "train.steps=100"])
+    });
+    let [zero, one] = ranks.into_iter().map(Running::wait).collect::<Vec<_>>().try_into().unwrap();
+    assert_eq!(one.0, Some(7), "{}", one.1);
+    assert!(one.1.contains("uncorrectable ECC error"), "{}", one.1);
+    assert_eq!(zero.0, Some(6), "{}", zero.1);
+    assert!(zero.1.contains("rank 1 "), "{}", zero.1);
 }
 
 #[test]

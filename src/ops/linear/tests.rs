@@ -130,3 +130,26 @@ fn bits_do_not_depend_on_threads() {
     };
     assert!(run(1) == run(2) && run(1) == run(3));
 }
+
+/// The gradient of the bias is there already when that of the second weights is written.
+#[test]
+fn layers_may_share_a_bias_alone() {
+    let (rows, depth, out) = (7, 5, 6);
+    let (x, dy) = (random(1, rows * depth), random(2, rows * out));
+    let inputs = vec![
+        Input::f32("x", [rows, depth], &x),
+        Input::f32("w", [out, depth], &random(3, out * depth)),
+        Input::f32("v", [out, depth], &random(4, out * depth)),
+        Input::f32("b", [out], &random(5, out)),
+    ];
+    let found = Case::new(inputs).run(&dy, |tape, inputs| {
+        let [y, z] = [inputs[1], inputs[2]].map(|weight| linear(tape, &[inputs[0]], weight, inputs[3]));
+        add(tape, y, z)
+    });
+    let of_weight = |i: usize| (0..rows).map(|r| f64::from(dy[r * out + i / depth] * x[r * depth + i % depth])).sum();
+    for name in ["w", "v"] {
+        assert_close(name, &found.gradient(name), (0..out * depth).map(of_weight), ulps(rows));
+    }
+    let of_bias = |i: usize| (0..rows).map(|r| 2.0 * f64::from(dy[r * out + i])).sum();
+    assert_close("b", &found.gradient("b"), (0..out).map(of_bias), ulps(2 * rows));
+}
