@@ -100,7 +100,8 @@ fn a_gpu_that_fails_is_named_and_the_rest_goes_on_from_the_checkpoint() {
     let _alone = alone();
     straight(&project);
     let mut broken = command(&project, &[&FOUR[..], &["--max-restarts", "1"]].concat(), "run", &FIXED);
-    broken.env("CUDA_SIM_FAULT", "ecc@k900 of 1").env("CUDA_SIM_FAULT_ONCE", project.path("broken"));
+    // The first step is no graph yet.
+    broken.env("CUDA_SIM_FAULT", "ecc@6 of 1").env("CUDA_SIM_FAULT_ONCE", project.path("broken"));
     let (code, stderr) = project.start("run", broken).wait();
     assert_eq!(code, Some(0), "{stderr}");
     let cause = stderr.lines().find(|line| line.contains("rank 1 (node 0")).unwrap_or_else(|| panic!("{stderr}"));
