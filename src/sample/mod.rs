@@ -9,7 +9,7 @@ mod tests;
 pub use config::SampleConfig;
 
 use crate::collective::{Collective, CollectiveError, Solo};
-use crate::device::cuda::ConvolutionShape;
+use crate::device::cuda::Piece;
 use crate::device::{Binding, BufferId, Device, DeviceError, Element, Precision, Region, Slot, Target};
 use crate::diffusion::SamplerTable;
 use crate::ops::cast::ComputeCopy;
@@ -279,8 +279,8 @@ impl Sampler {
     }
 
     /// What the network asks of a GPU's libraries.
-    pub fn convolutions(&self) -> Vec<ConvolutionShape> {
-        self.program.convolutions()
+    pub fn pieces(&self) -> Vec<Piece> {
+        self.program.pieces()
     }
 
     /// Places of the parameters that [`Sampler::sample`] reads.

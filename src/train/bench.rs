@@ -1,6 +1,6 @@
 //! How long steps take, as a whole and op by op.
 
-use super::plans::shapes_of_steps;
+use super::plans::pieces_of_steps;
 use super::step::step_runs;
 use super::{Config, Shards, Share, Trainer};
 use crate::collective::Collective;
@@ -82,8 +82,8 @@ pub fn time_steps(
     }
     let schedule = Schedule::new(&config.diffusion)?;
     let share = Share::new(&config.train, collective.rank(), collective.world_size())?;
-    let shapes = shapes_of_steps(device, config, size, &share);
-    if !agree_on_plans(device, collective, &shapes, options.stop)? {
+    let pieces = pieces_of_steps(device, config, size, &share);
+    if !agree_on_plans(device, collective, &pieces, options.stop)? {
         return Ok(Timings { steps: vec![], ops: vec![], step_flops: 0, not_finite: 0 });
     }
     let mut trainer = Trainer::new(device, config, &schedule, size, share)?;

@@ -1,11 +1,11 @@
 //! The device behind [`Device::Cuda`](crate::device::Device): buffers, libraries, and ops whose operands have addresses.
 
-use super::blas::{Blas, PreparedProduct, ProductAddresses};
+use super::blas::{Blas, Operation};
 use super::capture::Graphs;
 use super::dnn::{ConvolutionAddresses, Dnn, PreparedConvolution, Rest};
-use super::plans::Plans;
+use super::plans::{Libraries, Plans};
 use super::{
-    Argument, Capture, Card, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Place, PlanTable,
+    Argument, Capture, Card, Convolution, ConvolutionShape, CudaError, Gpu, Graph, Memory, Pass, Piece, PlanTable,
     Precision, PreparedKernel, Product, Step, Work,
 };
 use crate::device::{Binding, BufferId, DeviceError, Element, Slot};
@@ -46,7 +46,7 @@ enum Kind {
     Kernel(PreparedKernel),
     /// And what it leaves to a kernel.
     Convolution(PreparedConvolution, Option<PreparedKernel>),
-    Product(PreparedProduct),
+    Product(Operation),
 }
 
 /// Addresses of an op's operands and constants.
@@ -67,21 +67,6 @@ impl Addresses {
             Argument::Output(place) => self.outputs[*place],
             Argument::Scratch => self.scratch,
             Argument::Null | Argument::Value(_) => 0,
-        }
-    }
-
-    fn of_place(&self, place: &Place, precision: Precision) -> u64 {
-        self.of(&place.operand) + (place.offset * precision.bytes()) as u64
-    }
-
-    fn of_product(&self, product: &Product) -> ProductAddresses {
-        let Product { shape, a, b, c, bias, addend } = product;
-        ProductAddresses {
-            a: self.of_place(a, shape.a.precision),
-            b: self.of_place(b, shape.b.precision),
-            c: self.of_place(c, shape.c.precision),
-            bias: self.of(bias),
-            addend: self.of_place(&Place { operand: addend.clone(), offset: c.offset }, shape.c.precision),
         }
     }
 }
@@ -191,25 +176,26 @@ impl Cuda {
         self.gpu.download_to(self.part::<T>(buffer, offset, out.len()), bytes_of_mut(out))
     }
 
-    /// Has a plan for each of these convolutions, by a search where it knows none. Gives false if it left off, as `goes_on` said.
+    /// Has a plan for each of these pieces, by a search where it knows none. Gives false if it left off, as `goes_on` said.
     ///
     /// # Errors
-    /// There is none for one of them, too little memory, or the GPU or cuDNN fails.
-    pub fn find_plans(&mut self, shapes: &[ConvolutionShape], goes_on: &dyn Fn() -> bool) -> Result<bool, CudaError> {
-        self.plans.find(&mut self.gpu, &self.dnn, shapes, goes_on)
+    /// There is none for one of them, too little memory, or the GPU or a library fails.
+    pub fn find_plans(&mut self, pieces: &[Piece], goes_on: &dyn Fn() -> bool) -> Result<bool, CudaError> {
+        let Cuda { gpu, dnn, blas, plans, .. } = self;
+        plans.find(&mut Libraries { gpu, dnn, blas }, pieces, goes_on)
     }
 
-    /// How many of these convolutions need a search, which takes seconds for each.
-    pub fn unknown_plans(&self, shapes: &[ConvolutionShape]) -> usize {
-        self.plans.unknown(shapes)
+    /// How many of these pieces need a search, which takes seconds for each.
+    pub fn unknown_plans(&self, pieces: &[Piece]) -> usize {
+        self.plans.unknown(pieces)
     }
 
-    /// Takes plans from a table, where a convolution has none yet. Gives false if they are for another card.
+    /// Takes plans from a table, where a piece has none yet. Gives false if they are for another card.
     pub fn prefer_plans(&mut self, table: &PlanTable) -> bool {
         self.plans.prefer(table)
     }
 
-    /// How convolutions are computed.
+    /// How convolutions and products are computed.
     pub fn plans(&self) -> PlanTable {
         self.plans.in_use()
     }
@@ -264,14 +250,22 @@ impl Cuda {
     fn prepare_step(&mut self, step: &Step, addresses: &Addresses) -> Result<Command, CudaError> {
         Ok(Command(match step {
             Step::Kernel(launch) => Kind::Kernel(self.gpu.prepare(launch, |argument| addresses.of(argument))?),
-            Step::Product(product) => Kind::Product(self.blas.prepare(&product.shape, addresses.of_product(product))?),
+            Step::Product(product) => self.prepare_product(product, addresses)?,
             Step::Convolution(convolution) => self.prepare_convolution(convolution, addresses)?,
         }))
     }
 
+    fn prepare_product(&mut self, of: &Product, addresses: &Addresses) -> Result<Kind, CudaError> {
+        let at = of.addresses(|argument| addresses.of(argument));
+        let product = of.aligned(&at);
+        self.find_plans(&[Piece::Product(product)], &|| true)?;
+        let Some(choice) = self.plans.product(&product) else { unreachable!("it has just been found") };
+        Ok(Kind::Product(self.blas.prepare(choice, at)?))
+    }
+
     fn prepare_convolution(&mut self, of: &Convolution, addresses: &Addresses) -> Result<Kind, CudaError> {
-        self.find_plans(&[of.shape], &|| true)?;
-        let Some(plan) = self.plans.get(&of.shape) else { unreachable!("it has just been found") };
+        self.find_plans(&[Piece::Convolution(of.shape)], &|| true)?;
+        let Some(plan) = self.plans.convolution(&of.shape) else { unreachable!("it has just been found") };
         let [x, weight, y, bias, residual] =
             [&of.x, &of.weight, &of.y, &of.bias, &of.residual].map(|argument| addresses.of(argument));
         let at = ConvolutionAddresses { x, weight, y, bias, residual };

@@ -11,10 +11,12 @@ mod kernel;
 mod lane;
 mod launch;
 pub mod nccl;
+mod pattern;
 mod plans;
 mod work;
 
 pub use super::Precision;
+pub use blas::ProductChoice;
 pub use capture::{Capture, Graph};
 pub use device::{Command, Cuda, Operands, WORKSPACE};
 pub use error::CudaError;
@@ -23,5 +25,8 @@ pub use image::Image;
 pub use kernel::PreparedKernel;
 pub use lane::{Lane, Mark};
 pub use launch::{Argument, Launch};
-pub use plans::{Card, PlanTable, TimedChoice};
-pub use work::{Convolution, ConvolutionShape, Form, MatrixShape, Pass, Place, Product, ProductShape, Step, Work};
+pub use plans::{Card, Choice, Piece, PlanTable, TimedChoice};
+pub use work::{
+    AlignedProduct, Convolution, ConvolutionShape, Form, MatrixShape, Pass, Place, Product, ProductAddresses,
+    ProductShape, Step, Work,
+};
