@@ -98,7 +98,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         ))?;
     }
     drop(source);
-    let agreed = agree_on_plans(&mut device, ranks.collective(), &sampler.convolutions(), stop.flag());
+    let agreed = agree_on_plans(&mut device, ranks.collective(), &sampler.pieces(), stop.flag());
     if !agreed.map_err(SampleError::from)? {
         return Err(Failure::new(stop.code(), "stopped before the first image"));
     }

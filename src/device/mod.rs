@@ -306,7 +306,7 @@ impl Device {
         }
     }
 
-    /// What it is as far as plans for convolutions hold for it, if it is a GPU.
+    /// What it is as far as plans hold for it, if it is a GPU.
     pub fn card(&self) -> Option<&cuda::Card> {
         match self {
             Device::Cpu(_) => None,
@@ -314,7 +314,7 @@ impl Device {
         }
     }
 
-    /// How convolutions are computed, where a library computes them.
+    /// How convolutions and products are computed, where libraries do.
     pub fn plans(&self) -> Option<cuda::PlanTable> {
         match self {
             Device::Cpu(_) => None,

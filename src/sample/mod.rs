@@ -12,7 +12,7 @@ pub use config::SampleConfig;
 pub use error::{SampleError, room_for};
 
 use crate::collective::{Collective, Solo};
-use crate::device::cuda::ConvolutionShape;
+use crate::device::cuda::Piece;
 use crate::device::{Binding, BufferId, Device, Element, Precision, Region, Slot, StagingId, Target};
 use crate::diffusion::SamplerTable;
 use crate::ops::cast::ComputeCopy;
@@ -199,8 +199,8 @@ impl Sampler {
     }
 
     /// What the network asks of a GPU's libraries.
-    pub fn convolutions(&self) -> Vec<ConvolutionShape> {
-        self.program.convolutions()
+    pub fn pieces(&self) -> Vec<Piece> {
+        self.program.pieces()
     }
 
     /// Places of the parameters that [`Sampler::sample`] reads.

@@ -23,7 +23,7 @@ pub use layout::{Param, ParamLayout, Part, Placed};
 pub use listing::{OpGroup, Summary, human_bytes, human_flops};
 pub use op::{Elements, Op, Scratch, Signature, Spec};
 pub use plan::{Buckets, Reduction, plan};
-pub use plans::{agree_on_plans, convolutions};
+pub use plans::{agree_on_plans, pieces};
 pub use program::{Instruction, IoSlot, Kind, Lane, Loaded, Program, RunError};
 pub use record::{Phase, Tape, Var};
 pub use shape::Shape;

@@ -156,7 +156,7 @@ impl Program {
             }
             Device::Cuda(cuda) => {
                 // All at once: what is found is then written once.
-                cuda.find_plans(&self.convolutions(), &|| true)?;
+                cuda.find_plans(&self.pieces(), &|| true)?;
                 let commands = self
                     .instructions
                     .iter()
@@ -168,18 +168,15 @@ impl Program {
         Ok(Loaded { program: self.clone(), binding, commands, longest_sum, replay: Replay::Cold })
     }
 
-    /// The convolutions that it asks of a GPU, each once.
-    pub fn convolutions(&self) -> Vec<cuda::ConvolutionShape> {
-        let mut shapes = Vec::new();
-        let work = self.instructions.iter().filter_map(|instruction| instruction.work(self.target.precision));
-        for step in work.flat_map(|work| work.steps) {
-            if let cuda::Step::Convolution(convolution) = step
-                && !shapes.contains(&convolution.shape)
-            {
-                shapes.push(convolution.shape);
+    /// What it asks of a GPU's libraries, each once.
+    pub fn pieces(&self) -> Vec<cuda::Piece> {
+        let mut pieces = Vec::new();
+        for piece in self.instructions.iter().flat_map(|instruction| instruction.pieces(self.target.precision)) {
+            if !pieces.contains(&piece) {
+                pieces.push(piece);
             }
         }
-        shapes
+        pieces
     }
 }
 
@@ -193,6 +190,22 @@ impl Instruction {
         // All flat operands of an op are as long.
         let flat = specs.zip(slots).find(|(spec, _)| spec.shape.is_none()).map_or(0, |(_, slot)| slot.len);
         Some(op.cuda(&cuda::Form { precision, updates: self.updates, flat }))
+    }
+
+    /// What of that is a library's.
+    fn pieces(&self, precision: Precision) -> Vec<cuda::Piece> {
+        // Buffers begin at multiples of more than what matters to a library.
+        let address = |argument: &cuda::Argument| match argument {
+            cuda::Argument::Input(i) => self.inputs.get(*i).map_or(0, |slot| slot.offset as u64),
+            cuda::Argument::Output(i) => self.outputs.get(*i).map_or(0, |slot| slot.offset as u64),
+            _ => 0,
+        };
+        let piece = |step: cuda::Step| match step {
+            cuda::Step::Kernel(_) => None,
+            cuda::Step::Convolution(convolution) => Some(cuda::Piece::Convolution(convolution.shape)),
+            cuda::Step::Product(product) => Some(cuda::Piece::Product(product.aligned(&product.addresses(address)))),
+        };
+        self.work(precision).into_iter().flat_map(|work| work.steps).filter_map(piece).collect()
     }
 
     /// The same with the addresses of its operands.

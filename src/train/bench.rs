@@ -1,7 +1,7 @@
 //! How long steps take, as a whole and op by op.
 
 use super::feed::fits;
-use super::plans::shapes_of_steps;
+use super::plans::pieces_of_steps;
 use super::step::step_runs;
 use super::{Config, Images, Share, Trainer, must_fit};
 use crate::collective::Collective;
@@ -89,8 +89,8 @@ pub fn time_steps(
     // No grids are made here.
     let without_grids = Config { sample: SampleConfig { count: 0, ..config.sample.clone() }, ..config.clone() };
     let room = must_fit::<BenchError>(device, &without_grids, size, &share)?;
-    let shapes = shapes_of_steps(device, config, size, &share);
-    if !agree_on_plans(device, collective, &shapes, options.stop)? {
+    let pieces = pieces_of_steps(device, config, size, &share);
+    if !agree_on_plans(device, collective, &pieces, options.stop)? {
         return Ok(Timings { steps: vec![], ops: vec![], step_flops: 0, not_finite: 0 });
     }
     // On a GPU as with a data set that it holds.

@@ -1,4 +1,4 @@
-//! How the GPUs of a run compute convolutions: as its checkpoint pins, else as rank 0 has found.
+//! How the GPUs of a run compute convolutions and products: as its checkpoint pins, else as rank 0 has found.
 
 use super::grids::reverse_step;
 use super::state::pinned;
@@ -6,10 +6,10 @@ use super::step::step_programs;
 use super::{Config, Options, Share, TrainError};
 use crate::checkpoint::Meta;
 use crate::collective::Collective;
-use crate::device::cuda::ConvolutionShape;
+use crate::device::cuda::Piece;
 use crate::device::{Device, DeviceKind};
 use crate::report::Console;
-use crate::tape::{agree_on_plans, convolutions};
+use crate::tape::{agree_on_plans, pieces};
 
 /// Prefers the plans that a checkpoint pins. Those for another card are of no use, which the resume says in its own words.
 pub(super) fn take_pinned(device: &mut Device, saved: &Meta, console: &Console) {
@@ -19,7 +19,7 @@ pub(super) fn take_pinned(device: &mut Device, saved: &Meta, console: &Console) 
             cuda.prefer_plans(table);
         }),
         Err(error) => console.alarm(format!(
-            "the checkpoint's plans for convolutions cannot be read, so that last bits may differ from here on: {error}"
+            "the checkpoint's plans cannot be read, so that last bits may differ from here on: {error}"
         )),
     }
 }
@@ -35,39 +35,36 @@ pub(super) fn settle_plans(
     options: &Options<'_>,
 ) -> Result<(), TrainError> {
     let Options { console, joint, stop, .. } = *options;
-    let shapes = shapes_of_run(device, config, size, share);
+    let pieces = pieces_of_run(device, config, size, share);
     if let Device::Cuda(cuda) = &*device
-        && let count @ 1.. = cuda.unknown_plans(&shapes)
+        && let count @ 1.. = cuda.unknown_plans(&pieces)
     {
-        joint.say(format!("timing how cuDNN computes {count} convolutions fastest, once for this GPU"));
+        joint.say(format!(
+            "timing how cuDNN and cuBLASLt compute {count} convolutions and products fastest, once for this GPU"
+        ));
     }
-    let agreed = agree_on_plans(device, collective, &shapes, stop);
+    let agreed = agree_on_plans(device, collective, &pieces, stop);
     while let Some(notice) = device.take_notice() {
         console.alarm(notice);
     }
     if agreed? { Ok(()) } else { Err(TrainError::Stopped) }
 }
 
-/// The convolutions of a step; none on CPU cores.
-pub(super) fn shapes_of_steps(
-    device: &Device,
-    config: &Config,
-    size: [usize; 2],
-    share: &Share,
-) -> Vec<ConvolutionShape> {
+/// What a step asks of a GPU's libraries; nothing on CPU cores.
+pub(super) fn pieces_of_steps(device: &Device, config: &Config, size: [usize; 2], share: &Share) -> Vec<Piece> {
     if device.kind() == DeviceKind::Cpu {
         return Vec::new();
     }
     let (programs, _) = step_programs(config, size, share, device.target(config.train.precision));
-    convolutions(&programs)
+    pieces(&programs)
 }
 
-fn shapes_of_run(device: &Device, config: &Config, size: [usize; 2], share: &Share) -> Vec<ConvolutionShape> {
-    let mut shapes = shapes_of_steps(device, config, size, share);
+fn pieces_of_run(device: &Device, config: &Config, size: [usize; 2], share: &Share) -> Vec<Piece> {
+    let mut pieces = pieces_of_steps(device, config, size, share);
     if device.kind() == DeviceKind::Cuda
         && let Some(step) = reverse_step(config, device.kind(), *share, size)
     {
-        shapes.extend(step.program(device.target(config.train.precision)).convolutions());
+        pieces.extend(step.program(device.target(config.train.precision)).pieces());
     }
-    shapes
+    pieces
 }

@@ -1,11 +1,18 @@
 // libcublasLt.so.13 of the machine made of software: the calls of cuBLASLt that this project makes, for memory of the driver beside it, which
 // is the host's. What the library refuses is refused, with the rule of its documentation beside it.
+//
+// It has four algorithms: the first two are right, the third leaves out a term of each sum, and the fourth gives other bits each time.
+// CUDA_SIM_CUBLASLT_SLOW=1 makes some take 10 s longer, by the GPU's clock. Each search is a line of the log (setting.h): `searches products`;
+// and so is each algorithm that is had again: `has algorithm 0 again`.
 
+#include "setting.h"
 #include "stream.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 namespace {
@@ -55,8 +62,11 @@ struct Algorithm {
     uint32_t alignment[4];
     uint64_t workspace;
     uint64_t shape;
-    uint64_t rest[3];
+    uint64_t number;
+    uint64_t rest[2];
 };
+constexpr int ALGORITHMS = 4;
+enum Fault : uint64_t { LEAVES_OUT_A_TERM = 2, OTHER_BITS = 3 };
 static_assert(sizeof(Algorithm) == 64);
 
 /// cublasLtMatmulHeuristicResult_t
@@ -159,13 +169,20 @@ struct Execution {
     const void *a, *b, *c;
     void *sum, *workspace;
     size_t workspace_bytes;
+    uint64_t algorithm;
+    bool is_slow;
 
     void run() const {
+        if (is_slow)
+            sim::of_driver<void(int)>("cuda_sim_takes")(10000);
+        static int runs = 0;
+        const float factor = algorithm == OTHER_BITS ? 1 + 1e-2f * float(++runs % 7) : 1.0f;
+        const uint64_t terms = product.k - (algorithm == LEAVES_OUT_A_TERM);
         const std::vector<float> first = rows_of(a, la, d.transposed_a, product.m, product.k);
         const std::vector<float> second = rows_of(b, lb, !d.transposed_b, product.n, product.k);
         for (uint64_t j = 0; j < product.n; j++)
             for (uint64_t i = 0; i < product.m; i++) {
-                float value = alpha * dot(&first[i * product.k], &second[j * product.k], product.k);
+                float value = factor * alpha * dot(&first[i * product.k], &second[j * product.k], terms);
                 // "if beta is 0, C does not have to be a valid input"
                 if (beta != 0.0f)
                     value += beta * number(c, i + j * lc.stride, lc.type);
@@ -269,10 +286,27 @@ int cublasLtMatmulAlgoGetHeuristic(Handle *handle, Description *d, Layout *a, La
             return NOT_SUPPORTED;
     if (!(preference->schemes & IN_TYPE_OF_SUM) || is_failing("heuristic"))
         return NOT_SUPPORTED;
-    Algorithm algorithm{MAGIC, {}, uint64_t(preference->workspace < 4096 ? 0 : 4096), product.shape(*sum), {}};
-    memcpy(algorithm.alignment, preference->alignment, sizeof algorithm.alignment);
-    *found = {algorithm, size_t(algorithm.workspace), SUCCESS, 1.0f, {}};
-    *count = 1;
+    sim::note("searches products");
+    for (; *count < std::min(wanted, ALGORITHMS); ++*count) {
+        Algorithm algorithm{MAGIC, {}, uint64_t(preference->workspace < 4096 ? 0 : 4096), product.shape(*sum), uint64_t(*count), {}};
+        memcpy(algorithm.alignment, preference->alignment, sizeof algorithm.alignment);
+        found[*count] = {algorithm, size_t(algorithm.workspace), SUCCESS, 1.0f, {}};
+    }
+    return SUCCESS;
+}
+
+// "CUBLAS_STATUS_NOT_SUPPORTED: If the algorithm configuration is not currently supported on this device"
+int cublasLtMatmulAlgoCheck(Handle *handle, Description *d, Layout *a, Layout *b, Layout *c, Layout *sum, const Algorithm *algorithm,
+                            Found *found) {
+    Product product;
+    if (!handle || handle->magic != MAGIC || !algorithm || !found)
+        return INVALID_VALUE;
+    if (const int status = Product::of(*d, *a, *b, *c, *sum, product))
+        return status;
+    if (algorithm->magic != MAGIC || algorithm->shape != product.shape(*sum) || algorithm->number >= ALGORITHMS)
+        return NOT_SUPPORTED;
+    *found = {*algorithm, size_t(algorithm->workspace), SUCCESS, 1.0f, {}};
+    sim::note("has algorithm " + std::to_string(algorithm->number) + " again");
     return SUCCESS;
 }
 
@@ -300,7 +334,9 @@ int cublasLtMatmul(Handle *handle, Description *d, const float *alpha, const voi
     if (uint64_t taken; is_failing("allocate") && sim::of_driver<int(uint64_t *, size_t)>("cuMemAlloc_v2")(&taken, 256) == 0)
         sim::of_driver<int(uint64_t)>("cuMemFree_v2")(taken);
     // All that it takes is read now, but for the matrices: what describes it may be gone when a graph is launched.
-    const Execution execution{product, *d, *la, *lb, *lc, *ls, *alpha, *beta, a, b, c, sum, workspace, algorithm->workspace};
+    const uint64_t number = algorithm->number;
+    const bool is_slow = sim::lists(sim::setting("CUDA_SIM_CUBLASLT_SLOW"), std::to_string(number));
+    const Execution execution{product, *d, *la, *lb, *lc, *ls, *alpha, *beta, a, b, c, sum, workspace, algorithm->workspace, number, is_slow};
     return sim::begin(stream, [execution] { execution.run(); }) ? SUCCESS : EXECUTION_FAILED;
 }
 }

@@ -10,11 +10,11 @@
 //   CUDA_SIM_CUDNN_WITHOUT=beta,wide  no engine adds to an output (beta), writes f32 weight gradients of bf16 (wide), or fuses (fusion)
 //   CUDA_SIM_CUDNN_ENGINES=5,7        heuristics propose these only
 //   CUDA_SIM_CUDNN_SLOW=8             these take 10 s longer, by the GPU's clock
-//   CUDA_SIM_CUDNN_LOG=FILE           each search and each plan is a line of it: the local rank, then `searches` or `plans engine 8`
-// With _OF_1 after a name, the setting is that of local rank 1.
+// Each search and each plan is a line of the log (setting.h): `searches`, or `plans engine 8`.
 
 #include "convolution.h"
 #include "cuda_sim.h"
+#include "setting.h"
 #include "stream.h"
 
 #include <algorithm>
@@ -223,27 +223,9 @@ int refuse(int status, const std::string &why) {
     abort();
 }
 
-std::string local_rank() {
-    const char *rank = getenv("LOCAL_RANK");
-    return rank ? rank : "0";
-}
-std::string setting(const std::string &name) {
-    const std::string of_all = "CUDA_SIM_CUDNN_" + name;
-    const char *value = getenv((of_all + "_OF_" + local_rank()).c_str());
-    if (!value)
-        value = getenv(of_all.c_str());
-    return value ? value : "";
-}
-/// A line of the log, if there is one. Lines of several processes do not mix: one is written at a time, and to the end.
-void note(const std::string &what) {
-    const std::string path = setting("LOG");
-    if (path.empty())
-        return;
-    FILE *log = fopen(path.c_str(), "a");
-    if (!log || fprintf(log, "%s %s\n", local_rank().c_str(), what.c_str()) < 0 || fclose(log) != 0)
-        abort();
-}
-bool lists(const std::string &list, const std::string &word) { return ("," + list + ",").find("," + word + ",") != std::string::npos; }
+std::string setting(const std::string &name) { return sim::setting("CUDA_SIM_CUDNN_" + name); }
+using sim::lists;
+using sim::note;
 bool fails(const char *phase) { return setting("FAIL") == phase; }
 bool is_without(const char *feature) { return lists(setting("WITHOUT"), feature); }
 

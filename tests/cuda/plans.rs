@@ -5,7 +5,7 @@ use crate::build::Build;
 use crate::common::Project;
 use crate::machine::{library_path, not_tested};
 use ddpm_dist::checkpoint::inspect;
-use ddpm_dist::device::cuda::{Image, PlanTable};
+use ddpm_dist::device::cuda::{Choice, Image, PlanTable};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
@@ -21,6 +21,9 @@ type Setting<'a> = (&'a str, &'a str);
 const BOTH: Setting<'static> = ("CUDA_SIM_CUDNN_ENGINES", "6,8");
 const TAKES_6: Setting<'static> = ("CUDA_SIM_CUDNN_SLOW", "8");
 const TAKES_8: Setting<'static> = ("CUDA_SIM_CUDNN_SLOW", "6");
+/// So have products two algorithms that are right.
+const TAKES_0: Setting<'static> = ("CUDA_SIM_CUBLASLT_SLOW", "1");
+const TAKES_1: Setting<'static> = ("CUDA_SIM_CUBLASLT_SLOW", "0");
 
 /// None where the program has no kernels, or the GPU is a real one.
 fn project() -> Option<Project> {
@@ -39,9 +42,13 @@ struct Ran {
 }
 
 impl Ran {
-    /// Whether a rank searched.
+    /// Whether a rank searched, both or neither.
+    #[track_caller]
     fn has_searched(&self, rank: usize) -> bool {
-        self.log.contains(&format!("{rank} searches"))
+        let has = |what: &str| self.log.contains(&format!("{rank} {what}"));
+        let both = [has("searches"), has("searches products")];
+        assert_eq!(both[0], both[1], "{:?}", self.log);
+        both[0]
     }
 
     /// The engines of a rank's plans, those that were only timed among them.
@@ -57,7 +64,7 @@ fn begun(project: &Project, ranks: usize, run_dir: &str, settings: &[Setting<'_>
     fs::write(&log, "").unwrap();
     let ranks = ranks.to_string();
     command.env("LD_LIBRARY_PATH", library_path(&LIBRARIES)).env("CUDA_SIM_GPUS", &ranks);
-    command.env("CUDA_SIM_CUDNN_LOG", &log).envs([BOTH]).envs(settings.iter().copied());
+    command.env("CUDA_SIM_LOG", &log).envs([BOTH]).envs(settings.iter().copied());
     command.args(["--ranks", &ranks, "train", "config.toml", "--device", "cuda", "--run-dir", run_dir]);
     command.args(["--set", "checkpoint.every=2", "--set", "sample.count=2"]);
     (command, log)
@@ -86,7 +93,20 @@ fn pinned(project: &Project, run_dir: &str, step: u64) -> PlanTable {
 }
 
 fn engines_of(table: &PlanTable) -> BTreeSet<i64> {
-    table.choices().iter().map(|timed| timed.choice.engine.engine).collect()
+    let engine = |choice: &Choice| match choice {
+        Choice::Convolution(choice) => Some(choice.engine.engine),
+        Choice::Product(_) => None,
+    };
+    table.choices().iter().filter_map(|timed| engine(&timed.choice)).collect()
+}
+
+/// Numbers of the products' algorithms, which stand in their sixth word (tests/cuda-sim/cublaslt.cpp).
+fn algorithms_of(table: &PlanTable) -> BTreeSet<u64> {
+    let algorithm = |choice: &Choice| match choice {
+        Choice::Convolution(_) => None,
+        Choice::Product(choice) => Some(choice.algorithm[5]),
+    };
+    table.choices().iter().filter_map(|timed| algorithm(&timed.choice)).collect()
 }
 
 /// The one file of plans.
@@ -100,20 +120,22 @@ fn cache_file(project: &Project) -> PathBuf {
 #[test]
 fn a_second_process_computes_as_the_first_found() {
     let Some(project) = project() else { return };
-    let first = must_be_well(train(&project, 1, "first", 2, &[TAKES_6]));
-    assert!(first.has_searched(0) && first.said.contains("timing how cuDNN computes"), "{}", first.said);
+    let first = must_be_well(train(&project, 1, "first", 2, &[TAKES_6, TAKES_1]));
+    assert_eq!(algorithms_of(&pinned(&project, "first", 2)), BTreeSet::from([1]));
+    assert!(first.has_searched(0) && first.said.contains("timing how cuDNN and cuBLASLt compute"), "{}", first.said);
     let name = cache_file(&project).file_name().unwrap().to_str().unwrap().to_string();
     assert!(name.starts_with("a-machine-made-of-software-8.0-cudnn-9.10.2"), "{name}");
     let text = fs::read_to_string(cache_file(&project)).unwrap();
-    let second = must_be_well(train(&project, 1, "second", 2, &[TAKES_8]));
+    let second = must_be_well(train(&project, 1, "second", 2, &[TAKES_8, TAKES_0]));
     assert!(!second.has_searched(0) && !second.said.contains("timing how"), "{}", second.said);
     assert_eq!(second.engines(0), BTreeSet::from(["6"]));
     assert_eq!(pinned(&project, "first", 2), pinned(&project, "second", 2));
     assert_eq!(fs::read_to_string(cache_file(&project)).unwrap(), text);
     // Where nothing is kept, each process searches.
-    let alone = must_be_well(train(&project, 1, "alone", 2, &[TAKES_8, ("DDPM_DIST_CUDA_PLANS", "off")]));
+    let alone = must_be_well(train(&project, 1, "alone", 2, &[TAKES_8, TAKES_0, ("DDPM_DIST_CUDA_PLANS", "off")]));
     assert!(alone.has_searched(0), "{}", alone.said);
     assert_eq!(engines_of(&pinned(&project, "alone", 2)), BTreeSet::from([8]));
+    assert_eq!(algorithms_of(&pinned(&project, "alone", 2)), BTreeSet::from([0]));
     assert_eq!(fs::read_to_string(cache_file(&project)).unwrap(), text);
 }
 
@@ -149,14 +171,16 @@ fn a_plan_that_does_not_hold_any_more_is_searched_again() {
     let spoilt =
         text.replacen("{\"engine\":6,", "{\"engine\":100,", 1).replacen("{\"engine\":6,", "{\"engine\":11,", 1);
     let of_11 = spoilt.replace("\"knobs\":[{\"kind\":2,\"value\":1}]", "\"knobs\":[]");
+    // And an algorithm that leaves out a term: the sixth word of the first product's.
+    let at = of_11.find("\"algorithm\":[").unwrap() + "\"algorithm\":[".len();
+    let words: Vec<&str> = of_11[at..].split_once(']').unwrap().0.split(',').collect();
+    let others = [&words[..5], &["2"], &words[6..]].concat().join(",");
+    let of_11 = of_11.replacen(&words.join(","), &others, 1);
     fs::write(&file, &of_11).unwrap();
     let again = must_be_well(train(&project, 1, "again", 1, &[TAKES_6]));
-    assert!(
-        again.said.contains("2 of the plans for convolutions that were chosen before cannot be used"),
-        "{}",
-        again.said
-    );
+    assert!(again.said.contains("3 of the plans that were chosen before cannot be used"), "{}", again.said);
     assert!(again.has_searched(0), "{}", again.said);
+    assert!(!algorithms_of(&pinned(&project, "again", 1)).contains(&2));
     assert_eq!(engines_of(&pinned(&project, "again", 1)), BTreeSet::from([6]));
     let mended = must_be_well(train(&project, 1, "mended", 1, &[TAKES_8]));
     assert!(!mended.has_searched(0) && !mended.said.contains("cannot be used"), "{}", mended.said);
@@ -165,11 +189,13 @@ fn a_plan_that_does_not_hold_any_more_is_searched_again() {
 #[test]
 fn all_ranks_compute_as_rank_0_has_found() {
     let Some(project) = project() else { return };
-    let other = ("CUDA_SIM_CUDNN_SLOW_OF_1", "6");
+    let (other, products) = (("CUDA_SIM_CUDNN_SLOW_OF_1", "6"), ("CUDA_SIM_CUBLASLT_SLOW_OF_1", "0"));
     let off = ("DDPM_DIST_CUDA_PLANS", "off");
-    let ran = must_be_well(train(&project, 2, "run", 2, &[off, TAKES_6, other]));
+    let ran = must_be_well(train(&project, 2, "run", 2, &[off, TAKES_6, other, TAKES_0, products]));
     assert!(ran.has_searched(0) && !ran.has_searched(1), "{:?}", ran.log);
     assert_eq!(ran.engines(1), BTreeSet::from(["6"]));
+    let has = |line: &str| ran.log.iter().any(|known| known == line);
+    assert!(has("1 has algorithm 0 again") && !has("1 has algorithm 1 again"), "{:?}", ran.log);
     assert_eq!(engines_of(&pinned(&project, "run", 2)), BTreeSet::from([6]));
     assert!(!ran.said.contains("differs in its last bits"), "{}", ran.said);
     // Plans of one version are of no use to another.

@@ -141,11 +141,7 @@ fn what_keeps_a_gpu_from_working_is_told() {
     let cudnn = std::path::PathBuf::from(library_path(&[dnn]));
     std::os::unix::fs::symlink(cudnn.join("libcudnn.so"), work.path("libcublasLt.so")).unwrap();
     let path = format!("{}:{}", work.path(""), library_path(&[driver, dnn]).into_string().unwrap());
-    fails(
-        with("LD_LIBRARY_PATH", &path, &cuda),
-        7,
-        &["this is cuBLASLt without `cublasLtGetStatusName`", "pip install"],
-    );
+    fails(with("LD_LIBRARY_PATH", &path, &cuda), 7, &["this is cuBLASLt without `cublasLtGetVersion`", "pip install"]);
     fails(with("CUDA_SIM_CARD", "7.5 65536", &cuda), 7, &["has compute capability 7.5"]);
     fails(with("CUDA_SIM_CUBLASLT_FAIL", "create", &cuda), 7, &["cuBLASLt cannot start"]);
     fails(

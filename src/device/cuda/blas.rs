@@ -1,8 +1,11 @@
 //! Matrix products by cuBLASLt. It stores columns one after another, we rows: it computes cᵀ = bᵀ·aᵀ, which in memory is the same.
 
 mod library;
+mod search;
 
-use super::{CudaError, MatrixShape, Memory, Precision, ProductShape};
+pub use search::ProductChoice;
+
+use super::{AlignedProduct, CudaError, MatrixShape, Memory, Precision, ProductAddresses, ProductShape};
 use cudarc::cublaslt::sys::{
     self, cublasLtMatmulDescAttributes_t as Of, cublasLtMatmulPreferenceAttributes_t as Prefer,
 };
@@ -14,6 +17,9 @@ use std::ptr;
 /// `cublasOperation_t`
 const AS_IT_IS: i32 = 0;
 const TRANSPOSED: i32 = 1;
+
+/// Algorithms that are timed, at most.
+const MOST: usize = 16;
 
 /// The library's handle.
 struct Handle {
@@ -38,16 +44,6 @@ pub(super) struct Blas {
 // SAFETY: a handle of cuBLASLt and a stream belong to no thread; who has the GPU binds its context to the thread first.
 unsafe impl Send for Blas {}
 
-/// The addresses of a product's operands; 0 where there is none.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct ProductAddresses {
-    pub a: u64,
-    pub b: u64,
-    pub c: u64,
-    pub bias: u64,
-    pub addend: u64,
-}
-
 impl Blas {
     /// The library, which computes on `stream` and may use `workspace` while it does.
     ///
@@ -68,45 +64,63 @@ impl Blas {
         format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100)
     }
 
-    /// Chooses an algorithm for a product of these operands.
+    /// The algorithms that cuBLASLt proposes, best first by its own guess: those that sum in f32 and in one order.
+    fn proposed(&self, of: &Operation, product: &AlignedProduct) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, CudaError> {
+        let library = self.handle.library;
+        let preference = Preference::new(library, self.workspace.bytes)?;
+        let [a, b, addend, c] = product.alignments;
+        // Theirs are transposed in memory.
+        for (attribute, alignment) in [
+            (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
+            (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
+            (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, addend),
+            (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
+        ] {
+            preference.set(attribute, &alignment)?;
+        }
+        let mut proposals = [Proposal::default(); MOST];
+        let mut count: c_int = 0;
+        // SAFETY: all of them live, and there is room for as many proposals.
+        let status = unsafe {
+            let (first, second, sum) = (of.first.raw, of.second.raw, of.sum.raw);
+            let (most, found) = (MOST as c_int, proposals.as_mut_ptr());
+            let (handle, description, preference) = (self.handle.raw, of.description.raw, preference.raw);
+            (library.propose)(handle, description, first, second, sum, sum, preference, most, found, &mut count)
+        };
+        library.check(status, || format!("find an algorithm for the {}", product.shape))?;
+        let is_there = |proposal: &&Proposal| proposal.status == 0 && proposal.workspace <= self.workspace.bytes;
+        let found = &proposals[..usize::try_from(count).unwrap_or(0).min(MOST)];
+        Ok(found.iter().filter(is_there).map(|proposal| proposal.algorithm).collect())
+    }
+
+    /// Refuses an operation whose algorithm cuBLASLt does not have, or that needs too much.
+    fn must_have(&self, of: &Operation) -> Result<(), CudaError> {
+        let library = self.handle.library;
+        let mut proposal = Proposal::default();
+        // SAFETY: all of them live, and the library writes to a proposal that does.
+        let status = unsafe {
+            let (handle, description, sum) = (self.handle.raw, of.description.raw, of.sum.raw);
+            let (first, second, algorithm) = (of.first.raw, of.second.raw, &raw const of.algorithm);
+            (library.check_algorithm)(handle, description, first, second, sum, sum, algorithm, &mut proposal)
+        };
+        library.check(status, || "have the algorithm again".into())?;
+        match proposal.workspace <= self.workspace.bytes {
+            true => Ok(()),
+            false => Err(CudaError::NoPlan {
+                library: "cuBLASLt".into(),
+                what: "algorithm that was chosen before".into(),
+                refusals: vec![format!("it needs {} bytes of workspace", proposal.workspace)],
+            }),
+        }
+    }
+
+    /// A product whose operands stand at these addresses, by the algorithm that was chosen for it.
     ///
     /// # Errors
-    /// There is none that is deterministic and sums in f32.
-    pub fn prepare(&self, shape: &ProductShape, at: ProductAddresses) -> Result<PreparedProduct, CudaError> {
-        let ProductShape { rows, columns, depth, a, b, c, .. } = *shape;
-        let library = self.handle.library;
-        let description = Description::new(library, shape, at.bias)?;
-        // Theirs are transposed in memory.
-        let first = Layout::of(library, &b, [depth, columns])?;
-        let second = Layout::of(library, &a, [rows, depth])?;
-        let sum = Layout::of(library, &c, [rows, columns])?;
-        let preference = Preference::new(library, self.workspace.bytes)?;
-        for (attribute, address) in [
-            (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, at.b),
-            (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, at.a),
-            (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, if shape.has_addend { at.addend } else { at.c }),
-            (Prefer::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, at.c),
-        ] {
-            preference.set(attribute, &alignment(address))?;
-        }
-        let algorithm = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
-        let mut proposal = Proposal { algorithm, workspace: 0, status: 0, waves: 0.0, reserved: [0; 4] };
-        let mut count: c_int = 0;
-        // SAFETY: all of them live, and there is room for one proposal.
-        let status = unsafe {
-            let (handle, sum) = (self.handle.raw, sum.raw);
-            let (description, first, second) = (description.raw, first.raw, second.raw);
-            let (preference, proposal) = (preference.raw, &raw mut proposal);
-            (library.propose)(handle, description, first, second, sum, sum, preference, 1, proposal, &mut count)
-        };
-        library.check(status, || format!("find an algorithm for the {shape}"))?;
-        library.check(proposal.status, || format!("use its algorithm for the {shape}"))?;
-        if count < 1 {
-            let (library, what) = ("cuBLASLt".into(), shape.to_string());
-            return Err(CudaError::NoPlan { library, what, refusals: vec!["it proposes none".into()] });
-        }
-        let algorithm = proposal.algorithm;
-        Ok(PreparedProduct { description, first, second, sum, algorithm, at, has_addend: shape.has_addend })
+    /// The library's.
+    pub fn prepare(&self, choice: &ProductChoice, at: ProductAddresses) -> Result<Operation, CudaError> {
+        let algorithm = sys::cublasLtMatmulAlgo_t { data: choice.algorithm };
+        Ok(Operation { algorithm, ..Operation::new(self, &choice.product.shape, at)? })
     }
 
     /// Begins a product.
@@ -116,8 +130,8 @@ impl Blas {
     ///
     /// # Safety
     /// The addresses that it was prepared with are those of its operands.
-    pub unsafe fn run(&self, product: &PreparedProduct) -> Result<(), CudaError> {
-        let PreparedProduct { description, first, second, sum, algorithm, at, has_addend } = product;
+    pub unsafe fn run(&self, product: &Operation) -> Result<(), CudaError> {
+        let Operation { description, first, second, sum, algorithm, at, has_addend } = product;
         let (alpha, beta) = (1.0f32, if *has_addend { 1.0f32 } else { 0.0 });
         let addend = if *has_addend { at.addend } else { at.c };
         // SAFETY: the descriptions live, the scalars are on the host as cuBLASLt expects if nothing else is said, and the caller vouches
@@ -147,7 +161,7 @@ impl Blas {
 }
 
 /// A product whose operands stand at known addresses.
-pub(super) struct PreparedProduct {
+pub(super) struct Operation {
     description: Description,
     first: Layout,
     second: Layout,
@@ -157,9 +171,19 @@ pub(super) struct PreparedProduct {
     has_addend: bool,
 }
 
-/// Bytes that an address is aligned to, as far as it matters.
-fn alignment(address: u64) -> u32 {
-    1 << address.trailing_zeros().min(8)
+impl Operation {
+    /// One without an algorithm.
+    fn new(blas: &Blas, shape: &ProductShape, at: ProductAddresses) -> Result<Operation, CudaError> {
+        let ProductShape { rows, columns, depth, a, b, c, has_addend, .. } = *shape;
+        let library = blas.handle.library;
+        let description = Description::new(library, shape, at.bias)?;
+        // Theirs are transposed in memory.
+        let first = Layout::of(library, &b, [depth, columns])?;
+        let second = Layout::of(library, &a, [rows, depth])?;
+        let sum = Layout::of(library, &c, [rows, columns])?;
+        let algorithm = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
+        Ok(Operation { description, first, second, sum, algorithm, at, has_addend })
+    }
 }
 
 fn type_of(precision: Precision) -> sys::cudaDataType {

@@ -1,13 +1,12 @@
 //! An op's work with the addresses of its operands, ready to be begun as often as it is wanted.
 
-use super::blas::{PreparedProduct, ProductAddresses};
+use super::blas::Operation;
 use super::dnn::{ConvolutionAddresses, PreparedConvolution, Rest};
 use super::{
-    Argument, Convolution, ConvolutionShape, Cuda, CudaError, Pass, Place, Precision, PreparedKernel, Product,
-    ProductShape, Step, Work,
+    Argument, Convolution, ConvolutionShape, Cuda, CudaError, Pass, Piece, Precision, PreparedKernel, Product, Step,
+    Work,
 };
 use crate::device::{Binding, Slot};
-use std::time::Duration;
 
 /// Where an instruction reads and writes.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +26,7 @@ enum Kind {
     Kernel(PreparedKernel),
     /// And what it leaves to a kernel.
     Convolution(PreparedConvolution, Option<PreparedKernel>),
-    Product(PreparedProduct),
+    Product(Operation),
 }
 
 /// Addresses of an op's operands and constants.
@@ -48,21 +47,6 @@ impl Addresses {
             Argument::Output(place) => self.outputs[*place],
             Argument::Scratch => self.scratch,
             Argument::Null | Argument::Value(_) => 0,
-        }
-    }
-
-    fn of_place(&self, place: &Place, precision: Precision) -> u64 {
-        self.of(&place.operand) + (place.offset * precision.bytes()) as u64
-    }
-
-    fn of_product(&self, product: &Product) -> ProductAddresses {
-        let Product { shape, a, b, c, bias, addend } = product;
-        ProductAddresses {
-            a: self.of_place(a, shape.a.precision),
-            b: self.of_place(b, shape.b.precision),
-            c: self.of_place(c, shape.c.precision),
-            bias: self.of(bias),
-            addend: self.of_place(&Place { operand: addend.clone(), offset: c.offset }, shape.c.precision),
         }
     }
 }
@@ -122,14 +106,22 @@ impl Cuda {
     fn prepare_step(&mut self, step: &Step, addresses: &Addresses) -> Result<Command, CudaError> {
         Ok(Command(match step {
             Step::Kernel(launch) => Kind::Kernel(self.gpu.prepare(launch, |argument| addresses.of(argument))?),
-            Step::Product(product) => Kind::Product(self.blas.prepare(&product.shape, addresses.of_product(product))?),
+            Step::Product(product) => self.prepare_product(product, addresses)?,
             Step::Convolution(convolution) => self.prepare_convolution(convolution, addresses)?,
         }))
     }
 
+    fn prepare_product(&mut self, of: &Product, addresses: &Addresses) -> Result<Kind, CudaError> {
+        let at = of.addresses(|argument| addresses.of(argument));
+        let product = of.aligned(&at);
+        self.find_plans(&[Piece::Product(product)], &|| true)?;
+        let Some(choice) = self.plans.product(&product) else { unreachable!("it has just been found") };
+        Ok(Kind::Product(self.blas.prepare(choice, at)?))
+    }
+
     fn prepare_convolution(&mut self, of: &Convolution, addresses: &Addresses) -> Result<Kind, CudaError> {
-        self.find_plans(&[of.shape], &|| true)?;
-        let Some(plan) = self.plans.get(&of.shape) else { unreachable!("it has just been found") };
+        self.find_plans(&[Piece::Convolution(of.shape)], &|| true)?;
+        let Some(plan) = self.plans.convolution(&of.shape) else { unreachable!("it has just been found") };
         let [x, weight, y, bias, residual] =
             [&of.x, &of.weight, &of.y, &of.bias, &of.residual].map(|argument| addresses.of(argument));
         let at = ConvolutionAddresses { x, weight, y, bias, residual };
@@ -152,28 +144,6 @@ impl Cuda {
             operand => addresses.of(operand),
         })?;
         Ok(Kind::Convolution(prepared, Some(kernel)))
-    }
-
-    /// Time that a product takes at least, of some rounds of so many together.
-    ///
-    /// # Errors
-    /// What the library refuses.
-    pub(super) fn fastest_product(
-        &mut self,
-        shape: &ProductShape,
-        at: ProductAddresses,
-        rounds: usize,
-        together: usize,
-    ) -> Result<Duration, CudaError> {
-        let product = self.blas.prepare(shape, at)?;
-        let Cuda { gpu, blas, .. } = self;
-        let mut fastest = Duration::MAX;
-        for _ in 0..rounds {
-            // SAFETY: the caller gives memory of these sizes, which lives until the clock has been read.
-            let time = gpu.time(|_| (0..together).try_for_each(|_| unsafe { blas.run(&product) }))?;
-            fastest = fastest.min(time / together as u32);
-        }
-        Ok(fastest)
     }
 
     /// Begins what was prepared on this device.

@@ -3,9 +3,9 @@
 use super::blas::Blas;
 use super::capture::Graphs;
 use super::dnn::Dnn;
-use super::plans::Plans;
+use super::plans::{Libraries, Plans};
 use super::staging::Staging;
-use super::{Capture, Card, ConvolutionShape, CudaError, Gpu, Graph, Memory, PlanTable, versions};
+use super::{Capture, Card, CudaError, Gpu, Graph, Memory, Piece, PlanTable, versions};
 use crate::device::{BufferId, DeviceError, Element, Slot, StagingId};
 use std::ops::Range;
 
@@ -201,25 +201,26 @@ impl Cuda {
         self.stagings[id.0].begin_download(from, first)
     }
 
-    /// Has a plan for each of these convolutions, by a search where it knows none. Gives false if it left off, as `goes_on` said.
+    /// Has a plan for each of these pieces, by a search where it knows none. Gives false if it left off, as `goes_on` said.
     ///
     /// # Errors
-    /// There is none for one of them, too little memory, or the GPU or cuDNN fails.
-    pub fn find_plans(&mut self, shapes: &[ConvolutionShape], goes_on: &dyn Fn() -> bool) -> Result<bool, CudaError> {
-        self.plans.find(&mut self.gpu, &self.dnn, shapes, goes_on)
+    /// There is none for one of them, too little memory, or the GPU or a library fails.
+    pub fn find_plans(&mut self, pieces: &[Piece], goes_on: &dyn Fn() -> bool) -> Result<bool, CudaError> {
+        let Cuda { gpu, dnn, blas, plans, .. } = self;
+        plans.find(&mut Libraries { gpu, dnn, blas }, pieces, goes_on)
     }
 
-    /// How many of these convolutions need a search, which takes seconds for each.
-    pub fn unknown_plans(&self, shapes: &[ConvolutionShape]) -> usize {
-        self.plans.unknown(shapes)
+    /// How many of these pieces need a search, which takes seconds for each.
+    pub fn unknown_plans(&self, pieces: &[Piece]) -> usize {
+        self.plans.unknown(pieces)
     }
 
-    /// Takes plans from a table, where a convolution has none yet. Gives false if they are for another card.
+    /// Takes plans from a table, where a piece has none yet. Gives false if they are for another card.
     pub fn prefer_plans(&mut self, table: &PlanTable) -> bool {
         self.plans.prefer(table)
     }
 
-    /// How convolutions are computed.
+    /// How convolutions and products are computed.
     pub fn plans(&self) -> PlanTable {
         self.plans.in_use()
     }

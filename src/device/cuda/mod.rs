@@ -12,6 +12,7 @@ mod kernel;
 mod lane;
 mod launch;
 pub mod nccl;
+mod pattern;
 mod peak;
 mod plans;
 mod staging;
@@ -19,6 +20,7 @@ pub mod versions;
 mod work;
 
 pub use super::Precision;
+pub use blas::ProductChoice;
 pub use capture::{Capture, Graph};
 pub use command::{Command, Operands};
 pub use device::{Cuda, WORKSPACE};
@@ -28,5 +30,8 @@ pub use image::Image;
 pub use kernel::PreparedKernel;
 pub use lane::{Lane, Mark};
 pub use launch::{Argument, Launch};
-pub use plans::{Card, PlanTable, TimedChoice};
-pub use work::{Convolution, ConvolutionShape, Form, MatrixShape, Pass, Place, Product, ProductShape, Step, Work};
+pub use plans::{Card, Choice, Piece, PlanTable, TimedChoice};
+pub use work::{
+    AlignedProduct, Convolution, ConvolutionShape, Form, MatrixShape, Pass, Place, Product, ProductAddresses,
+    ProductShape, Step, Work,
+};

@@ -127,7 +127,7 @@ pub struct Convolution {
 }
 
 /// How a matrix stands in memory, row by row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MatrixShape {
     /// Whether the product takes its transpose.
     pub is_transposed: bool,
@@ -138,7 +138,7 @@ pub struct MatrixShape {
 }
 
 /// Sizes of a product c `[M, N]` = a `[M, K]` · b `[K, N]` (+ bias) (+ addend); sums are f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ProductShape {
     /// M.
     pub rows: usize,
@@ -194,4 +194,54 @@ pub struct Product {
     pub bias: Argument,
     /// The addend, likewise.
     pub addend: Argument,
+}
+
+impl Product {
+    /// The addresses of its operands, where those of the op are known; 0 where there is none.
+    pub fn addresses(&self, of: impl Fn(&Argument) -> u64) -> ProductAddresses {
+        let Product { shape, a, b, c, bias, addend } = self;
+        let place = |operand: &Argument, offset: usize, precision: Precision| match operand {
+            Argument::Null => 0,
+            operand => of(operand) + (offset * precision.bytes()) as u64,
+        };
+        ProductAddresses {
+            a: place(&a.operand, a.offset, shape.a.precision),
+            b: place(&b.operand, b.offset, shape.b.precision),
+            c: place(&c.operand, c.offset, shape.c.precision),
+            bias: place(bias, 0, shape.c.precision),
+            addend: place(addend, c.offset, shape.c.precision),
+        }
+    }
+
+    /// What a library is asked for, where its operands stand at these addresses.
+    pub fn aligned(&self, at: &ProductAddresses) -> AlignedProduct {
+        let addend = if self.shape.has_addend { at.addend } else { at.c };
+        // As far as it matters.
+        let alignment = |address: u64| 1 << address.trailing_zeros().min(8);
+        AlignedProduct { shape: self.shape, alignments: [at.a, at.b, addend, at.c].map(alignment) }
+    }
+}
+
+/// The addresses of a product's operands; 0 where there is none.
+#[derive(Clone, Copy, Debug)]
+pub struct ProductAddresses {
+    /// Of the first factor.
+    pub a: u64,
+    /// Of the second.
+    pub b: u64,
+    /// Of the result.
+    pub c: u64,
+    /// Of the bias.
+    pub bias: u64,
+    /// Of the addend.
+    pub addend: u64,
+}
+
+/// A product as a library is asked for it: which algorithms it has depends on where operands stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct AlignedProduct {
+    /// Its sizes.
+    pub shape: ProductShape,
+    /// What divides the addresses of a, b, the addend and c, in bytes; 256 at most.
+    pub alignments: [u32; 4],
 }

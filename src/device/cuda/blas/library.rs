@@ -26,6 +26,13 @@ pub(super) struct Proposal {
     pub reserved: [c_int; 4],
 }
 
+impl Default for Proposal {
+    fn default() -> Proposal {
+        let algorithm = cublasLtMatmulAlgo_t { data: [0; 8] };
+        Proposal { algorithm, workspace: 0, status: 0, waves: 0.0, reserved: [0; 4] }
+    }
+}
+
 /// Declares the entry points, and finds them: cudarc's own calls would panic where one is missing.
 macro_rules! entry_points {
     ($($field:ident = $symbol:literal: fn($($argument:ty),* $(,)?) -> $result:ty;)*) => {
@@ -80,6 +87,16 @@ entry_points! {
         c_int,
         *mut Proposal,
         *mut c_int,
+    ) -> Status;
+    check_algorithm = "cublasLtMatmulAlgoCheck": fn(
+        cublasLtHandle_t,
+        cublasLtMatmulDesc_t,
+        cublasLtMatrixLayout_t,
+        cublasLtMatrixLayout_t,
+        cublasLtMatrixLayout_t,
+        cublasLtMatrixLayout_t,
+        *const cublasLtMatmulAlgo_t,
+        *mut Proposal,
     ) -> Status;
     multiply = "cublasLtMatmul": fn(
         cublasLtHandle_t,

@@ -2,55 +2,8 @@
 //! nothing to cuDNN.
 
 use super::form::{Form, Tensor, elements, output_of, sizes};
+use crate::device::cuda::pattern::{Pattern, Sum, mixed, number};
 use crate::device::cuda::{ConvolutionShape, Pass, Precision};
-
-/// Random numbers in (-1, 1), over and over: those of a tensor of any size, known without keeping it.
-pub(super) struct Pattern {
-    numbers: Vec<f32>,
-}
-
-/// A prime: neighbours in no dimension of a tensor have the same numbers.
-const PERIOD: usize = 65_537;
-
-/// splitmix64's finalizer.
-fn mixed(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
-}
-
-impl Pattern {
-    /// Numbers of a tensor of that type.
-    pub fn new(seed: u64, precision: Precision) -> Pattern {
-        let number = |i: u64| {
-            let bits = (mixed(seed << 32 | i) >> 40) as f32;
-            let number = bits / f32::from_bits(0x4B00_0000) - 1.0;
-            match precision {
-                Precision::F32 => number,
-                Precision::Bf16 => f32::from_bits(number.to_bits() & 0xFFFF_0000),
-            }
-        };
-        Pattern { numbers: (0..PERIOD as u64).map(number).collect() }
-    }
-
-    fn at(&self, i: usize) -> f64 {
-        self.numbers[i % PERIOD].into()
-    }
-
-    /// The first `len` elements as a device holds them.
-    pub fn bytes(&self, len: usize, precision: Precision) -> Vec<u8> {
-        let of = |numbers: &[f32]| -> Vec<u8> {
-            match precision {
-                Precision::F32 => numbers.iter().flat_map(|number| number.to_ne_bytes()).collect(),
-                Precision::Bf16 => {
-                    numbers.iter().flat_map(|number| ((number.to_bits() >> 16) as u16).to_ne_bytes()).collect()
-                }
-            }
-        };
-        let period = of(&self.numbers);
-        period.iter().copied().cycle().take(len * precision.bytes()).collect()
-    }
-}
 
 /// The numbers of all tensors; the output's are what is there before.
 pub(super) struct Patterns {
@@ -73,22 +26,6 @@ pub(super) fn precision_of(shape: &ConvolutionShape, form: Form, tensor: Tensor)
     if tensor == output_of(shape.pass) { form.output(shape) } else { shape.precision }
 }
 
-/// A sum with what bounds its rounding.
-#[derive(Default)]
-struct Sum {
-    value: f64,
-    squares: f64,
-    terms: usize,
-}
-
-impl Sum {
-    fn add(&mut self, term: f64) {
-        self.value += term;
-        self.squares += term * term;
-        self.terms += 1;
-    }
-}
-
 /// The first of `samples` elements that differs from what the convolution must give, in words.
 pub(super) fn fault(
     shape: &ConvolutionShape,
@@ -99,14 +36,7 @@ pub(super) fn fault(
 ) -> Option<String> {
     let precision = form.output(shape);
     let tensor = output_of(shape.pass);
-    let number = |i: usize| -> f64 {
-        let at = &found[i * precision.bytes()..][..precision.bytes()];
-        match *at {
-            [a, b, c, d] => f32::from_ne_bytes([a, b, c, d]).into(),
-            [a, b] => f32::from_bits(u32::from(u16::from_ne_bytes([a, b])) << 16).into(),
-            _ => f64::NAN,
-        }
-    };
+    let number = |i: usize| number(found, i, precision);
     // Before the run the output holds NaN, or what is added to.
     if let Some(i) = (0..elements(shape, tensor)).find(|&i| !number(i).is_finite()) {
         return Some(format!("element {i} is {}", number(i)));
@@ -136,13 +66,7 @@ pub(super) fn fault(
         if part.has_residual {
             sum.add(patterns.of(Tensor::Residual).at(i));
         }
-        // K terms one after another, each sum rounded towards zero as tensor cores do, make an error of about ε K^1.5 times a term's
-        // size, and K times the root of their squares is that; the result is rounded once more.
-        let half = match precision {
-            Precision::F32 => f64::from(f32::EPSILON) / 2.0,
-            Precision::Bf16 => 1.0 / 256.0,
-        };
-        let bound = f64::from(f32::EPSILON) * sum.terms as f64 * sum.squares.sqrt() + 1.01 * half * sum.value.abs();
+        let bound = sum.bound(precision);
         if (number(i) - sum.value).abs() > bound {
             return Some(format!("element {place:?} is {}, expected {} ± {bound}", number(i), sum.value));
         }

@@ -44,7 +44,7 @@ impl PlanCache {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == ErrorKind::NotFound => return (nothing(), None),
             Err(error) => {
-                let notice = format!("the plans for convolutions in {} cannot be read: {error}", path.display());
+                let notice = format!("the plans of a GPU in {} cannot be read: {error}", path.display());
                 return (nothing(), Some(notice));
             }
         };
@@ -66,7 +66,7 @@ impl PlanCache {
             .and_then(|text| write_synced(path, text.as_bytes()));
         let failure = written.err().map(|error| {
             format!(
-                "the plans for convolutions cannot be kept in {}, so that the next run searches them again: {error}; \
+                "the plans of a GPU cannot be kept in {}, so that the next run searches them again: {error}; \
                  {VARIABLE} names another folder, or is off",
                 path.display()
             )
@@ -95,7 +95,7 @@ fn read_at_most(path: &Path) -> io::Result<Vec<u8>> {
 fn set_aside(path: &Path, why: &str) -> String {
     let mut name = OsString::from(path);
     name.push(".set-aside");
-    let what = format!("{}, which has plans for convolutions, {why}", path.display());
+    let what = format!("{}, which has plans of a GPU, {why}", path.display());
     match fs::rename(path, &name) {
         Ok(()) => format!("{what}: it is now {}, and plans are searched again", Path::new(&name).display()),
         Err(error) => format!("{what}, and cannot be set aside ({error}): plans are searched again"),

@@ -1,16 +1,49 @@
-//! How a GPU computes convolutions is chosen once and kept: as a checkpoint or another rank has chosen, else as was found on this machine
-//! before, else as a search finds now.
+//! How a GPU computes convolutions and products is chosen once and kept: as a checkpoint or another rank has chosen, else as was found on this
+//! machine before, else as a search finds now.
 
 mod cache;
 mod table;
 
-pub use table::{Card, PlanTable, TimedChoice};
+pub use table::{Card, Choice, Piece, PlanTable, TimedChoice};
 
+use super::blas::{Blas, ProductChoice};
 use super::dnn::{ConvolutionPlan, Dnn};
-use super::{ConvolutionShape, CudaError, Gpu};
+use super::{AlignedProduct, ConvolutionShape, CudaError, Gpu};
 use cache::PlanCache;
 use std::collections::VecDeque;
 use std::time::Duration;
+
+/// What plans are searched with.
+pub(super) struct Libraries<'a> {
+    pub gpu: &'a mut Gpu,
+    pub dnn: &'a Dnn,
+    pub blas: &'a Blas,
+}
+
+/// A plan, ready to be bound to addresses.
+#[derive(Debug)]
+enum Plan {
+    Convolution(ConvolutionPlan),
+    Product(ProductChoice, Duration),
+}
+
+impl Plan {
+    fn piece(&self) -> Piece {
+        match self {
+            Plan::Convolution(plan) => Piece::Convolution(plan.choice().shape),
+            Plan::Product(choice, _) => Piece::Product(choice.product),
+        }
+    }
+
+    /// What it was chosen for.
+    fn timed(&self) -> TimedChoice {
+        let (choice, time) = match self {
+            Plan::Convolution(plan) => (Choice::Convolution(plan.choice().clone()), plan.time().unwrap_or_default()),
+            Plan::Product(choice, time) => (Choice::Product(choice.clone()), *time),
+        };
+        TimedChoice { choice, nanoseconds: u64::try_from(time.as_nanos()).unwrap_or(u64::MAX) }
+    }
+}
 
 /// The plans of a GPU.
 #[derive(Debug)]
@@ -18,14 +51,14 @@ pub(super) struct Plans {
     cache: PlanCache,
     /// Chosen before or elsewhere.
     known: PlanTable,
-    /// Those that this process computes with, one for each convolution.
-    ready: Vec<ConvolutionPlan>,
+    /// Those that this process computes with, one for each piece.
+    ready: Vec<Plan>,
     /// Most bytes of workspace that one may need.
     limit: usize,
     notices: VecDeque<String>,
 }
 
-/// What became of convolutions that needed plans.
+/// What became of pieces that needed plans.
 #[derive(Default)]
 struct Finding {
     /// Found by a search.
@@ -50,7 +83,7 @@ impl Plans {
         &self.known.card
     }
 
-    /// Takes the choices of a table before its own, for convolutions that have no plan yet; not those for another card.
+    /// Takes the choices of a table before its own, for pieces that have no plan yet; not those for another card.
     pub fn prefer(&mut self, table: &PlanTable) -> bool {
         let is_ours = table.card == *self.card();
         if is_ours {
@@ -62,39 +95,53 @@ impl Plans {
     /// Those that are computed with.
     pub fn in_use(&self) -> PlanTable {
         let mut table = PlanTable::new(self.card().clone());
-        self.ready.iter().map(timed).for_each(|timed| table.put(timed));
+        self.ready.iter().map(Plan::timed).for_each(|timed| table.put(timed));
         table
     }
 
-    /// How many of the convolutions have to be searched for.
-    pub fn unknown(&self, shapes: &[ConvolutionShape]) -> usize {
-        shapes.iter().filter(|shape| self.get(shape).is_none() && self.known.get(shape).is_none()).count()
+    /// How many of the pieces have to be searched for.
+    pub fn unknown(&self, pieces: &[Piece]) -> usize {
+        pieces.iter().filter(|piece| self.get(piece).is_none() && self.known.get(piece).is_none()).count()
+    }
+
+    fn get(&self, piece: &Piece) -> Option<&Plan> {
+        self.ready.iter().find(|plan| plan.piece() == *piece)
     }
 
     /// The plan of a convolution that has one.
-    pub fn get(&self, shape: &ConvolutionShape) -> Option<&ConvolutionPlan> {
-        self.ready.iter().find(|plan| plan.choice().shape == *shape)
+    pub fn convolution(&self, shape: &ConvolutionShape) -> Option<&ConvolutionPlan> {
+        match self.get(&Piece::Convolution(*shape)) {
+            Some(Plan::Convolution(plan)) => Some(plan),
+            _ => None,
+        }
     }
 
-    /// Has a plan for each convolution, and keeps those that are new for other processes. Gives false if it left off, as `goes_on` said.
+    /// The algorithm of a product that has one.
+    pub fn product(&self, product: &AlignedProduct) -> Option<&ProductChoice> {
+        match self.get(&Piece::Product(*product)) {
+            Some(Plan::Product(choice, _)) => Some(choice),
+            _ => None,
+        }
+    }
+
+    /// Has a plan for each piece, and keeps those that are new for other processes. Gives false if it left off, as `goes_on` said.
     ///
     /// # Errors
-    /// There is none for one of them, too little memory, or the GPU or cuDNN fails.
+    /// There is none for one of them, too little memory, or the GPU or a library fails.
     pub fn find(
         &mut self,
-        gpu: &mut Gpu,
-        dnn: &Dnn,
-        shapes: &[ConvolutionShape],
+        libraries: &mut Libraries<'_>,
+        pieces: &[Piece],
         goes_on: &dyn Fn() -> bool,
     ) -> Result<bool, CudaError> {
         let mut finding = Finding::default();
         let mut find = || {
-            for shape in shapes {
+            for piece in pieces {
                 if !goes_on() {
                     return Ok(false);
                 }
-                if self.get(shape).is_none() {
-                    let plan = self.plan(gpu, dnn, shape, &mut finding)?;
+                if self.get(piece).is_none() {
+                    let plan = self.plan(libraries, piece, &mut finding)?;
                     self.ready.push(plan);
                 }
             }
@@ -106,43 +153,52 @@ impl Plans {
         found
     }
 
-    fn plan(
-        &self,
-        gpu: &mut Gpu,
-        dnn: &Dnn,
-        shape: &ConvolutionShape,
-        finding: &mut Finding,
-    ) -> Result<ConvolutionPlan, CudaError> {
-        if let Some(known) = self.known.get(shape) {
-            match self.again(gpu, dnn, known)? {
+    fn plan(&self, libraries: &mut Libraries<'_>, piece: &Piece, finding: &mut Finding) -> Result<Plan, CudaError> {
+        if let Some(known) = self.known.get(piece) {
+            match self.again(libraries, known)? {
                 Ok(plan) => return Ok(plan),
                 Err(why) => finding.refusals.push(why),
             }
         }
-        let plan = dnn.search(gpu, shape, self.limit)?;
-        finding.new.push(timed(&plan));
+        let Libraries { gpu, dnn, blas } = libraries;
+        let plan = match piece {
+            Piece::Convolution(shape) => Plan::Convolution(dnn.search(gpu, shape, self.limit)?),
+            Piece::Product(product) => {
+                let (choice, time) = blas.search(gpu, product)?;
+                Plan::Product(choice, time)
+            }
+        };
+        finding.new.push(plan.timed());
         Ok(plan)
     }
 
     /// The plan of a choice, or why it cannot be used.
-    fn again(&self, gpu: &Gpu, dnn: &Dnn, known: &TimedChoice) -> Result<Result<ConvolutionPlan, String>, CudaError> {
-        let plan = match dnn.plan_from_choice(&known.choice) {
-            Ok(plan) => plan.timed(Duration::from_nanos(known.nanoseconds)),
+    fn again(&self, libraries: &Libraries<'_>, known: &TimedChoice) -> Result<Result<Plan, String>, CudaError> {
+        let (Libraries { gpu, dnn, blas }, time) = (libraries, Duration::from_nanos(known.nanoseconds));
+        let choice = match &known.choice {
+            Choice::Convolution(choice) => choice,
+            Choice::Product(choice) => {
+                let fault = blas.fault_of(gpu, choice)?;
+                let about = |why| format!("{}: {why}", choice.product.shape);
+                return Ok(fault.map_or(Ok(Plan::Product(choice.clone(), time)), |why| Err(about(why))));
+            }
+        };
+        let plan = match dnn.plan_from_choice(choice) {
+            Ok(plan) => plan.timed(time),
             Err(error @ (CudaError::NoPlan { .. } | CudaError::Library { .. })) => return Ok(Err(error.to_string())),
             Err(error) => return Err(error),
         };
-        let about =
-            |why: String| format!("engine {} for the {}: {why}", known.choice.engine.engine, known.choice.shape);
+        let about = |why: String| format!("engine {} for the {}: {why}", choice.engine.engine, choice.shape);
         if plan.workspace() > self.limit {
             return Ok(Err(about(format!("it needs {} bytes of workspace", plan.workspace()))));
         }
-        Ok(dnn.fault_of(gpu, &plan)?.map_or(Ok(plan), |why| Err(about(why))))
+        Ok(dnn.fault_of(gpu, &plan)?.map_or(Ok(Plan::Convolution(plan)), |why| Err(about(why))))
     }
 
     fn keep(&mut self, Finding { new, refusals }: Finding) {
         if let Some(first) = refusals.first() {
             self.notices.push_back(format!(
-                "{} of the plans for convolutions that were chosen before cannot be used any more, and others were searched, which may \
+                "{} of the plans that were chosen before cannot be used any more, and others were searched, which may \
                  give other last bits: {first}",
                 refusals.len()
             ));
@@ -163,10 +219,4 @@ impl Plans {
     pub fn take_notice(&mut self) -> Option<String> {
         self.notices.pop_front()
     }
-}
-
-/// What a plan was chosen for.
-fn timed(plan: &ConvolutionPlan) -> TimedChoice {
-    let nanoseconds = plan.time().map_or(0, |time| time.as_nanos() as u64);
-    TimedChoice { choice: plan.choice().clone(), nanoseconds }
 }

@@ -1,7 +1,8 @@
-//! A table of plans: what was chosen for each convolution, on one kind of GPU with libraries of one version.
+//! A table of plans: what was chosen for each convolution and each product, on one kind of GPU with libraries of one version.
 
-use crate::device::cuda::ConvolutionShape;
+use crate::device::cuda::blas::ProductChoice;
 use crate::device::cuda::dnn::PlanChoice;
+use crate::device::cuda::{AlignedProduct, ConvolutionShape};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -25,16 +26,44 @@ impl fmt::Display for Card {
     }
 }
 
+/// What a library computes by a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Piece {
+    /// cuDNN.
+    Convolution(ConvolutionShape),
+    /// cuBLASLt.
+    Product(AlignedProduct),
+}
+
+/// A plan for a piece.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Choice {
+    /// Of cuDNN's.
+    Convolution(PlanChoice),
+    /// Of cuBLASLt's.
+    Product(ProductChoice),
+}
+
+impl Choice {
+    /// What it is for.
+    pub fn piece(&self) -> Piece {
+        match self {
+            Choice::Convolution(choice) => Piece::Convolution(choice.shape),
+            Choice::Product(choice) => Piece::Product(choice.product),
+        }
+    }
+}
+
 /// A choice, and what it rests on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TimedChoice {
     /// What was chosen.
-    pub choice: PlanChoice,
+    pub choice: Choice,
     /// How long it took when plans were compared.
     pub nanoseconds: u64,
 }
 
-/// At most one choice for each convolution. A cache keeps it, ranks send it to each other, and a checkpoint pins it.
+/// At most one choice for each piece. A cache keeps it, ranks send it to each other, and a checkpoint pins it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlanTable {
     /// What they hold for.
@@ -53,14 +82,14 @@ impl PlanTable {
         &self.choices
     }
 
-    /// What was chosen for a convolution.
-    pub fn get(&self, shape: &ConvolutionShape) -> Option<&TimedChoice> {
-        self.choices.iter().find(|timed| timed.choice.shape == *shape)
+    /// What was chosen for a piece.
+    pub fn get(&self, piece: &Piece) -> Option<&TimedChoice> {
+        self.choices.iter().find(|timed| timed.choice.piece() == *piece)
     }
 
-    /// Adds a choice, in place of that for the same convolution.
+    /// Adds a choice, in place of that for the same piece.
     pub fn put(&mut self, timed: TimedChoice) {
-        match self.choices.iter_mut().find(|known| known.choice.shape == timed.choice.shape) {
+        match self.choices.iter_mut().find(|known| known.choice.piece() == timed.choice.piece()) {
             Some(known) => *known = timed,
             None => self.choices.push(timed),
         }
@@ -114,7 +143,7 @@ pub(super) mod tests {
             adds: false,
         };
         let engine = EngineChoice { engine, knobs: vec![Knob { kind: 2, value: 1 }] };
-        TimedChoice { choice: PlanChoice { shape, form: Form::Whole, engine }, nanoseconds: 1500 }
+        TimedChoice { choice: Choice::Convolution(PlanChoice { shape, form: Form::Whole, engine }), nanoseconds: 1500 }
     }
 
     #[test]
@@ -122,8 +151,8 @@ pub(super) mod tests {
         let mut table = PlanTable::new(card());
         [timed(1, 4), timed(2, 4), timed(1, 6)].into_iter().for_each(|timed| table.put(timed));
         assert_eq!(table.choices(), [timed(1, 6), timed(2, 4)]);
-        assert_eq!(table.get(&timed(2, 0).choice.shape), Some(&timed(2, 4)));
-        assert_eq!(table.get(&timed(3, 0).choice.shape), None);
+        assert_eq!(table.get(&timed(2, 0).choice.piece()), Some(&timed(2, 4)));
+        assert_eq!(table.get(&timed(3, 0).choice.piece()), None);
         let text = table.encode().unwrap();
         assert_eq!(text.lines().count(), 3);
         assert_eq!(PlanTable::decode(text.as_bytes()).unwrap(), table);
