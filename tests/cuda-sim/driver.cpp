@@ -239,7 +239,10 @@ int cuGraphInstantiateWithFlags(sim::Graph **executable, const sim::Graph *graph
 int cuGraphLaunch(const sim::Graph *executable, void *stream) {
     return with_context([=] {
         const int refused = sim::fault_of_launch(sim::Counted::Others);
-        // What was lost on the way has not been computed.
+        // What was lost on the way has not been computed, nor is what waited before it: a context that is lost ends nothing.
+        if (sim::lost)
+            for (sim::Stream *waiting : sim::streams)
+                waiting->left.clear();
         return refused || sim::lost ? refused : sim::launch(executable, stream);
     });
 }

@@ -147,21 +147,13 @@ fn any_allocation_may_be_one_too_many() {
     assert!(refused > 10, "only {refused} allocations");
 }
 
-/// Another number of images than a step has: the first grid needs memory for plans of its own.
+/// Pictures with another number of images than a step has, too: what a run needs it has before its first graph, or it is refused.
 #[test]
-fn memory_that_is_short_for_pictures_ends_a_run_with_its_state_saved() {
-    let Some(machine) = Machine::new("faults::memory_that_is_short_for_pictures_ends_a_run_with_its_state_saved")
-    else {
-        return;
-    };
-    for at in [1, 20] {
-        let (fault, run_dir) = (format!("late@{at}"), format!("late-{at}"));
-        let ended = machine.train(&run_dir, Some(&fault), &["--set", "sample.batch=3"]);
-        ended.refused(DEVICE, &["memory", "sample.batch"]);
-        ended.warned(&["step 3 is saved"]);
-        assert_eq!(machine.project.checkpoints(&run_dir).last(), Some(&3));
-        machine.goes_on(&run_dir, &fault);
-    }
+fn a_run_that_has_begun_takes_no_more_memory() {
+    let Some(machine) = Machine::new("faults::a_run_that_has_begun_takes_no_more_memory") else { return };
+    let ended = machine.train("run", Some("late@1"), &["--set", "sample.batch=3"]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert_eq!(machine.project.hashes("run", STEPS), machine.straight());
 }
 
 /// Weights that are finite and overflow.
