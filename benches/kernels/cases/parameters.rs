@@ -1,7 +1,7 @@
 //! Kernels that pass over all parameters, or over the weights of a layer.
 
 use super::{BOTH, Case, Content, floats, named};
-use ddpm_dist::device::cuda::Precision;
+use ddpm_dist::device::cuda::{Precision, nccl};
 use ddpm_dist::ops::accumulate::{self, Accumulate};
 use ddpm_dist::ops::{adam_ema, conv2d, grad_norm};
 
@@ -11,12 +11,26 @@ const PARAMETERS: [usize; 2] = [35_746_816, 113_673_216];
 const LARGEST: [[usize; 3]; 2] = [[256, 512, 9], [512, 1024, 9]];
 /// First and last layer of both as rows and columns, and what they have with channels padded.
 const PADDED: [[[usize; 2]; 2]; 2] = [[[128 * 9, 3], [128 * 9, 8]], [[3, 9 * 128], [8, 9 * 128]]];
+/// Numbers of GPUs.
+const RANKS: [usize; 2] = [8, 64];
 
 pub fn cases() -> Vec<Case> {
     let all = PARAMETERS.into_iter().flat_map(of_all);
     let layouts = LARGEST.into_iter().map(transposed);
     let padding = PADDED.into_iter().flat_map(|sizes| BOTH.into_iter().flat_map(move |p| padded(sizes, p)));
-    all.chain(layouts).chain(padding).collect()
+    all.chain(layouts).chain(padding).chain(RANKS.map(tree_sum)).collect()
+}
+
+/// Parts of a bucket of 25 MiB that the ranks add up, each the slice of one.
+fn tree_sum(ranks: usize) -> Case {
+    let len = (25 << 20) / size_of::<f32>() / ranks;
+    let parts = vec![Content::F32(ranks * len)];
+    // Each part is read; each sum of up to eight is written, and read where there are more.
+    let sums = if ranks > 8 { 2 * ranks.div_ceil(8) } else { 0 } + 1;
+    Case {
+        bytes: 4 * len * (ranks + sums),
+        ..Case::new(format!("{ranks} of {}", named([len])), nccl::tree_sum(ranks, len, len), vec![], parts)
+    }
 }
 
 fn of_all(len: usize) -> [Case; 3] {
