@@ -387,7 +387,8 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
     return with_context([=] {
-        // What is page-locked is read when the stream comes to it: "may overlap with host code".
+        // "API synchronization behavior": copies between page-locked memory and the device are fully asynchronous, so that what is read is
+        // what stands there when the stream comes to it.
         const bool is_locked = is_in(locked, reinterpret_cast<uint64_t>(from), bytes);
         if (is_locked || (stream && static_cast<sim::Stream *>(stream)->capture))
             return sim::begin(stream, [=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
