@@ -303,7 +303,7 @@ fn bench_compares_with_what_was_measured_before() {
     refused(&[("dtype", "bf16".into())], &["precision", "bf16 there, f32 here"]);
     refused(&[("what", "sampling".into())], &["sampling there, training here"]);
     refused(&[("gflops", 1e9.into())], &["network", "GFLOP an image"]);
-    refused(&[("tool", 3.into())], &["peer.json", "tool", "expected what"]);
+    refused(&[("tool", 3.into())], &["peer.json", "expected a string", "train_step.py"]);
     let missing = output(&[&one_step[..], &["--compare", "nowhere.json"]].concat());
     assert_eq!(missing.status.code(), Some(2));
 }
