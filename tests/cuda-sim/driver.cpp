@@ -1,6 +1,6 @@
 // libcuda.so.1 of the machine made of software: the calls of the driver that this project makes. Memory of the device is the host's, and all
-// that is begun has ended when the call returns, unless its stream captures (capture.h). A call that a real driver refuses is refused, with
-// the rule beside it.
+// that is begun has ended when the call returns, unless its stream captures or the machine is busy (capture.h). A call that a real driver
+// refuses is refused, with the rule beside it.
 
 #include "capture.h"
 #include "cuda_sim.h"

@@ -175,15 +175,15 @@ fn a_loss_that_is_no_number_ends_a_run_as_on_the_cpu() {
     assert_eq!(machine.project.checkpoints("run").last(), Some(&4));
 }
 
-/// What this program is not tested with is told, and what it cannot do with is refused.
+/// What this program is not written for is told, and what it cannot do with is refused.
 #[test]
 fn versions_that_are_not_tested_are_told() {
     let Some(machine) = Machine::new("faults::versions_that_are_not_tested_are_told") else { return };
     let one = ["--set", "train.steps=1"];
     for (name, value, said) in [
-        ("CUDA_SIM_DRIVER", "14020", "a driver for CUDA 14.2: this program is tested with 13.0 to"),
-        ("CUDA_SIM_CUDNN_VERSION", "99900", "cuDNN 9.99.0: this program is tested with 9.10 to"),
-        ("CUDA_SIM_CUBLASLT_VERSION", "140000", "cuBLASLt 14.0.0: this program is tested with 13.0 to"),
+        ("CUDA_SIM_DRIVER", "14020", "a driver for CUDA 14.2: this program is written for 13.0 to"),
+        ("CUDA_SIM_CUDNN_VERSION", "99900", "cuDNN 9.99.0: this program is written for 9.10 to"),
+        ("CUDA_SIM_CUBLASLT_VERSION", "140000", "cuBLASLt 14.0.0: this program is written for 13.0 to"),
     ] {
         let ended = machine.train_with(name, &[(name, value)], &one);
         assert_eq!(ended.code, 0, "{}", ended.stderr);

@@ -72,7 +72,7 @@ impl Cuda {
         self.buffers.iter().chain(constants).chain([&self.workspace]).map(|memory| memory.bytes as u64).sum()
     }
 
-    /// What is to be said of a driver and of libraries that this program is not tested with.
+    /// What is to be said of a driver and of libraries that this program is not written for.
     ///
     /// # Errors
     /// The driver's.

@@ -1,24 +1,24 @@
-//! The versions of NVIDIA's software that this program is tested with. Others of the same major version may do, and are spoken of; those that
+//! The versions of NVIDIA's software that this program is written for. Others of the same major version may do, and are spoken of; those that
 //! cannot do are refused where they are loaded.
 
 use std::fmt;
 
-/// Software, with the first and the last minor version of it that is tested.
+/// Software, with the first and the last minor version of it that this program is written for.
 #[derive(Clone, Copy, Debug)]
-pub struct Tested {
+pub struct WrittenFor {
     what: &'static str,
     first: Version,
     last: Version,
 }
 
 /// As `cuDriverGetVersion` tells of the newest CUDA that a driver knows.
-pub const DRIVER: Tested = Tested { what: "a driver for CUDA", first: Version(13, 0), last: Version(13, 1) };
+pub const DRIVER: WrittenFor = WrittenFor { what: "a driver for CUDA", first: Version(13, 0), last: Version(13, 1) };
 /// Convolutions.
-pub const CUDNN: Tested = Tested { what: "cuDNN", first: Version(9, 10), last: Version(9, 17) };
+pub const CUDNN: WrittenFor = WrittenFor { what: "cuDNN", first: Version(9, 10), last: Version(9, 17) };
 /// Products.
-pub const CUBLASLT: Tested = Tested { what: "cuBLASLt", first: Version(13, 0), last: Version(13, 2) };
+pub const CUBLASLT: WrittenFor = WrittenFor { what: "cuBLASLt", first: Version(13, 0), last: Version(13, 2) };
 /// Sums between GPUs. Of these, 2.28.3 to 2.28.8 lose data and are refused.
-pub const NCCL: Tested = Tested { what: "NCCL", first: Version(2, 27), last: Version(2, 29) };
+pub const NCCL: WrittenFor = WrittenFor { what: "NCCL", first: Version(2, 27), last: Version(2, 29) };
 
 /// Major and minor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,14 +30,14 @@ impl fmt::Display for Version {
     }
 }
 
-impl Tested {
+impl WrittenFor {
     /// What to say of a version (`9.10.2`) that is not among them.
     pub fn warning(&self, found: &str) -> Option<String> {
-        let Tested { what, first, last } = self;
+        let WrittenFor { what, first, last } = self;
         let mut numbers = found.split('.').map(|number| number.parse().unwrap_or(0));
         let version = Version(numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
         (version < *first || version > *last).then(|| {
-            format!("{what} {found}: this program is tested with {first} to {last}; if anything is strange, use one of those")
+            format!("{what} {found}: this program is written for {first} to {last}; if anything is strange, use one of those")
         })
     }
 }
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_tested_is_told() {
+    fn other_versions_are_told() {
         for version in ["9.10.0", "9.10.2", "9.17.99"] {
             assert_eq!(CUDNN.warning(version), None, "{version}");
         }
