@@ -14,8 +14,17 @@
 /// The bytes that the launch adds to them, likewise; 16 divides the address.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
+/// By a clock of the GPU's own.
+__device__ __forceinline__ uint64_t nanoseconds() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+    return now;
+}
+
 #else
 #include "cuda_sim.h"
+
+using sim::nanoseconds;
 
 #define KERNEL(threads, name, ...)                                                                                                         \
     extern "C" void name(__VA_ARGS__);                                                                                                     \

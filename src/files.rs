@@ -92,14 +92,22 @@ impl Drop for AtomicFile {
     }
 }
 
-/// Writes a small file that survives what [`Durability::PowerFailure`] says.
+/// Writes a small file, whole or not at all.
 ///
 /// # Errors
 /// Those of [`AtomicFile`], and of writing; `path` is then as it was.
-pub fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn write(path: &Path, bytes: &[u8], durability: Durability) -> io::Result<()> {
     let mut file = AtomicFile::create(path)?;
     file.file().write_all(bytes)?;
-    file.commit(Durability::PowerFailure)
+    file.commit(durability)
+}
+
+/// Writes a small file that survives what [`Durability::PowerFailure`] says.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write(path, bytes, Durability::PowerFailure)
 }
 
 /// Syncs a folder, so that a rename in it survives a power failure. A file system that cannot does not need it.

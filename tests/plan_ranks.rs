@@ -124,6 +124,31 @@ fn the_figures_for_ethernet_take_more_than_one_port() {
     }
 }
 
+/// Ranks that divide the optimiser's state have 1/n of it each, and all the rest as before.
+#[test]
+fn divided_state_is_a_part_of_the_memory() {
+    let plan = |more: &[&str]| weak(&[more, &["--interconnect", "nvlink+ib8x400", "--device", "cuda"]].concat());
+    let (whole, divided) = (plan(&[]), plan(&["--set", "optim.sharded=true"]));
+    let bytes = |plan: &Value, name: &str| {
+        let parts = plan["memory"].as_array().unwrap();
+        number(&parts.iter().find(|part| part["name"] == name).unwrap()["bytes"])
+    };
+    // Buffers are filled up to a multiple of what all ranks have a block of.
+    let filled = 4.0 * 4096.0 * 512.0;
+    for (name, part) in [("weights", 1.0), ("gradients", 1.0), ("moments", 512.0), ("ema", 512.0)] {
+        let (found, expected) = (bytes(&divided, name), bytes(&whole, name) / part);
+        assert!(found >= expected && found <= expected + 2.0 * filled / part, "{name}: {found}, expected {expected}");
+    }
+    assert_eq!(bytes(&divided, "moments"), 2.0 * bytes(&divided, "ema"));
+    let saved = number(&whole["memory_total"]) - number(&divided["memory_total"]);
+    let state = bytes(&whole, "moments") + bytes(&whole, "ema");
+    assert!(saved > 0.9 * state, "{saved} of {state}");
+    // What is gathered at the end of a step is covered by nothing.
+    let exposed = |plan: &Value| number(&row(plan, "weak", 512)["exposed_ms"]);
+    assert!(exposed(&divided) > exposed(&whole));
+    assert!(text(&[CIFAR10, "--ranks", "4", "--set", "optim.sharded=true"]).contains("1/4 of moving average"));
+}
+
 #[test]
 fn parts_make_up_the_step() {
     let plan = weak(&["--interconnect", "100gbe"]);

@@ -10,8 +10,10 @@ global gradient norm → Adam (fused) → EMA (foreach). FLOPs are 3 × the forw
 
 On CPU cores the network is diffusers' UNet2DModel; contiguous and channels_last memory are both timed, each in a process of
 its own, and the faster one is reported. On a GPU it is the same network in plain PyTorch (unet.py), channels_last, compiled
-with max-autotune, the data resident on the GPU, and the whole step one CUDA graph; times are those of CUDA events. With
---sampling, a reverse step of Algorithm 2 takes the place of the training step.
+with max_autotune (templates and configurations of kernels are timed), the data resident on the GPU, and the whole step one
+CUDA graph; times are those of CUDA events. The mode "max-autotune" would also search on from the best configuration of each
+kernel, coordinate by coordinate, which takes minutes more: --coordinate-descent does so. With --sampling, a reverse step of
+Algorithm 2 takes the place of the training step.
 """
 
 import argparse
@@ -182,8 +184,9 @@ def measure_on_gpu(config, args):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     model = UNet(model_section(config)).to("cuda", memory_format=torch.channels_last)
     flops = forward_flops(model, config) * config["train"]["batch"]
-    # Not with graphs of its own: the whole step becomes one.
-    network = torch.compile(model, mode="max-autotune-no-cudagraphs") if args.compile else model
+    # The options of the mode max-autotune-no-cudagraphs: the whole step becomes a graph, and no part of it one of its own.
+    options = dict(max_autotune=True, coordinate_descent_tuning=args.coordinate_descent)
+    network = torch.compile(model, options=options) if args.compile else model
     if args.sampling:
         model.eval()
         work = Sampling(network, config, args.dtype, "cuda")
@@ -232,6 +235,7 @@ def arguments():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sampling", action="store_true", help="a reverse step in place of a training step (cuda)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile (cuda)")
+    parser.add_argument("--coordinate-descent", action="store_true", help="let torch.compile search longer (cuda)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock counts")
     parser.add_argument("--steps", type=int, default=10)
@@ -241,8 +245,10 @@ def arguments():
     args = parser.parse_args()
     if args.warmup < 0 or args.steps < 1 or args.threads < 1:
         parser.error("--warmup is 0 or more, --steps and --threads 1 or more")
-    if args.device == "cpu" and (args.sampling or not args.compile):
-        parser.error("--sampling and --no-compile are for --device cuda")
+    if args.device == "cpu" and (args.sampling or args.coordinate_descent or not args.compile):
+        parser.error("--sampling, --coordinate-descent and --no-compile are for --device cuda")
+    if args.coordinate_descent and not args.compile:
+        parser.error("--coordinate-descent is of no use with --no-compile")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     return parser, args
@@ -272,6 +278,7 @@ def main():
 
     if args.device == "cuda":
         run, of_device = measure_on_gpu(config, args), dict(gpu=torch.cuda.get_device_name(), compiled=args.compile)
+        of_device |= dict(coordinate_descent=args.coordinate_descent)
         of_device |= dict(memory_format="channels_last", gpu_memory_bytes=run["peak"])
     else:
         run, of_device = on_cpu(config, args)

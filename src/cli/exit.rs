@@ -7,6 +7,7 @@ use crate::tape::RunError;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// How a command ends other than well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,9 @@ pub enum Code {
     /// Stopped by SIGTERM, SIGUSR1 or SIGUSR2 likewise.
     Terminated = 143,
 }
+
+/// How long a process that fails may take to give back what it has.
+const LEAVING: Duration = Duration::from_secs(5);
 
 /// What Rust ends a process with that panics.
 pub const PANICKED: u8 = 101;
@@ -114,12 +118,13 @@ pub struct Failure {
     code: Code,
     message: String,
     is_said_elsewhere: bool,
+    is_reported: bool,
 }
 
 impl Failure {
     /// A failure with its message.
     pub fn new(code: Code, message: impl Display) -> Failure {
-        Failure { code, message: message.to_string(), is_said_elsewhere: false }
+        Failure { code, message: message.to_string(), is_said_elsewhere: false, is_reported: false }
     }
 
     /// The same, if another rank prints it.
@@ -127,13 +132,31 @@ impl Failure {
         Failure { is_said_elsewhere: true, ..self }
     }
 
-    /// Prints the message, unless another rank does, tells the launcher if there is one, and gives the exit code.
+    /// Prints the message, unless another rank does or it has been printed, tells the launcher if there is one, and gives the exit code.
     pub fn report(self) -> ExitCode {
-        if self.is_said_elsewhere {
-            tell_launcher(self.code as u8, &self.message);
-            return ExitCode::from(self.code as u8);
+        let code = self.code as u8;
+        if self.is_reported {
+            return ExitCode::from(code);
         }
-        report(self.code as u8, &self.message)
+        if self.is_said_elsewhere {
+            tell_launcher(code, &self.message);
+            return ExitCode::from(code);
+        }
+        report(code, &self.message)
+    }
+
+    /// Reports it now, and ends the process with its exit code where that does not end by itself soon: what a GPU or its libraries have under
+    /// way may never end, and they may wait for it when they are given back, or in what they have the system do at the exit of a process.
+    pub fn leave_soon(self) -> Failure {
+        let (code, is_said_elsewhere, message) = (self.code, self.is_said_elsewhere, self.message.clone());
+        self.report();
+        // Where the system starts no thread, the process ends by itself or by its launcher.
+        let _ = std::thread::Builder::new().name("leaving".into()).spawn(move || {
+            std::thread::sleep(LEAVING);
+            // `_exit`: nothing that was registered for an exit runs.
+            signal_hook::low_level::exit(code as i32);
+        });
+        Failure { code, message, is_said_elsewhere, is_reported: true }
     }
 }
 
@@ -147,7 +170,10 @@ impl Display for Failure {
 pub fn code_of_run(error: &RunError) -> Code {
     match error {
         RunError::Device(DeviceError::Precision(_)) => Code::Usage,
-        RunError::Device(_) | RunError::Collective(CollectiveError::Device(_)) => Code::Device,
+        RunError::Device(_) => Code::Device,
+        RunError::Collective(
+            CollectiveError::Device(_) | CollectiveError::DeviceOf { .. } | CollectiveError::Stuck(_),
+        ) => Code::Device,
         RunError::Collective(CollectiveError::Io { .. } | CollectiveError::TooLong { .. }) => Code::Failed,
         RunError::Collective(_) => Code::PeerLost,
     }

@@ -125,12 +125,14 @@ impl Ranks {
         self.together.as_ref().map(|together| Arc::clone(&together.activity))
     }
 
-    /// A failure to be reported; where it was caused by ranks that did not answer in time, with what they were doing.
+    /// A failure to be reported; where it was caused by ranks that did not answer in time, with what they were doing, and once where all have
+    /// been told of one.
     pub fn explained(&self, code: Code, error: &impl Display, cause: Option<&CollectiveError>) -> Failure {
         match (&self.together, cause) {
             (Some(together), Some(cause @ CollectiveError::TimedOut { .. })) => {
                 Failure::new(code, together.watchdog.explain(cause, EXPLAINED))
             }
+            (_, Some(CollectiveError::DeviceOf { .. })) => self.said_once(Failure::new(code, error)),
             _ => Failure::new(code, error),
         }
     }
@@ -155,12 +157,12 @@ impl Ranks {
 
     /// What this rank trains on. GPUs add up among themselves, where that can be.
     pub fn training_device(&mut self, common: &Common) -> Result<Device, Failure> {
-        let device = self.device(common)?;
-        self.join_gpus(&device, &self.joint(common))?;
+        let mut device = self.device(common)?;
+        self.join_gpus(&mut device, &self.joint(common)).map_err(Failure::leave_soon)?;
         Ok(device)
     }
 
-    fn join_gpus(&mut self, device: &Device, console: &Console) -> Result<(), Failure> {
+    fn join_gpus(&mut self, device: &mut Device, console: &Console) -> Result<(), Failure> {
         let Link::Several(ranks) = &mut self.link else { return Ok(()) };
         let untested = nccl::version().ok().and_then(|version| versions::NCCL.warning(&version));
         untested.into_iter().for_each(|text| console.alarm(text));
@@ -169,7 +171,11 @@ impl Ranks {
             console.alarm(notice);
         }
         joined.map_err(|error| {
-            let code = if matches!(error, CollectiveError::Device(_)) { Code::Device } else { Code::PeerLost };
+            let code = if matches!(error, CollectiveError::Device(_) | CollectiveError::Stuck(_)) {
+                Code::Device
+            } else {
+                Code::PeerLost
+            };
             self.explained(code, &error, Some(&error))
         })
     }

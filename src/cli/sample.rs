@@ -99,7 +99,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     }
     drop(source);
     let agreed = agree_on_plans(&mut device, ranks.collective(), &sampler.pieces(), stop.flag());
-    if !agreed.map_err(SampleError::from)? {
+    if !agreed.map_err(|error| ranks.explained(code_of_run(&error), &error, error.collective()))? {
         return Err(Failure::new(stop.code(), "stopped before the first image"));
     }
 

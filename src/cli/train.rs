@@ -70,6 +70,8 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let mut config = arguments.config.load()?;
     let stop = Stop::on_signals()?;
     let (asked, speaker, requeue) = (stop.clone(), common.console(), arguments.requeue);
+    // Dropped after the ranks, whose libraries use its memory.
+    let mut device;
     let mut ranks = Ranks::join_or(common, &stop, Some(Code::Preempted), move |size| {
         if requeue {
             come_back(&asked, size, &speaker);
@@ -113,7 +115,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         console: &console,
         joint: &joint,
     };
-    let mut device = ranks.training_device(common)?;
+    device = ranks.training_device(common)?;
     let ended = train(&mut config, &mut device, ranks.collective(), &options);
     let has_left = match &ended {
         Ok(ended) => *ended == Ended::Stopped,
@@ -137,7 +139,9 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         }
         Err(error) => {
             let failure = ranks.explained(code_of(&error), &error, error.collective());
-            Err(if error.is_joint() { ranks.said_once(failure) } else { failure })
+            let failure = if error.is_joint() { ranks.said_once(failure) } else { failure };
+            // Before the device and the ranks are given back.
+            Err(if ranks.number() > 1 { failure.leave_soon() } else { failure })
         }
     }
 }

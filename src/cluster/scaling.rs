@@ -57,6 +57,8 @@ pub struct Work {
     pub flops_per_image: f64,
     /// Bytes that the update reads and writes.
     pub optimiser_bytes: f64,
+    /// Whether the ranks divide the update among them.
+    pub is_update_divided: bool,
     /// The part of computing that is the backward pass: 0 to 1.
     pub backward: f64,
     /// In the order in which they are complete.
@@ -81,7 +83,7 @@ pub struct Pace {
     pub per_shard: f64,
     /// Of an image beside that.
     pub per_image: f64,
-    /// Of a step's update.
+    /// Of a step's update, all of it.
     pub optimiser: f64,
 }
 
@@ -204,7 +206,7 @@ pub fn predict(work: &Work, pace: &Pace, network: &Interconnect, portion: Portio
     Prediction {
         portion,
         compute,
-        optimiser: pace.optimiser,
+        optimiser: if work.is_update_divided { pace.optimiser / ranks as f64 } else { pace.optimiser },
         communication: work.buckets.iter().map(|bucket| cost(bucket.bytes)).sum(),
         exposed,
         jitter: jitter(compute, ranks),

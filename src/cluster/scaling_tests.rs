@@ -21,6 +21,7 @@ fn work() -> Work {
         launches: 100.0,
         flops_per_image: 30e9,
         optimiser_bytes: 4e9,
+        is_update_divided: false,
         backward: 2.0 / 3.0,
         buckets: (1..=4).map(|k| bucket(0.25e9, f64::from(k) / 4.0)).collect(),
     }

@@ -2,7 +2,7 @@
 //!
 //! For plans and tests: what a step waits for its sums can be read off the events, on any machine and whatever else it does meanwhile.
 
-use super::{Collective, CollectiveError};
+use super::{Collective, CollectiveError, slice_of};
 use crate::device::{BufferId, Device};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -38,14 +38,14 @@ pub struct Cost {
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A sum was begun.
+    /// A sum or a gather was begun.
     Begun {
-        /// Of what.
+        /// Of what: floats, or the bytes of a gather.
         range: Range<usize>,
         /// When.
         at: Duration,
     },
-    /// A sum was waited for.
+    /// It was waited for.
     Waited {
         /// Of what.
         range: Range<usize>,
@@ -56,7 +56,8 @@ pub enum Event {
     },
 }
 
-/// A rank among others that do just what it does: every sum is its own values times their number.
+/// A rank among others that do just what it does: every sum is its own values times their number, and what it would gather of others stands
+/// there already.
 #[derive(Debug)]
 pub struct Fake {
     rank: usize,
@@ -88,7 +89,7 @@ impl Fake {
         &self.events
     }
 
-    /// The ranges whose sums were begun.
+    /// The ranges whose sums or gathers were begun.
     pub fn begun(&self) -> Vec<Range<usize>> {
         let begun = |event: &Event| match event {
             Event::Begun { range, .. } => Some(range.clone()),
@@ -107,6 +108,38 @@ impl Fake {
     }
 }
 
+impl Fake {
+    fn begin(&mut self, operation: &str, range: Range<usize>, bytes: usize) -> Result<(), CollectiveError> {
+        let number = self.begun().len();
+        if let Some((rank, _)) = self.lost.filter(|(_, sum)| *sum == number) {
+            return Err(CollectiveError::PeerLost { rank, operation: format!("{operation} {number}") });
+        }
+        let at = self.clock.now();
+        let takes = self.cost.each + Duration::from_secs_f64(self.cost.per_byte * bytes as f64);
+        self.free = self.free.max(at) + takes;
+        self.under_way.push_back((range.clone(), self.free));
+        self.events.push(Event::Begun { range, at });
+        Ok(())
+    }
+
+    fn end(&mut self, range: &Range<usize>) {
+        let done = self.under_way.pop_front();
+        let Some((_, done)) = done.filter(|(begun, _)| begun == range) else {
+            panic!("sums are waited for in the order in which they were begun, not {range:?}");
+        };
+        let from = self.clock.now();
+        self.clock.pass(done.saturating_sub(from));
+        let until = self.clock.now();
+        self.events.push(Event::Waited { range: range.clone(), from, until });
+    }
+
+    fn multiply(&self, device: &mut Device, buffer: BufferId, range: Range<usize>) -> Result<(), CollectiveError> {
+        let factor = self.size as f32;
+        device.upload_with(buffer, range, |values: &mut [f32]| values.iter_mut().for_each(|x| *x *= factor))?;
+        Ok(())
+    }
+}
+
 impl Collective for Fake {
     fn rank(&self) -> usize {
         self.rank
@@ -117,17 +150,8 @@ impl Collective for Fake {
     }
 
     fn all_reduce_start(&mut self, _: &mut Device, _: BufferId, range: Range<usize>) -> Result<(), CollectiveError> {
-        let number = self.begun().len();
-        if let Some((rank, _)) = self.lost.filter(|(_, sum)| *sum == number) {
-            return Err(CollectiveError::PeerLost { rank, operation: format!("all-reduce {number}") });
-        }
-        let at = self.clock.now();
         let bytes = range.len() * size_of::<f32>();
-        let takes = self.cost.each + Duration::from_secs_f64(self.cost.per_byte * bytes as f64);
-        self.free = self.free.max(at) + takes;
-        self.under_way.push_back((range.clone(), self.free));
-        self.events.push(Event::Begun { range, at });
-        Ok(())
+        self.begin("all-reduce", range, bytes)
     }
 
     fn all_reduce_wait(
@@ -136,16 +160,39 @@ impl Collective for Fake {
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        let done = self.under_way.pop_front();
-        let Some((_, done)) = done.filter(|(begun, _)| *begun == range) else {
-            panic!("sums are waited for in the order in which they were begun, not {range:?}");
-        };
-        let from = self.clock.now();
-        self.clock.pass(done.saturating_sub(from));
-        let until = self.clock.now();
-        let factor = self.size as f32;
-        device.upload_with(buffer, range.clone(), |values: &mut [f32]| values.iter_mut().for_each(|x| *x *= factor))?;
-        self.events.push(Event::Waited { range, from, until });
+        self.end(&range);
+        self.multiply(device, buffer, range)
+    }
+
+    fn reduce_scatter_start(
+        &mut self,
+        _: &mut Device,
+        _: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        // Half of what moves in a sum that all get.
+        let bytes = range.len() * size_of::<f32>() / 2;
+        self.begin("reduce-scatter", range, bytes)
+    }
+
+    fn reduce_scatter_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        self.end(&range);
+        let own = slice_of(&range, self.rank, self.size);
+        self.multiply(device, buffer, own)
+    }
+
+    fn all_gather_start(&mut self, _: &mut Device, _: BufferId, range: Range<usize>) -> Result<(), CollectiveError> {
+        let bytes = range.len() / 2;
+        self.begin("all-gather", range, bytes)
+    }
+
+    fn all_gather_wait(&mut self, _: &mut Device, _: BufferId, range: Range<usize>) -> Result<(), CollectiveError> {
+        self.end(&range);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ mod beside;
 pub mod fake;
 pub mod host;
 pub mod nccl;
+mod slices;
 #[cfg(test)]
 pub(crate) mod testing;
 mod timed;
@@ -13,6 +14,7 @@ mod tree;
 
 pub use activity::{Activity, Operation, Progress, Record};
 pub use beside::beside;
+pub use slices::slice_of;
 pub use timed::Timed;
 pub use tree::sum_along_tree;
 
@@ -80,6 +82,17 @@ pub enum CollectiveError {
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The device of another rank failed, as that rank has told.
+    #[error("rank {rank}: {message}")]
+    DeviceOf {
+        /// Whose.
+        rank: usize,
+        /// Why.
+        message: String,
+    },
+    /// All ranks are there, and what their devices do together does not end.
+    #[error(transparent)]
+    Stuck(DeviceError),
     /// An earlier operation failed, after which there are no more.
     #[error("the ranks have parted after an earlier error")]
     Ended,
@@ -127,6 +140,51 @@ pub trait Collective: fmt::Debug {
         range: Range<usize>,
     ) -> Result<(), CollectiveError>;
 
+    /// Begins to sum each rank's slice of `range` of `buffer` (f32) over all ranks: of its `world_size` equal parts, in the order of the ranks.
+    /// A rank has the sum of its own slice then; what stands in the others is not defined.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn reduce_scatter_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError>;
+
+    /// Returns when this rank's sum stands in its slice, or, on a device with queues, when what is launched next will find it there.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn reduce_scatter_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError>;
+
+    /// Begins to give all ranks each rank's slice of the bytes `range` of `buffer`: of its `world_size` equal parts, in the order of the ranks.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn all_gather_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError>;
+
+    /// Returns when all slices stand there, or, on a device with queues, when what is launched next will find them there.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn all_gather_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError>;
+
     /// Whether the host takes part in its sums when a program runs. If not, all that they are is on a device's queues, and a program that
     /// has been captured there needs no call of this room.
     fn needs_the_host(&self) -> bool {
@@ -138,6 +196,14 @@ pub trait Collective: fmt::Debug {
     /// # Errors
     /// A rank that does not take part, or more bytes than that.
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError>;
+
+    /// Tells the device that step `step` begins, to be noted when all of it has been begun.
+    ///
+    /// # Errors
+    /// The device's.
+    fn begin_step(&mut self, _device: &mut Device, _step: u64) -> Result<(), CollectiveError> {
+        Ok(())
+    }
 
     /// Notes that a step has been begun on a device's queues, instruction by instruction or as a graph, whose sums [`Collective::settle`] will
     /// be called for.
@@ -155,6 +221,28 @@ pub trait Collective: fmt::Debug {
     /// # Errors
     /// A rank that does not take part.
     fn settle(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    /// How long this rank's device computed for the step that was settled last, where it tells: what it waited for sums is left out.
+    fn own_time(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Returns when nothing of the steps that were noted is under way, or their deadline has passed. They are still to be settled.
+    ///
+    /// # Errors
+    /// A rank that does not take part.
+    fn come_to_rest(&mut self) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    /// Begins anew where devices were to keep sums for later and that has failed at a rank: what is between devices may be of no more use
+    /// then. All ranks call it, with nothing under way and no sums kept.
+    ///
+    /// # Errors
+    /// A rank that does not take part, or devices that do not find each other.
+    fn renew(&mut self, _device: &mut Device) -> Result<(), CollectiveError> {
         Ok(())
     }
 
@@ -186,6 +274,22 @@ impl Collective for Solo {
     }
 
     fn all_reduce_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    fn reduce_scatter_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    fn reduce_scatter_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    fn all_gather_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+
+    fn all_gather_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
         Ok(())
     }
 

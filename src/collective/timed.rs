@@ -58,12 +58,56 @@ impl Collective for Timed<'_> {
         self.time(|inner| inner.all_reduce_wait(device, buffer, range))
     }
 
+    fn reduce_scatter_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        self.time(|inner| inner.reduce_scatter_start(device, buffer, range))
+    }
+
+    fn reduce_scatter_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        self.time(|inner| inner.reduce_scatter_wait(device, buffer, range))
+    }
+
+    fn all_gather_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        self.time(|inner| inner.all_gather_start(device, buffer, range))
+    }
+
+    fn all_gather_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        self.time(|inner| inner.all_gather_wait(device, buffer, range))
+    }
+
     fn needs_the_host(&self) -> bool {
         self.inner.needs_the_host()
     }
 
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
         self.time(|inner| inner.all_gather(mine))
+    }
+
+    fn begin_step(&mut self, device: &mut Device, step: u64) -> Result<(), CollectiveError> {
+        self.inner.begin_step(device, step)
+    }
+
+    fn own_time(&self) -> Option<Duration> {
+        self.inner.own_time()
     }
 
     fn note_sums(&mut self) -> Result<(), CollectiveError> {
@@ -73,6 +117,14 @@ impl Collective for Timed<'_> {
     fn settle(&mut self) -> Result<(), CollectiveError> {
         // On a GPU, what it computes itself is in this, too: what is left is the time of the host.
         self.time(|inner| inner.settle())
+    }
+
+    fn come_to_rest(&mut self) -> Result<(), CollectiveError> {
+        self.time(|inner| inner.come_to_rest())
+    }
+
+    fn renew(&mut self, device: &mut Device) -> Result<(), CollectiveError> {
+        self.time(|inner| inner.renew(device))
     }
 
     fn choose(&mut self, adding: Adding) -> bool {
@@ -108,6 +160,27 @@ mod tests {
         }
 
         fn all_reduce_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+
+        fn reduce_scatter_start(
+            &mut self,
+            _: &mut Device,
+            _: BufferId,
+            _: Range<usize>,
+        ) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+
+        fn reduce_scatter_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+
+        fn all_gather_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+
+        fn all_gather_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
             Ok(())
         }
 

@@ -11,6 +11,8 @@ pub const ALIGNMENT: usize = 256;
 /// Type of a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
+    /// 64-bit float: sums on the way.
+    F64,
     /// 32-bit float.
     F32,
     /// Its upper 16 bits.
@@ -25,6 +27,7 @@ impl DType {
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {
+            DType::F64 => 8,
             DType::F32 | DType::U32 => 4,
             DType::Bf16 => 2,
             DType::U8 => 1,
@@ -34,6 +37,7 @@ impl DType {
     /// Name in listings.
     pub fn name(self) -> &'static str {
         match self {
+            DType::F64 => "f64",
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
             DType::U32 => "u32",
@@ -83,6 +87,10 @@ pub unsafe trait Element: Copy + Default + Send + Sync + 'static {
 }
 
 // SAFETY: plain numbers without padding, valid for every bit pattern.
+unsafe impl Element for f64 {
+    const DTYPE: DType = DType::F64;
+}
+// SAFETY: as above.
 unsafe impl Element for f32 {
     const DTYPE: DType = DType::F32;
 }
@@ -106,11 +114,11 @@ pub enum Region {
     Weights,
     /// Their gradients, at the same offsets.
     Gradients,
-    /// Adam's first moment, at the same offsets.
+    /// Adam's first moment, at the same offsets; or of it, as of the next two, a rank's slices, one after another.
     Moment1,
-    /// Adam's second moment, at the same offsets.
+    /// Adam's second moment, likewise.
     Moment2,
-    /// Moving average of the parameters, at the same offsets.
+    /// Moving average of the parameters, likewise.
     Ema,
     /// Copy of the parameters for products in bf16: the same elements at half the offsets.
     Compute,
@@ -147,7 +155,7 @@ impl Region {
 pub struct Slot {
     /// The area of memory.
     pub region: Region,
-    /// First byte, a multiple of [`ALIGNMENT`] except for tensors inside a fused parameter.
+    /// First byte, a multiple of [`ALIGNMENT`] except for tensors inside a fused parameter, and parts of what there is one of for each block.
     pub offset: usize,
     /// Number of elements.
     pub len: usize,

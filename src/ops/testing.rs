@@ -105,7 +105,7 @@ impl Case {
             match input.spec.dtype(Precision::F32) {
                 DType::F32 => planned.set_part(Region::Weights, &input.name, &input.f32),
                 DType::U32 => planned.set(&input.name, &input.u32),
-                DType::U8 | DType::Bf16 => unreachable!("pixels go through `Planned`"),
+                DType::U8 | DType::Bf16 | DType::F64 => unreachable!("pixels go through `Planned`"),
             }
         }
         if let Some(dy) = dy {
@@ -222,11 +222,6 @@ impl Reference {
     pub fn names(&self) -> Vec<String> {
         let file = safetensors::SafeTensors::deserialize(&self.0).unwrap();
         file.names().into_iter().map(String::from).collect()
-    }
-
-    /// A tensor's shape.
-    pub fn shape(&self, name: &str) -> Vec<usize> {
-        safetensors::SafeTensors::deserialize(&self.0).unwrap().tensor(name).unwrap().shape().to_vec()
     }
 
     /// A tensor's elements as f32 (exact where the file has f32).

@@ -63,6 +63,11 @@ impl ParamLayout {
         ParamLayout { placed, len, offsets }
     }
 
+    /// The same in flat buffers whose length is a multiple of `elements`: what follows the last parameter is a gap.
+    pub fn padded_to(self, elements: usize) -> ParamLayout {
+        ParamLayout { len: self.len.next_multiple_of(elements), ..self }
+    }
+
     /// Number of elements of each flat buffer, gaps included.
     pub fn len(&self) -> usize {
         self.len
@@ -76,6 +81,12 @@ impl ParamLayout {
     /// Number of parameters, gaps not counted.
     pub fn parameters(&self) -> usize {
         self.placed.iter().map(|p| p.range.len()).sum()
+    }
+
+    /// Number of parameters in a range of a flat buffer.
+    pub fn parameters_in(&self, range: &Range<usize>) -> usize {
+        let inside = |p: &Placed| p.range.end.min(range.end).saturating_sub(p.range.start.max(range.start));
+        self.placed.iter().map(inside).sum()
     }
 
     /// The named parameters in the order of their places.

@@ -90,8 +90,14 @@ impl Program {
         for (number, instruction) in self.instructions.iter().enumerate() {
             let places = |slots: &[Slot]| slots.iter().map(place).collect::<Vec<_>>().join(" ");
             let operands = match &instruction.kind {
-                Kind::ReduceStart { bucket, range } | Kind::ReduceWait { bucket, range } => {
+                Kind::ReduceStart { bucket, range }
+                | Kind::ReduceWait { bucket, range }
+                | Kind::ScatterStart { bucket, range }
+                | Kind::ScatterWait { bucket, range } => {
                     format!("bucket {bucket}, gradients:{:#x}+{}f32", range.start * DType::F32.size(), range.len())
+                }
+                Kind::GatherStart { region, range } | Kind::GatherWait { region, range } => {
+                    format!("{}:{:#x}+{}B", region.name(), range.start, range.len())
                 }
                 Kind::Launch(_) => {
                     let adds = if instruction.updates != 0 { "+" } else { "" };
@@ -120,6 +126,10 @@ impl Instruction {
             Kind::Launch(op) => op.name(),
             Kind::ReduceStart { .. } => "all_reduce_start",
             Kind::ReduceWait { .. } => "all_reduce_wait",
+            Kind::ScatterStart { .. } => "reduce_scatter_start",
+            Kind::ScatterWait { .. } => "reduce_scatter_wait",
+            Kind::GatherStart { .. } => "all_gather_start",
+            Kind::GatherWait { .. } => "all_gather_wait",
         }
     }
 
@@ -127,7 +137,7 @@ impl Instruction {
     pub fn flops(&self) -> u64 {
         match &self.kind {
             Kind::Launch(op) => op.flops(),
-            Kind::ReduceStart { .. } | Kind::ReduceWait { .. } => 0,
+            _ => 0,
         }
     }
 
@@ -139,9 +149,11 @@ impl Instruction {
                 let output = |(i, slot): (usize, &Slot)| slot.bytes() * (1 + (self.updates >> i & 1) as usize);
                 (inputs + self.outputs.iter().enumerate().map(output).sum::<usize>()) as u64
             }
-            Kind::ReduceStart { range, .. } | Kind::ReduceWait { range, .. } => {
-                (range.len() * DType::F32.size()) as u64
-            }
+            Kind::ReduceStart { range, .. }
+            | Kind::ReduceWait { range, .. }
+            | Kind::ScatterStart { range, .. }
+            | Kind::ScatterWait { range, .. } => (range.len() * DType::F32.size()) as u64,
+            Kind::GatherStart { range, .. } | Kind::GatherWait { range, .. } => range.len() as u64,
         }
     }
 }

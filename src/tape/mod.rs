@@ -14,6 +14,7 @@ mod plans;
 mod program;
 mod record;
 mod shape;
+mod slices;
 
 #[cfg(test)]
 mod tests;
@@ -27,3 +28,4 @@ pub use plans::{agree_on_plans, pieces};
 pub use program::{Instruction, IoSlot, Kind, Lane, Loaded, Program, RunError};
 pub use record::{Phase, Tape, Var};
 pub use shape::Shape;
+pub use slices::{Slices, in_slices};

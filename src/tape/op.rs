@@ -1,6 +1,7 @@
 use super::{Gradient, Shape};
 use crate::device::{DType, Precision, cpu, cuda};
 use std::fmt::Debug;
+use std::sync::Arc;
 
 /// Type of an operand's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,13 +27,15 @@ impl Elements {
 pub struct Spec {
     /// The shape, or nothing where any will do.
     pub shape: Option<Shape>,
+    /// Where there is no shape: for how many elements of a flat buffer it has one.
+    pub block: usize,
     /// Type of the elements.
     pub elements: Elements,
 }
 
 impl Spec {
     fn of(dtype: DType, shape: Option<Shape>) -> Spec {
-        Spec { shape, elements: Elements::Of(dtype) }
+        Spec { shape, block: 1, elements: Elements::Of(dtype) }
     }
 
     /// A tensor of f32 whatever the program computes in.
@@ -52,7 +55,7 @@ impl Spec {
 
     /// A tensor of the type that the program computes in.
     pub fn computed(shape: impl Into<Shape>) -> Spec {
-        Spec { shape: Some(shape.into()), elements: Elements::Computed }
+        Spec { shape: Some(shape.into()), block: 1, elements: Elements::Computed }
     }
 
     /// All of a flat f32 buffer.
@@ -63,6 +66,11 @@ impl Spec {
     /// All of the flat bf16 copy of the weights.
     pub fn flat_bf16() -> Spec {
         Spec::of(DType::Bf16, None)
+    }
+
+    /// What there is one of for each `block` elements of a flat buffer, the last of which may be fewer.
+    pub fn of_blocks(block: usize, dtype: DType) -> Spec {
+        Spec { block, ..Spec::of(dtype, None) }
     }
 
     /// Type of the elements in a program that computes in `precision`.
@@ -124,6 +132,11 @@ pub trait Op: Debug + Send + Sync + 'static {
 
     /// The same op with one more input, of its output's shape, that is added to the output.
     fn with_residual(&self) -> Option<Box<dyn Op>> {
+        None
+    }
+
+    /// The same op on a part of the flat buffers with so many parameters; none where it does not know their number.
+    fn of_parameters(&self, _parameters: usize) -> Option<Arc<dyn Op>> {
         None
     }
 

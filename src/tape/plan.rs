@@ -33,11 +33,13 @@ pub struct Reduction<'a> {
     /// Gives, for a bucket of so many elements, the op that goes before its sum over ranks: it changes the bucket in place and reads the same
     /// range of flat buffers 1, 2, … of [`Region::Gradients`], as many as it has inputs.
     pub before: Option<&'a dyn Fn(usize) -> Arc<dyn Op>>,
+    /// Where buckets end: at multiples of so many elements, of which a flat buffer then has a multiple; 0: at parameters.
+    pub granule: usize,
 }
 
 impl From<Buckets> for Reduction<'_> {
     fn from(buckets: Buckets) -> Self {
-        Reduction { buckets, before: None }
+        Reduction { buckets, ..Reduction::default() }
     }
 }
 
@@ -52,6 +54,8 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
         order.sort_by_key(|&p| completed[p].unwrap_or(usize::MAX));
         ParamLayout::new(order.iter().map(|&p| &tape.params[p]))
     });
+    let granule = reduction.map_or(1, |how| how.granule.max(1));
+    let layout = layout.padded_to(granule);
 
     let (io, io_bytes) = place_io(tape);
     let (temporaries, scratch, arena_bytes) = place_arena(tape, layout.len());
@@ -60,7 +64,6 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
     let slot_of = |v: super::Var, spec: &Spec| -> Slot {
         let value = &tape.values[v.index()];
         let dtype = spec.dtype(tape.precision());
-        let len = || value.shape.as_ref().map_or(layout.len(), |s| s.len());
         let param = |id: usize| match layout.offset_of(&tape.params[id]) {
             Some(offset) => offset * DType::F32.size(),
             None => panic!("the layout lacks {}", tape.params[id].parts[0].name),
@@ -76,29 +79,20 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
                 None => panic!("no place for {name}"),
             },
         };
-        Slot { region, offset, len: len(), dtype }
+        Slot { region, offset, len: value.len(layout.len()), dtype }
     };
     let slots =
         |vars: &[super::Var], specs: &[Spec]| vars.iter().zip(specs).map(|(&v, spec)| slot_of(v, spec)).collect();
 
-    let mut ends = reduction.map_or(vec![], |how| cut_buckets(tape, &layout, &completed, how.buckets));
+    let mut ends = reduction.map_or(vec![], |how| cut_buckets(tape, &layout, &completed, how.buckets, granule));
     ends.reverse(); // popped from the back, first completed first
     let mut started = Vec::new();
     let mut instructions = Vec::new();
-    let comm = |kind, label: String| Instruction {
-        kind,
-        inputs: vec![],
-        outputs: vec![],
-        updates: 0,
-        scratch: None,
-        lane: Lane::Comm,
-        phase: Phase::Backward,
-        label,
-    };
+    let comm = |kind| Instruction::communication(kind, Phase::Backward);
     for (id, node) in tape.nodes.iter().enumerate() {
         if node.phase == Phase::Update {
             for (bucket, range) in started.drain(..) {
-                instructions.push(comm(Kind::ReduceWait { bucket, range }, String::new()));
+                instructions.push(comm(Kind::ReduceWait { bucket, range }));
             }
         }
         let signature = node.op.signature();
@@ -117,12 +111,12 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
                 instructions.push(in_place(before(bucket.range.len()), &bucket.range, &layout));
             }
             let number = started.len();
-            instructions.push(comm(Kind::ReduceStart { bucket: number, range: bucket.range.clone() }, String::new()));
+            instructions.push(comm(Kind::ReduceStart { bucket: number, range: bucket.range.clone() }));
             started.push((number, bucket.range));
         }
     }
     for (bucket, range) in started {
-        instructions.push(comm(Kind::ReduceWait { bucket, range }, String::new()));
+        instructions.push(comm(Kind::ReduceWait { bucket, range }));
     }
     let thread_scratch = tape.nodes.iter().map(|n| n.op.scratch().thread).max().unwrap_or(0);
     Program { instructions, layout, io, io_bytes, arena_bytes, thread_scratch, target: tape.target }
@@ -166,8 +160,14 @@ struct Bucket {
     complete_at: usize,
 }
 
-/// Contiguous ranges of the gradient buffer, cut at parameters, with the node that completes each.
-fn cut_buckets(tape: &Tape, layout: &ParamLayout, completed: &[Option<usize>], sizes: Buckets) -> Vec<Bucket> {
+/// Contiguous ranges of the gradient buffer, cut at parameters or at the last multiple of `granule` before, with the node that completes each.
+fn cut_buckets(
+    tape: &Tape,
+    layout: &ParamLayout,
+    completed: &[Option<usize>],
+    sizes: Buckets,
+    granule: usize,
+) -> Vec<Bucket> {
     let mut params: Vec<(usize, usize)> =
         (0..tape.params.len()).filter_map(|p| Some((layout.offset_of(&tape.params[p])?, completed[p]?))).collect();
     params.sort();
@@ -175,12 +175,12 @@ fn cut_buckets(tape: &Tape, layout: &ParamLayout, completed: &[Option<usize>], s
     let mut start = 0;
     let mut complete_at = 0;
     for (i, &(_, at)) in params.iter().enumerate() {
-        let end = params.get(i + 1).map_or(layout.len(), |next| next.0);
+        let end = params.get(i + 1).map_or(layout.len(), |next| next.0 / granule * granule);
         complete_at = complete_at.max(at);
         let left = (layout.len() - start) * DType::F32.size();
         let middle = sizes.other.min(left.saturating_sub(sizes.other));
         let limit = if buckets.is_empty() { sizes.first } else { middle.max(sizes.tail) };
-        if (end - start) * DType::F32.size() >= limit || end == layout.len() {
+        if end > start && ((end - start) * DType::F32.size() >= limit || end == layout.len()) {
             // A bucket starts after the one before it, so that every rank reduces in the same order.
             let after = buckets.last().map_or(0, |b| b.complete_at);
             complete_at = complete_at.max(after);
@@ -217,12 +217,14 @@ fn place_arena(tape: &Tape, flat: usize) -> (Vec<usize>, Vec<Option<Slot>>, usiz
     let mut tenant_of_value = vec![None; tape.values.len()];
     let touch = |tenants: &mut Vec<Tenant>, of: &mut Vec<Option<usize>>, v: super::Var, at: usize| {
         let value = &tape.values[v.index()];
-        let (Home::Arena, Some(shape)) = (&value.home, &value.shape) else { return };
+        if value.home != Home::Arena {
+            return;
+        }
         match of[v.index()] {
             Some(t) => tenants[t].last = at,
             None => {
                 of[v.index()] = Some(tenants.len());
-                tenants.push(Tenant { first: at, last: at, bytes: shape.len() * value.dtype.size() });
+                tenants.push(Tenant { first: at, last: at, bytes: value.len(flat) * value.dtype.size() });
             }
         }
     };

@@ -4,16 +4,17 @@ use super::{Program, RunError};
 use crate::collective::{Collective, CollectiveError, beside};
 use crate::device::cuda::{Piece, PlanTable};
 use crate::device::{Device, DeviceError};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What a rank tells the others.
+/// How a rank's search went, as it tells the others.
 #[derive(Serialize, Deserialize)]
-struct Told {
-    /// Whether it did what it was to do.
-    is_well: bool,
-    /// Its plans.
-    table: PlanTable,
+enum Went {
+    Well,
+    Stopped,
+    /// Why it has no plans.
+    Failed(String),
 }
 
 /// What some programs ask of a GPU's libraries, each once.
@@ -28,11 +29,11 @@ pub fn pieces<'a>(programs: impl IntoIterator<Item = &'a Program>) -> Vec<Piece>
 }
 
 /// Has a plan for each piece at all ranks: those of rank 0, which has looked for them while the others waited. A rank with another GPU or
-/// other libraries looks for its own, and rank 0's [`Device::take_notice`] says so. Gives false where `stop` was set. Nothing is to be done
-/// on CPU cores.
+/// other libraries looks for its own, and rank 0's [`Device::take_notice`] says so. Gives false, at all ranks, where `stop` was set at one.
+/// Nothing is to be done on CPU cores.
 ///
 /// # Errors
-/// A rank that is lost, or what keeps this one from having plans; all ranks have told each other by then.
+/// A rank that is lost, or what keeps this one from having plans; the others have [`CollectiveError::DeviceOf`] then.
 pub fn agree_on_plans(
     device: &mut Device,
     collective: &mut dyn Collective,
@@ -47,22 +48,20 @@ pub fn agree_on_plans(
         true => find(device, pieces, [stop, called_off]),
         false => Ok(true),
     })?;
-    let mine = Told { is_well: matches!(found, Ok(true)), table: device.plans().unwrap_or(PlanTable::new(card)) };
-    let all = tell(collective, &mine)?;
-    let [zero, ..] = &all[..] else { return Ok(true) };
-    let takes = zero.is_well && !is_rank_zero;
-    if let Device::Cuda(cuda) = &mut *device {
-        if takes {
-            cuda.prefer_plans(&zero.table);
-        } else if is_rank_zero {
-            strangers(&all).into_iter().for_each(|notice| cuda.notify(notice));
+    let table = device.plans().unwrap_or(PlanTable::new(card));
+    let Some(tables) = all_well(collective, found, table)? else { return Ok(false) };
+    if let (Device::Cuda(cuda), Some(zero)) = (&mut *device, tables.first()) {
+        if is_rank_zero {
+            strangers(&tables).into_iter().for_each(|notice| cuda.notify(notice));
+        } else {
+            cuda.prefer_plans(zero);
         }
     }
-    let found = beside(collective, |called_off| match takes {
-        true => find(device, pieces, [stop, called_off]),
-        false => found,
+    let found = beside(collective, |called_off| match is_rank_zero {
+        true => Ok(true),
+        false => find(device, pieces, [stop, called_off]),
     })?;
-    Ok(found?)
+    Ok(all_well(collective, found, ())?.is_some())
 }
 
 fn find(device: &mut Device, pieces: &[Piece], stops: [&AtomicBool; 2]) -> Result<bool, DeviceError> {
@@ -73,7 +72,31 @@ fn find(device: &mut Device, pieces: &[Piece], stops: [&AtomicBool; 2]) -> Resul
     }
 }
 
-fn tell(collective: &mut dyn Collective, mine: &Told) -> Result<Vec<Told>, CollectiveError> {
+/// What all ranks have to tell, if all have found what they looked for; none where one was stopped.
+fn all_well<T: Serialize + DeserializeOwned>(
+    collective: &mut dyn Collective,
+    found: Result<bool, DeviceError>,
+    mine: T,
+) -> Result<Option<Vec<T>>, RunError> {
+    let went = match &found {
+        Ok(true) => Went::Well,
+        Ok(false) => Went::Stopped,
+        Err(error) => Went::Failed(error.to_string()),
+    };
+    let all = tell(collective, &(went, mine))?;
+    let mut is_stopped = !found?;
+    let mut told = Vec::new();
+    for (rank, (went, theirs)) in all.into_iter().enumerate() {
+        match went {
+            Went::Well => told.push(theirs),
+            Went::Stopped => is_stopped = true,
+            Went::Failed(message) => return Err(CollectiveError::DeviceOf { rank, message }.into()),
+        }
+    }
+    Ok((!is_stopped).then_some(told))
+}
+
+fn tell<T: Serialize + DeserializeOwned>(collective: &mut dyn Collective, mine: &T) -> Result<Vec<T>, CollectiveError> {
     let failed = |source: serde_json::Error| CollectiveError::Io {
         operation: "writing the plans".into(),
         source: source.into(),
@@ -90,13 +113,13 @@ fn tell(collective: &mut dyn Collective, mine: &Told) -> Result<Vec<Told>, Colle
 }
 
 /// What there is to say about ranks for which the plans of rank 0 do not hold.
-fn strangers(all: &[Told]) -> Option<String> {
-    let zero = &all.first()?.table.card;
-    let others: Vec<String> = all
+fn strangers(tables: &[PlanTable]) -> Option<String> {
+    let zero = &tables.first()?.card;
+    let others: Vec<String> = tables
         .iter()
         .enumerate()
-        .filter(|(_, told)| told.table.card != *zero)
-        .map(|(rank, told)| format!("rank {rank} has {}", told.table.card))
+        .filter(|(_, table)| table.card != *zero)
+        .map(|(rank, table)| format!("rank {rank} has {}", table.card))
         .collect();
     (!others.is_empty()).then(|| {
         format!(

@@ -10,8 +10,9 @@ use thiserror::Error;
 pub enum Lane {
     /// Computation, in order.
     Compute,
-    /// Communication, beside computation between its start and its wait. It touches nothing but the gradients: all of the arena belongs to
-    /// the compute lane, so that a slot is free as soon as its last reader there is done.
+    /// Communication, beside computation between its start and its wait. It touches gradients, weights, and of the arena what is written
+    /// before its start and read after its wait: all of the arena belongs to the compute lane, so that a slot is free as soon as its last
+    /// reader there is done.
     Comm,
 }
 
@@ -42,6 +43,34 @@ pub enum Kind {
         /// Number of the bucket.
         bucket: usize,
         /// Elements of the flat buffer.
+        range: Range<usize>,
+    },
+    /// Begins such a sum of which each rank gets its slice.
+    ScatterStart {
+        /// Number of the bucket.
+        bucket: usize,
+        /// Elements of the flat buffer.
+        range: Range<usize>,
+    },
+    /// Waits for that slice.
+    ScatterWait {
+        /// Number of the bucket.
+        bucket: usize,
+        /// Elements of the flat buffer.
+        range: Range<usize>,
+    },
+    /// Begins to give all ranks each rank's slice of a part of a region.
+    GatherStart {
+        /// Where it is.
+        region: Region,
+        /// Bytes of the region.
+        range: Range<usize>,
+    },
+    /// Waits for those slices.
+    GatherWait {
+        /// Where they are.
+        region: Region,
+        /// Bytes of the region.
         range: Range<usize>,
     },
 }
@@ -131,8 +160,8 @@ impl Program {
     /// Floats of the longest of its sums over ranks; 0 if it has none.
     pub fn longest_sum(&self) -> usize {
         let len = |instruction: &Instruction| match &instruction.kind {
-            Kind::ReduceStart { range, .. } => range.len(),
-            Kind::Launch(_) | Kind::ReduceWait { .. } => 0,
+            Kind::ReduceStart { range, .. } | Kind::ScatterStart { range, .. } => range.len(),
+            _ => 0,
         };
         self.instructions.iter().map(len).max().unwrap_or(0)
     }
@@ -181,6 +210,12 @@ impl Program {
 }
 
 impl Instruction {
+    /// One between ranks.
+    pub(super) fn communication(kind: Kind, phase: Phase) -> Instruction {
+        let (lane, label) = (Lane::Comm, String::new());
+        Instruction { kind, inputs: vec![], outputs: vec![], updates: 0, scratch: None, lane, phase, label }
+    }
+
     /// What the op asks of a GPU; nothing for what is not an op.
     fn work(&self, precision: Precision) -> Option<cuda::Work> {
         let Kind::Launch(op) = &self.kind else { return None };
@@ -279,17 +314,29 @@ impl Loaded {
         if !self.is_so_everywhere(cuda.makes_graphs(), collective)? {
             return Ok(None);
         }
-        let captured = self.record(device, collective);
-        let (graph, why) = match captured {
-            Ok(graph) => (Some(graph), None),
-            Err(RunError::Device(why)) => (None, Some(why)),
+        if self.longest_sum > 0 {
+            // A library that refuses is given up, and with it what it has under way. Programs without sums are each rank's own business.
+            collective.come_to_rest()?;
+        }
+        let graph = match self.record(device, collective) {
+            Ok(graph) => Some(graph),
+            Err(RunError::Device(why) | RunError::Collective(CollectiveError::Device(why))) => {
+                if let Device::Cuda(cuda) = &mut *device {
+                    cuda.give_up_graphs(&why.to_string());
+                }
+                None
+            }
             Err(error) => return Err(error),
         };
-        if let (Some(why), Device::Cuda(cuda)) = (why, device) {
-            cuda.give_up_graphs(&why.to_string());
+        if self.is_so_everywhere(graph.is_some(), collective)? {
+            return Ok(graph);
         }
-        let is_everywhere = self.is_so_everywhere(graph.is_some(), collective)?;
-        Ok(graph.filter(|_| is_everywhere))
+        // It waits for graphs that hold sums.
+        drop(graph);
+        if self.longest_sum > 0 {
+            collective.renew(device)?;
+        }
+        Ok(None)
     }
 
     /// Whether `mine` holds at all ranks, if they add up in this program, else here.
@@ -305,13 +352,7 @@ impl Loaded {
     fn record(&self, device: &mut Device, collective: &mut dyn Collective) -> Result<cuda::Graph, RunError> {
         let Device::Cuda(cuda) = &*device else { unreachable!("graphs are made on GPUs") };
         let capture = cuda.capture().map_err(DeviceError::from)?;
-        self.run_observed(device, collective, &mut |_, _| Ok(())).map_err(|error| match error {
-            RunError::Collective(CollectiveError::Device(DeviceError::Cuda(error))) => {
-                let error = DeviceError::Cuda(cuda::CudaError::NotCaptured(Box::new(error)));
-                RunError::Collective(CollectiveError::Device(error))
-            }
-            error => error,
-        })?;
+        self.run_observed(device, collective, &mut |_, _| Ok(()))?;
         Ok(capture.end().map_err(DeviceError::from)?)
     }
 
@@ -343,10 +384,11 @@ impl Loaded {
         if *longest_sum > 0 {
             collective.reserve(device, *longest_sum)?;
         }
-        let gradients = || match binding.get(Region::Gradients) {
+        let buffer_of = |region: Region| match binding.get(region) {
             Some(buffer) => buffer,
-            None => panic!("no buffer for region {}", Region::Gradients.name()),
+            None => panic!("no buffer for region {}", region.name()),
         };
+        let gradients = || buffer_of(Region::Gradients);
         for (number, instruction) in program.instructions.iter().enumerate() {
             match (&instruction.kind, &mut *device) {
                 (Kind::Launch(op), Device::Cpu(cpu)) => {
@@ -361,6 +403,18 @@ impl Loaded {
                 }
                 (Kind::ReduceWait { range, .. }, device) => {
                     collective.all_reduce_wait(device, gradients(), range.clone())?;
+                }
+                (Kind::ScatterStart { range, .. }, device) => {
+                    collective.reduce_scatter_start(device, gradients(), range.clone())?;
+                }
+                (Kind::ScatterWait { range, .. }, device) => {
+                    collective.reduce_scatter_wait(device, gradients(), range.clone())?;
+                }
+                (Kind::GatherStart { region, range }, device) => {
+                    collective.all_gather_start(device, buffer_of(*region), range.clone())?;
+                }
+                (Kind::GatherWait { region, range }, device) => {
+                    collective.all_gather_wait(device, buffer_of(*region), range.clone())?;
                 }
             }
             then(device, number)?;

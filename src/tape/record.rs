@@ -29,11 +29,20 @@ pub(super) enum Home {
 
 #[derive(Clone, Debug)]
 pub(super) struct Value {
+    /// None of what is as long as a flat buffer, or has one for each `block` elements of it.
     pub shape: Option<Shape>,
+    pub block: usize,
     pub dtype: DType,
     pub home: Home,
     /// Whether it depends on a parameter.
     pub differentiable: bool,
+}
+
+impl Value {
+    /// Elements, where flat buffers have so many.
+    pub fn len(&self, flat: usize) -> usize {
+        self.shape.as_ref().map_or(flat.div_ceil(self.block), Shape::len)
+    }
 }
 
 /// The part of a step an op belongs to.
@@ -178,6 +187,13 @@ impl Tape {
         self.value(None, dtype, Home::Flat(region, number), false)
     }
 
+    /// A temporary that has one for each `block` elements of a flat buffer.
+    pub fn of_blocks(&mut self, block: usize, dtype: DType) -> Var {
+        let var = self.value(None, dtype, Home::Arena, false);
+        self.values[var.index()].block = block;
+        var
+    }
+
     /// What stands at the beginning of a region for the whole run.
     pub fn held(&mut self, region: Region, spec: Spec) -> Var {
         let dtype = spec.dtype(self.precision());
@@ -195,7 +211,7 @@ impl Tape {
     }
 
     pub(super) fn value(&mut self, shape: Option<Shape>, dtype: DType, home: Home, differentiable: bool) -> Var {
-        self.values.push(Value { shape, dtype, home, differentiable });
+        self.values.push(Value { shape, block: 1, dtype, home, differentiable });
         Var(self.values.len() as u32 - 1)
     }
 
@@ -250,7 +266,11 @@ impl Tape {
                 let dtype = spec.dtype(self.precision());
                 // Of a parameter there is a copy in bf16 (`Region::Compute`).
                 let is_copied = dtype == DType::Bf16 && kind == "input" && matches!(value.home, Home::Param(_));
-                let fits = (dtype == value.dtype || is_copied) && (spec.shape.is_none() || spec.shape == value.shape);
+                let is_as_long = match &spec.shape {
+                    None => value.shape.is_some() || spec.block == value.block,
+                    shape => *shape == value.shape,
+                };
+                let fits = (dtype == value.dtype || is_copied) && is_as_long;
                 assert!(fits, "{}: {kind} {i} is {:?}, expected {spec:?}", op.name(), (&value.shape, value.dtype));
             }
         }

@@ -110,6 +110,9 @@ pub struct OptimConfig {
     pub min_lr: f64,
     /// The global gradient norm above which gradients are scaled down; 0: never.
     pub clip: f64,
+    /// Whether each of several ranks keeps and updates moments and averages of its slices of the parameters only, and gives the others what
+    /// it has updated.
+    pub sharded: bool,
 }
 
 impl Default for OptimConfig {
@@ -126,6 +129,7 @@ impl Default for OptimConfig {
             decay_steps: 0,
             min_lr: 0.0,
             clip: 1.0,
+            sharded: false,
         }
     }
 }
@@ -189,6 +193,13 @@ impl Config {
         self.sample.validate(&self.diffusion)?;
         self.cluster.validate()?;
         OutOfRange::check(self.log.every > 0, "log.every", self.log.every, "every ≥ 1", "steps between two lines")
+    }
+}
+
+impl Config {
+    /// Ranks among which the optimiser's state is divided, where so many compute a batch.
+    pub fn ranks_of_state(&self, share: &Share) -> usize {
+        if self.optim.sharded { share.world_size } else { 1 }
     }
 }
 

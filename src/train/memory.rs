@@ -42,13 +42,15 @@ pub fn memory(
         1 => "of the parameters".to_string(),
         buffers => format!("of the parameters: {buffers} buffers, as shards are added along a tree"),
     };
+    let ranks = config.ranks_of_state(share);
+    let of_state = if ranks > 1 { format!("1/{ranks} of ") } else { String::new() };
     let part =
         |name, bytes: usize, holds: &str| Part { name, bytes: bytes as u64, on_host: false, holds: holds.to_string() };
     let mut parts = vec![
         part("weights", flat, "parameters, f32"),
         part("gradients", programs.len() * flat, &gradients),
-        part("moments", 2 * flat, "Adam's averages of gradients and their squares"),
-        part("ema", flat, "moving average of the parameters"),
+        part("moments", 2 * flat / ranks, &format!("{of_state}Adam's averages of gradients and their squares")),
+        part("ema", flat / ranks, &format!("{of_state}moving average of the parameters")),
         part("arena", largest(|program| program.arena_bytes), "activations and temporaries of a step"),
         part("io", largest(|program| program.io_bytes), "pixels, tables and results of a step"),
     ];

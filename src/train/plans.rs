@@ -11,7 +11,7 @@ use crate::device::{Device, DeviceKind};
 use crate::report::Console;
 use crate::tape::{agree_on_plans, pieces};
 
-/// Prefers the plans that a checkpoint pins. Those for another card are of no use, which the resume says in its own words.
+/// Prefers the plans that the checkpoint pins from which a run goes on. Those for another card are of no use, which the resume says in its own words.
 pub(super) fn take_pinned(device: &mut Device, saved: &Meta, console: &Console) {
     let Device::Cuda(cuda) = device else { return };
     match pinned(saved) {
@@ -24,8 +24,7 @@ pub(super) fn take_pinned(device: &mut Device, saved: &Meta, console: &Console) 
     }
 }
 
-/// Has plans for all that a run computes, equal ones at all ranks, before its programs are loaded. What is in this rank's way is its own: the
-/// caller tells the others.
+/// Has plans for all that a run computes, equal ones at all ranks, before its programs are loaded. What is in one rank's way ends all of them.
 pub(super) fn settle_plans(
     device: &mut Device,
     collective: &mut dyn Collective,

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Keys that may change between two parts of a run: how long it is, what it reports and keeps, where its data lies (the pixels
-/// themselves are compared), and how images are sampled from it.
+/// themselves are compared), how images are sampled from it, and which rank keeps what.
 const FREE: &[&str] = &[
     "train.steps",
     "checkpoint.",
@@ -24,6 +24,7 @@ const FREE: &[&str] = &[
     "data.cache_limit",
     "data.on_bad_image",
     "data.decode_threads",
+    "optim.sharded",
     "diffusion.variance",
     "diffusion.clip",
 ];
@@ -103,19 +104,14 @@ fn different(saved: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -
         .collect()
 }
 
-/// Compares the config with that of the newest checkpoint whose manifest can be read, if there is one, and gives what that records.
-pub(super) fn check_newest_config(
-    config: &Config,
-    run_dir: &RunDir,
-    identity: &Identity,
-) -> Result<Option<Meta>, TrainError> {
+/// Compares the config with that of the newest checkpoint whose manifest can be read, if there is one.
+pub(super) fn check_newest_config(config: &Config, run_dir: &RunDir, identity: &Identity) -> Result<(), TrainError> {
     for (_, path) in list(&run_dir.checkpoints())?.into_iter().rev() {
         if let Ok(manifest) = inspect(&path) {
-            check_config(config, &path, &manifest.meta, identity)?;
-            return Ok(Some(manifest.meta));
+            return check_config(config, &path, &manifest.meta, identity);
         }
     }
-    Ok(None)
+    Ok(())
 }
 
 /// Refuses a config that would leave the trajectory of a checkpoint.
@@ -191,6 +187,7 @@ mod tests {
         now.sample.every += 1;
         now.log.every += 1;
         now.data.path = "elsewhere".into();
+        now.optim.sharded = true;
         assert_eq!(differences(&saved, &now).unwrap(), []);
         assert_eq!(trajectory_hash(&saved).unwrap(), trajectory_hash(&now).unwrap());
 

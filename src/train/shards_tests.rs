@@ -48,9 +48,11 @@ fn six_steps(config: &Config, collective: &mut dyn Collective) -> (Vec<Vec<u32>>
         losses.extend(given.losses.iter().map(|loss| loss.to_bits()));
         timesteps.extend_from_slice(given.timesteps);
     }
+    let parameters = trainer.program().layout.iter().map(|placed| placed.range.end).max().unwrap();
     let state = STATE.map(|region| {
-        let mut flat = vec![0.0f32; trainer.program().layout.len()];
-        device.download(trainer.buffer(region), 0, &mut flat).unwrap();
+        let mut flat = vec![0.0f32; parameters];
+        let whole = trainer.whole(&mut device, collective, region).unwrap();
+        device.download(whole, 0, &mut flat).unwrap();
         flat.iter().map(|x| x.to_bits()).collect()
     });
     (state.to_vec(), losses, timesteps)
@@ -73,6 +75,30 @@ fn fixed_shards_give_the_same_bits_at_any_number_of_ranks() {
                     assert_eq!(their_timesteps[here..here + images], timesteps[there..there + images]);
                 }
             }
+        }
+    }
+}
+
+/// Whoever keeps and updates what: also where there are several buckets.
+#[test]
+fn divided_state_gives_the_same_bits() {
+    let mut wide = config(Shards::Fixed(4));
+    wide.model.channels = vec![32, 48];
+    for (config, least) in [(config(Shards::Fixed(4)), 1), (wide, 2)] {
+        let expected = six_steps(&config, &mut Solo).0;
+        let mut divided = config;
+        divided.optim.sharded = true;
+        assert!(six_steps(&divided, &mut Solo).0 == expected, "one rank has all of it");
+        for ranks in [2, 4] {
+            let share = Share::new(&divided.train, 0, ranks).unwrap();
+            let (programs, _) = step_programs(&divided, SIZE, &share, Default::default());
+            let scatters = |program: &crate::tape::Program| {
+                let is_one = |kind: &crate::tape::Kind| matches!(kind, crate::tape::Kind::ScatterStart { .. });
+                program.instructions.iter().filter(|instruction| is_one(&instruction.kind)).count()
+            };
+            assert!(programs.iter().map(scatters).sum::<usize>() >= least, "buckets of {ranks} ranks");
+            let all = world(ranks, |collective| six_steps(&divided, collective).0);
+            assert!(all.iter().all(|state| *state == expected), "{ranks} ranks");
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Between the device and the disk: a run's state as a snapshot.
 
 use super::{Config, Trainer};
-use crate::checkpoint::{Buffers, Layout, LayoutError, Meta, Saver, Snapshot, TensorSpec};
+use crate::checkpoint::{Buffers, Layout, LayoutError, Meta, Snapshot, TensorSpec};
+use crate::collective::Collective;
 use crate::config::{ConfigError, to_toml};
 use crate::device::cuda::{Card, PlanTable};
-use crate::device::{Device, DeviceError, Region};
+use crate::device::{Device, Region};
 use crate::tape::{ParamLayout, RunError};
 use serde::Deserialize;
 use serde_json::Value;
@@ -112,23 +113,21 @@ pub fn layout_for_checkpoints(layout: &ParamLayout) -> Result<Arc<Layout>, Layou
     Layout::new(layout.iter().map(spec).collect()).map(Arc::new)
 }
 
-/// Copies the state after `step` steps off the device.
-pub(super) fn snapshot(
+/// Copies the state off the device, as much of it as goes into `buffers`: a contiguous part of all, as checkpoints have it. Ranks that have
+/// only their slices gather them for it, so that all do this together.
+pub(super) fn copy_state(
     trainer: &Trainer,
-    device: &Device,
-    saver: &mut Saver,
-    layout: &Arc<Layout>,
-    identity: &Identity,
-    config: &Config,
-    step: u64,
-) -> Result<Snapshot, DeviceError> {
-    let mut buffers = saver.buffers(layout);
-    let Buffers { range, params, adam_m, adam_v, ema } = &mut buffers;
+    device: &mut Device,
+    collective: &mut dyn Collective,
+    buffers: &mut Buffers,
+) -> Result<(), RunError> {
+    let Buffers { range, params, adam_m, adam_v, ema } = buffers;
     let flats = [(Region::Weights, params), (Region::Moment1, adam_m), (Region::Moment2, adam_v), (Region::Ema, ema)];
     for (region, flat) in flats {
-        device.download(trainer.buffer(region), range.start, flat)?;
+        let whole = trainer.whole(device, collective, region)?;
+        device.download(whole, range.start, flat)?;
     }
-    Ok(Snapshot::new(identity.meta(config, step), Arc::clone(layout), buffers))
+    Ok(())
 }
 
 /// Copies a snapshot onto the device.
@@ -136,7 +135,7 @@ pub(super) fn restore(trainer: &Trainer, device: &mut Device, snapshot: &Snapsho
     let Snapshot { params, adam_m, adam_v, ema, .. } = snapshot;
     let flats = [(Region::Weights, params), (Region::Moment1, adam_m), (Region::Moment2, adam_v), (Region::Ema, ema)];
     for (region, flat) in flats {
-        device.upload(trainer.buffer(region), 0, flat)?;
+        trainer.put(device, region, flat)?;
     }
     trainer.weights_changed(device)
 }

@@ -11,7 +11,8 @@
 //! A batch is divided into shards ([`Share`]). For each shard but the last one of a rank, lines 3 to 5 end with the gradient, which is added
 //! to those of the shards before it ([`accumulate`]).
 
-use super::transfer::Transfer;
+use super::divided::{DIVIDED, Division};
+use super::transfer::{Images, Losses, Transfer};
 use super::{Config, Optimizer, Share};
 use crate::collective::Collective;
 use crate::device::{Binding, BufferId, Device, DeviceError, Region, Target, Tick};
@@ -19,10 +20,12 @@ use crate::diffusion::Schedule;
 use crate::ops::accumulate::{Accumulate, accumulate};
 use crate::ops::adam_ema::{Hyper, adam_ema, bias_correction};
 use crate::ops::cast::ComputeCopy;
-use crate::ops::grad_norm::grad_norm;
+use crate::ops::grad_norm::{BLOCK, grad_norm};
 use crate::ops::loss::{LossInputs, mse_loss};
 use crate::ops::q_sample::{Given, TrainingBatch, q_sample};
-use crate::tape::{Buckets, Loaded, Op, Phase, Program, Reduction, RunError, Spec, Tape, plan};
+use crate::tape::{
+    Buckets, Loaded, Op, ParamLayout, Phase, Program, Reduction, RunError, Slices, Spec, Tape, in_slices, plan,
+};
 use crate::unet::{Randomness, initial_parameters, unet};
 use std::sync::Arc;
 
@@ -46,15 +49,22 @@ pub fn step_programs_on(
     let last = share.partial_sums();
     let before = |elements: usize| Arc::new(Accumulate { sums: last, elements }) as Arc<dyn Op>;
     let before: Option<&dyn Fn(usize) -> Arc<dyn Op>> = if last > 0 { Some(&before) } else { None };
-    let reduction = Reduction { buckets: Buckets::default(), before };
+    let slices = Slices { rank: share.rank, ranks: config.ranks_of_state(share), own: &DIVIDED };
+    let granule = if slices.ranks > 1 { slices.ranks * BLOCK } else { 0 };
+    let reduction = Reduction { buckets: Buckets::default(), before, granule };
     let tape = shard(target, None);
     // Parameters stand where they do on CPU cores, though other instructions may complete their gradients.
-    let places = (target != Target::default()).then(|| plan(&shard(Target::default(), None), None, None).layout);
+    let places = (target != Target::default()).then(|| layout_of_step(config, size, share));
     let whole = plan(&tape, places.as_ref(), Some(reduction));
     let accumulating = |t: usize| plan(&shard(target, Some(t)), Some(&whole.layout), None);
     let mut programs: Vec<Program> = (0..last).map(accumulating).collect();
-    programs.push(whole);
+    programs.push(if slices.ranks > 1 { in_slices(whole, &slices) } else { whole });
     (programs, tape)
+}
+
+/// The places of a step's parameters, which are the same on all devices.
+pub(super) fn layout_of_step(config: &Config, size: [usize; 2], share: &Share) -> ParamLayout {
+    plan(&shard(config, size, share.shard, Target::default(), None, None), None, None).layout
 }
 
 /// The programs of a step, each with how often the step runs it: of 2^L shards, 2^(L−1−t) have numbers that end in exactly t < L ones.
@@ -116,72 +126,6 @@ fn shard(
     tape
 }
 
-/// What a rank's images of a step are given by.
-#[derive(Clone, Copy, Debug)]
-pub enum Images<'a> {
-    /// [N, H, W, C].
-    Pixels(&'a [u8]),
-    /// Their numbers among the images that the device holds.
-    Numbers(&'a [u32]),
-}
-
-impl<'a> Images<'a> {
-    /// As they are copied to the device.
-    pub(super) fn bytes(self) -> &'a [u8] {
-        match self {
-            Images::Pixels(pixels) => pixels,
-            Images::Numbers(numbers) => bytemuck::cast_slice(numbers),
-        }
-    }
-}
-
-/// What a rank's images of a step gave.
-#[derive(Clone, Copy, Debug)]
-pub struct Losses<'a> {
-    /// Mean squared error of each image, in the order of the batch.
-    pub losses: &'a [f32],
-    /// The timestep that was drawn for each.
-    pub timesteps: &'a [u32],
-    /// Global norm of the gradient before clipping, and 1 if all of it is finite, else 0.
-    pub norm: [f32; 2],
-}
-
-/// What a step measured.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Metrics {
-    /// L_simple (eq. 14): mean over the batch.
-    pub loss: f64,
-    /// Mean loss of the samples whose t lies in each quarter of 0 … T−1, where there are any.
-    pub quartiles: [Option<f64>; 4],
-    /// Global norm of the gradient before clipping.
-    pub grad_norm: f64,
-    /// Whether loss and gradients were finite; if not, the step changed nothing.
-    pub finite: bool,
-}
-
-impl Metrics {
-    /// Of all images of a batch, given as their losses and timesteps (of T) in the order of the batch, and the norm of their gradient.
-    pub fn new(images: impl Iterator<Item = (f32, u32)>, timesteps: usize, norm: [f32; 2]) -> Metrics {
-        let (mut all, mut number) = (0.0f64, 0usize);
-        let mut sums = [(0.0f64, 0usize); 4];
-        for (loss, t) in images {
-            let loss = f64::from(loss);
-            let (sum, count) = &mut sums[(4 * t as usize / timesteps).min(3)];
-            *sum += loss;
-            *count += 1;
-            all += loss;
-            number += 1;
-        }
-        let loss = all / number as f64;
-        Metrics {
-            loss,
-            quartiles: sums.map(|(sum, count)| (count > 0).then(|| sum / count as f64)),
-            grad_norm: f64::from(norm[0]),
-            finite: norm[1] == 1.0 && loss.is_finite(),
-        }
-    }
-}
-
 /// Weights, optimiser and programs of a rank on a device.
 pub struct Trainer {
     programs: Vec<Loaded>,
@@ -189,6 +133,8 @@ pub struct Trainer {
     share: Share,
     binding: Binding,
     buffers: [BufferId; 4],
+    /// Where a rank has only its slices of some of them.
+    division: Option<Division>,
     transfer: Transfer,
 }
 
@@ -236,9 +182,11 @@ impl Trainer {
             let bytes = held * size[0] * size[1] * config.model.image_channels;
             binding = binding.with(Region::Images, device.allocate(bytes)?);
         }
+        let division = Division::of(whole, &share);
         let mut buffers = [io; 4];
         for (buffer, region) in buffers.iter_mut().zip(STATE) {
-            *buffer = device.allocate(flat_bytes)?;
+            let is_divided = division.is_some() && DIVIDED.contains(&region);
+            *buffer = device.allocate(if is_divided { flat_bytes / share.world_size } else { flat_bytes })?;
             binding = binding.with(region, *buffer);
         }
         let copy = ComputeCopy::new(device, whole, &mut binding)?;
@@ -255,7 +203,7 @@ impl Trainer {
         let transfer = Transfer::new(device, whole, io, share, held.is_some())?;
         let load = |program: Program| Arc::new(program).load(device, binding);
         let programs = programs.into_iter().map(load).collect::<Result<_, _>>()?;
-        let trainer = Trainer { programs, copy, share, binding, buffers, transfer };
+        let trainer = Trainer { programs, copy, share, binding, buffers, division, transfer };
         trainer.set_parameters(device, &initial)?;
         Ok(trainer)
     }
@@ -275,7 +223,7 @@ impl Trainer {
         self.share
     }
 
-    /// The flat buffer of a part of the state.
+    /// The flat buffer of a part of the state, of which this rank may have only its slices ([`Trainer::has_whole`]).
     ///
     /// # Panics
     /// If `region` is not one of [`STATE`].
@@ -283,6 +231,44 @@ impl Trainer {
         match STATE.iter().position(|&r| r == region) {
             Some(i) => self.buffers[i],
             None => panic!("{} is not part of the state", region.name()),
+        }
+    }
+
+    /// Whether this rank has all of that part of the state.
+    pub fn has_whole(&self, region: Region) -> bool {
+        self.division.is_none() || !DIVIDED.contains(&region)
+    }
+
+    /// A buffer with all of a part of the state, where no step is under way: its own, or that of the gradients, in which the ranks then have
+    /// gathered it together. Between steps that is free, and it is as long.
+    ///
+    /// # Errors
+    /// A rank that does not take part; the device's.
+    pub fn whole(
+        &self,
+        device: &mut Device,
+        collective: &mut dyn Collective,
+        region: Region,
+    ) -> Result<BufferId, RunError> {
+        let own = self.buffer(region);
+        match (&self.division, self.binding.get(Region::Gradients)) {
+            (Some(division), Some(gradients)) if !self.has_whole(region) => {
+                division.gather(device, collective, own, gradients)?;
+                Ok(gradients)
+            }
+            _ => Ok(own),
+        }
+    }
+
+    /// Sets a part of the state, given as a whole: what of it this rank has. The weights are then to be
+    /// [said to have changed](Trainer::weights_changed).
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn put(&self, device: &mut Device, region: Region, flat: &[f32]) -> Result<(), DeviceError> {
+        match &self.division {
+            Some(division) if !self.has_whole(region) => division.put(device, self.buffer(region), flat),
+            _ => device.upload(self.buffer(region), 0, flat),
         }
     }
 
@@ -299,8 +285,8 @@ impl Trainer {
     /// # Errors
     /// The device's.
     pub fn set_parameters(&self, device: &mut Device, flat: &[f32]) -> Result<(), RunError> {
-        device.upload(self.buffer(Region::Weights), 0, flat)?;
-        device.upload(self.buffer(Region::Ema), 0, flat)?;
+        self.put(device, Region::Weights, flat)?;
+        self.put(device, Region::Ema, flat)?;
         self.weights_changed(device)
     }
 
@@ -327,6 +313,7 @@ impl Trainer {
         step: u64,
         images: Images<'_>,
     ) -> Result<(), RunError> {
+        collective.begin_step(device, step + 1)?;
         self.begin_with(device, config, step, images, &mut |_, program, device| program.run(device, collective))?;
         Ok(collective.note_sums()?)
     }
@@ -378,6 +365,7 @@ impl Trainer {
         images: Images<'_>,
     ) -> Result<Vec<(usize, Vec<Tick>)>, RunError> {
         let mut ticks = Vec::new();
+        collective.begin_step(device, step + 1)?;
         self.begin_with(device, config, step, images, &mut |which, program, device| {
             ticks.push((which, program.run_timed(device, collective)?));
             Ok(())
@@ -395,30 +383,22 @@ impl Trainer {
         images: Images<'_>,
         run: &mut dyn FnMut(usize, &mut Loaded, &mut Device) -> Result<(), RunError>,
     ) -> Result<(), RunError> {
-        let begun = self.begin_shards(device, config, step, images, run);
+        let mut begin = || {
+            self.transfer.open(device, step, &hyper(config, step), images)?;
+            for shard in 0..self.share.shards {
+                self.transfer.give(device, shard)?;
+                let which = shard.trailing_ones() as usize;
+                run(which, &mut self.programs[which], device)?;
+                self.transfer.take(device, shard)?;
+            }
+            Ok(self.transfer.close(device)?)
+        };
+        let begun = begin();
         if begun.is_err() {
             // Nothing of it may be taken for results.
             self.transfer.withdraw();
         }
         begun
-    }
-
-    fn begin_shards(
-        &mut self,
-        device: &mut Device,
-        config: &Config,
-        step: u64,
-        images: Images<'_>,
-        run: &mut dyn FnMut(usize, &mut Loaded, &mut Device) -> Result<(), RunError>,
-    ) -> Result<(), RunError> {
-        self.transfer.open(device, step, &hyper(config, step), images)?;
-        for shard in 0..self.share.shards {
-            self.transfer.give(device, shard)?;
-            let which = shard.trailing_ones() as usize;
-            run(which, &mut self.programs[which], device)?;
-            self.transfer.take(device, shard)?;
-        }
-        Ok(self.transfer.close(device)?)
     }
 
     /// Programs, of which a step runs program t for each shard whose number ends in t ones.

@@ -4,7 +4,6 @@
 //! the next step. There is one staging for each step that may be under way.
 
 use super::Share;
-use super::step::{Images, Losses};
 use crate::device::{BufferId, Device, DeviceError, Slot, StagingId};
 use crate::ops::adam_ema::Hyper;
 use crate::tape::Program;
@@ -12,6 +11,36 @@ use std::ops::Range;
 
 /// Steps that may be under way: one that the device computes, and one that waits for it.
 const MOST: usize = 2;
+
+/// What a rank's images of a step are given by.
+#[derive(Clone, Copy, Debug)]
+pub enum Images<'a> {
+    /// [N, H, W, C].
+    Pixels(&'a [u8]),
+    /// Their numbers among the images that the device holds.
+    Numbers(&'a [u32]),
+}
+
+impl<'a> Images<'a> {
+    /// As they are copied to the device.
+    fn bytes(self) -> &'a [u8] {
+        match self {
+            Images::Pixels(pixels) => pixels,
+            Images::Numbers(numbers) => bytemuck::cast_slice(numbers),
+        }
+    }
+}
+
+/// What a rank's images of a step gave.
+#[derive(Clone, Copy, Debug)]
+pub struct Losses<'a> {
+    /// Mean squared error of each image, in the order of the batch.
+    pub losses: &'a [f32],
+    /// The timestep that was drawn for each.
+    pub timesteps: &'a [u32],
+    /// Global norm of the gradient before clipping, and 1 if all of it is finite, else 0.
+    pub norm: [f32; 2],
+}
 
 /// The way of a step's inputs and results.
 pub(super) struct Transfer {

@@ -1,10 +1,18 @@
 // Streams of the machine's driver. One that captures keeps what is begun on it, with its arguments, and does not run it; the graph that
-// comes of it runs all of it, in the same order, whenever it is launched. Names in quotation marks are sections of NVIDIA's "CUDA Driver
-// API" and "CUDA C++ Programming Guide"; what they prohibit while a stream captures is refused, and spoils the capture.
+// comes of it runs all of it whenever it is launched: what was begun on one stream in that order, streams side by side as far as their
+// events let them. Names in quotation marks are sections of NVIDIA's "CUDA Driver API" and "CUDA C++ Programming Guide"; what they prohibit
+// while a stream captures is refused, and spoils the capture.
+//
+// A stream has a clock, by which what is begun on it takes as long as CUDA_SIM_WORK says (setting.h), in microseconds, each; where it waits
+// for an event, it goes on at the later time of the two. That is what kernels see (`nanoseconds`), and not what events measure.
 //
 // The environment sets faults: CUDA_SIM_FAIL=begin, capture (the tenth thing that is begun) or instantiate is refused.
 #pragma once
 
+#include "cuda_sim.h"
+#include "setting.h"
+
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -56,14 +64,20 @@ using Work = std::function<void()>;
 using Slow = std::function<bool()>;
 /// Makes the work of one launch.
 using Maker = std::function<Slow()>;
-using Works = std::vector<Maker>;
+
+struct Stream;
+
+/// What was captured, and on which stream.
+struct Captured {
+    const Stream *stream;
+    Maker make;
+};
+using Works = std::vector<Captured>;
 
 /// CUgraph, and CUgraphExec.
 struct Graph {
     std::shared_ptr<const Works> works;
 };
-
-struct Stream;
 
 /// CUstreamCaptureMode
 enum Mode { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
@@ -81,11 +95,44 @@ struct Capture {
     std::set<Stream *> unjoined = {};
 };
 
+/// Nanoseconds.
+using Clock = std::shared_ptr<uint64_t>;
+/// That of the stream whose work runs now.
+inline Clock clock_now = std::make_shared<uint64_t>(0);
+
+/// Something has been computed.
+inline void work() {
+    static const std::string said = setting("CUDA_SIM_WORK");
+    static const uint64_t microseconds = said.empty() ? 10 : strtoull(said.c_str(), nullptr, 10);
+    *clock_now += 1000 * microseconds;
+}
+
+/// The same work, by a clock.
+inline Maker by(Clock clock, Maker make) {
+    return [=] {
+        return [=, slow = make()]() mutable {
+            clock_now = clock;
+            return slow();
+        };
+    };
+}
+
+/// Work that takes no time.
+inline Maker at_once_by(Clock clock, Work work) {
+    return by(clock, [=]() -> Slow {
+        return [=] {
+            work();
+            return true;
+        };
+    });
+}
+
 /// CUstream. The only kind is CU_STREAM_NON_BLOCKING, which the legacy stream neither waits for nor keeps waiting.
 struct Stream {
     std::shared_ptr<Capture> capture = nullptr;
     /// What it has not done yet.
     std::deque<Slow> left = {};
+    Clock clock = std::make_shared<uint64_t>(0);
 };
 
 /// All that are not destroyed, or that were before their work had ended.
@@ -101,11 +148,17 @@ inline void go_on() {
     }
 }
 
+/// How often graphs have come past a record of an event, and when by its stream's clock the last time.
+struct Passed {
+    uint64_t count = 0, time = 0;
+};
+
 /// Where a stream that captures was when an event was recorded there.
 struct Mark {
     std::weak_ptr<Capture> capture = {};
     Stream *stream = nullptr;
     int begun = 0;
+    std::shared_ptr<Passed> passed = nullptr;
 };
 
 /// Those that have begun and not ended.
@@ -129,6 +182,7 @@ inline int begin_slow(void *on, Maker make) {
     auto *stream = static_cast<Stream *>(on);
     if (!stream)
         return CAPTURE_INVALID_VALUE;
+    make = by(stream->clock, std::move(make));
     if (!stream->capture) {
         stream->left.push_back(make());
         if (!is_busy())
@@ -139,9 +193,9 @@ inline int begin_slow(void *on, Maker make) {
     // "Invalidation": "further use of any streams which are being captured ... is invalid and will return an error".
     if (!capture.is_valid)
         return CAPTURE_INVALIDATED;
-    if (is_failing("capture") && capture.works.size() == 9)
+    if (is_failing("capture") && capture.works.size() >= 9)
         return spoil(capture, CAPTURE_UNSUPPORTED);
-    capture.works.push_back(std::move(make));
+    capture.works.push_back({stream, std::move(make)});
     if (stream != capture.origin) {
         capture.forks[stream]++;
         capture.unjoined.insert(stream);
@@ -171,7 +225,9 @@ inline int mark(void *on, Mark *mark) {
         return CAPTURED;
     if (!stream->capture->is_valid)
         return CAPTURE_INVALIDATED;
-    *mark = {stream->capture, stream, stream == stream->capture->origin ? 0 : stream->capture->forks[stream]};
+    const auto passed = std::make_shared<Passed>();
+    *mark = {stream->capture, stream, stream == stream->capture->origin ? 0 : stream->capture->forks[stream], passed};
+    stream->capture->works.push_back({stream, at_once_by(stream->clock, [=] { *passed = {passed->count + 1, *clock_now}; })});
     return CAPTURED;
 }
 
@@ -196,6 +252,12 @@ inline int wait_for(void *on, const Mark &mark) {
         capture->forks[stream] = 0;
         capture->unjoined.insert(stream);
     }
+    capture->works.push_back({stream, by(stream->clock, [passed = mark.passed, launches = std::make_shared<uint64_t>(0)]() -> Slow {
+        return [passed, wanted = ++*launches] {
+            *clock_now = std::max(*clock_now, passed->time);
+            return passed->count >= wanted;
+        };
+    })});
     if (stream != mark.stream && mark.stream != capture->origin && capture->forks[mark.stream] == mark.begun)
         capture->unjoined.erase(mark.stream);
     return CAPTURED;
@@ -226,7 +288,7 @@ inline int no_stream_must_capture() {
     return captures.empty() ? int(CAPTURED) : int(CAPTURE_UNSUPPORTED);
 }
 
-/// Whether this thread may do what happens at once and not on a stream: allocate, free, load a module, copy synchronously.
+/// Whether this thread may do what happens at once and not on a stream: allocate, free, load a module.
 /// cuThreadExchangeStreamCaptureMode: "If the local thread has an ongoing capture sequence not initiated with
 /// CU_STREAM_CAPTURE_MODE_RELAXED, it is prohibited from potentially unsafe API calls", and also "if any other thread has a concurrent
 /// capture sequence initiated with CU_STREAM_CAPTURE_MODE_GLOBAL".
@@ -278,11 +340,20 @@ inline int end_capture(void *on, Graph **graph) {
     return CAPTURED;
 }
 
+/// CUgraphInstantiate_flags
+enum Flags : uint64_t { AUTO_FREE_ON_LAUNCH = 1, DEVICE_LAUNCH = 4, USE_NODE_PRIORITY = 8 };
+
+/// Of the last graph that was instantiated, for tests.
+inline uint64_t flags_of_last = 0;
+
 inline int instantiate(Graph **executable, const Graph *graph, uint64_t flags) {
     if (is_failing("instantiate"))
         return CAPTURE_OUT_OF_MEMORY;
-    if (!graph || flags)
+    // cuGraphInstantiate: the flags above are valid; DEVICE_LAUNCH "cannot be used in conjunction with" AUTO_FREE_ON_LAUNCH. This machine's
+    // graphs cannot be launched from the device.
+    if (!graph || flags & ~(AUTO_FREE_ON_LAUNCH | USE_NODE_PRIORITY))
         return CAPTURE_INVALID_VALUE;
+    flags_of_last = flags;
     *executable = new Graph{*graph};
     return CAPTURED;
 }
@@ -292,17 +363,22 @@ inline unsigned long long launches = 0;
 
 inline int launch(const Graph *executable, void *stream) {
     launches++;
-    // Its works, and not the graph, which may be gone when what captured this launch is launched. They go in the order in which they were
-    // captured, whatever their streams.
+    // Its works, and not the graph, which may be gone when what captured this launch is launched.
     return begin_slow(stream, [works = executable->works]() -> Slow {
-        return [works, next = size_t(0), work = Slow()]() mutable {
-            for (; next < works->size(); next++, work = nullptr) {
-                if (!work)
-                    work = (*works)[next]();
-                if (!work())
-                    return false;
+        std::map<const Stream *, std::deque<Slow>> left;
+        for (const Captured &captured : *works)
+            left[captured.stream].push_back(captured.make());
+        return [left = std::move(left)]() mutable {
+            bool is_over = true;
+            for (bool is_moving = true; is_moving;) {
+                is_moving = false, is_over = true;
+                for (auto &[_, of_stream] : left) {
+                    for (; !of_stream.empty() && of_stream.front()(); is_moving = true)
+                        of_stream.pop_front();
+                    is_over = is_over && of_stream.empty();
+                }
             }
-            return true;
+            return is_over;
         };
     });
 }

@@ -219,6 +219,11 @@ int cublasLtCreate(Handle **handle) {
     return SUCCESS;
 }
 int cublasLtDestroy(Handle *handle) {
+    // cublasLtDestroy: it "releases hardware resources used by the cuBLASLt library", which are those of a context.
+    if (!sim::of_driver<int()>("cuda_sim_has_context")()) {
+        fprintf(stderr, "cuda-sim: a handle of cuBLASLt that is destroyed after its context\n");
+        abort();
+    }
     delete handle;
     return SUCCESS;
 }

@@ -122,6 +122,10 @@ template <class T> T __ldg(const T *p) { return *p; }
 
 namespace sim {
 
+/// The GPU's clock when the kernel that runs began.
+inline uint64_t now = 0;
+inline uint64_t nanoseconds() { return now; }
+
 constexpr unsigned WARP = 32;
 /// Shared memory of a block on an H100, A100 and later by opting in: the smallest of them.
 constexpr unsigned SHARED_LIMIT = 163 << 10;
@@ -199,7 +203,8 @@ struct Kernel {
     /// Bytes of each argument.
     std::vector<size_t> sizes;
     /// Which of them are addresses.
-    std::vector<bool> are_pointers;
+    /// What must divide an argument that is an address; 0 for the others.
+    std::vector<unsigned> alignments;
     /// Refuses arguments of other sizes than the kernel's.
     void (*call)(const std::vector<Argument> &);
 };
@@ -230,8 +235,15 @@ void call(const std::vector<Argument> &arguments, void (*)(A...), std::index_seq
     function(take(I, std::type_identity<A>{})...);
 }
 
+/// Kernels access 4 bytes and less in groups of 16, and larger types one by one.
+template <class A> constexpr unsigned alignment() {
+    if constexpr (std::is_pointer_v<A>)
+        return sizeof(std::remove_pointer_t<A>) > 4 ? 8 : 16;
+    return 0;
+}
+
 template <auto function, class... A> Kernel describe(unsigned max_threads, void (*)(A...)) {
-    return {max_threads, {sizeof(A)...}, {std::is_pointer_v<A>...}, [](const std::vector<Argument> &arguments) {
+    return {max_threads, {sizeof(A)...}, {alignment<A>()...}, [](const std::vector<Argument> &arguments) {
                 call<function>(arguments, static_cast<void (*)(A...)>(function), std::index_sequence_for<A...>{});
             }};
 }
@@ -244,6 +256,7 @@ template <auto function, class... A> Kernel describe(unsigned max_threads, void 
 #define gridDim (sim::grid_size())
 constexpr int warpSize = sim::WARP;
 
+inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __syncthreads() { sim::barrier(); }
 inline void __syncwarp(unsigned mask = ~0u) { sim::exchange(sim::Together::Sync, mask, 0, 0); }
 template <class T> T __shfl_sync(unsigned mask, T value, int from, int width = 32) {

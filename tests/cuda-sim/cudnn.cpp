@@ -4,10 +4,11 @@
 //
 // The environment sets faults:
 //   CUDA_SIM_CUDNN_VERSION=8907       what cudnnGetVersion says
-//   CUDA_SIM_CUDNN_FAIL=execute       create, finalize or execute fails; allocate: an execution takes memory, which no capture allows;
-//                                     killed: the process is, at its first search
+//   CUDA_SIM_CUDNN_FAIL=execute       create, finalize or execute fails; allocate: an execution takes memory, which no capture allows
+//   CUDA_SIM_CUDNN_KILLED=1           the process is, at the search of that number
 //   CUDA_SIM_CUDNN_WAIT=8000          the first search takes so many milliseconds
-//   CUDA_SIM_CUDNN_WITHOUT=beta,wide  no engine adds to an output (beta), writes f32 weight gradients of bf16 (wide), or fuses (fusion)
+//   CUDA_SIM_CUDNN_WITHOUT=beta,wide  no engine adds to an output (beta), fuses (fusion), or writes weight gradients of bf16 in f32 (wide)
+//                                     or bf16 (narrow)
 //   CUDA_SIM_CUDNN_ENGINES=5,7        heuristics propose these only
 //   CUDA_SIM_CUDNN_SLOW=8             these take 10 s longer, by the GPU's clock
 // Each search and each plan is a line of the log (setting.h): `searches`, or `plans engine 8`.
@@ -61,6 +62,7 @@ enum Type {
     NUMERICAL_NOTE = 11,
     POINTWISE_MODE = 14,
     DESCRIPTOR = 15,
+    BEHAVIOR_NOTE = 19,
 };
 size_t size_of(int type) {
     if (type == BOOLEAN)
@@ -129,12 +131,15 @@ enum Name {
     ENGINE_GRAPH = 1300,
     ENGINE_INDEX,
     ENGINE_NOTES = 1303,
+    ENGINE_BEHAVIOR = 1305,
 };
 enum PassAttribute { ALPHA, BETA, CONV, W, X, Y };
 /// cudnnDataType_t
 enum { F32 = 0, BF16 = 9 };
 /// cudnnBackendNumericalNote_t
 enum { TENSOR_CORE = 0, DOWN_CONVERT = 1, NONDETERMINISTIC = 4, WINOGRAD = 5, WINOGRAD_TILE_4x4 = 6 };
+/// cudnnBackendBehaviorNote_t
+const std::vector<int> RUNTIME_COMPILATION = {0};
 
 /// An attribute that a descriptor of a kind has: "Backend Descriptor Types". Those of no values are computed.
 struct Rule {
@@ -171,7 +176,9 @@ const std::map<int, std::vector<Rule>> RULES = {
       one(ADDITION_Y, DESCRIPTOR, TENSOR)}},
     {GRAPH, {one(GRAPH_HANDLE, HANDLE), some(GRAPH_OPS, DESCRIPTOR, 100, ANY_OPERATION)}},
     {ENGINEHEUR, {one(HEUR_GRAPH, DESCRIPTOR, GRAPH), one(HEUR_MODE_NAME, HEUR_MODE), computed(HEUR_RESULTS, DESCRIPTOR, ENGINECFG)}},
-    {ENGINE, {one(ENGINE_GRAPH, DESCRIPTOR, GRAPH), one(ENGINE_INDEX, INT64), computed(ENGINE_NOTES, NUMERICAL_NOTE)}},
+    {ENGINE,
+     {one(ENGINE_GRAPH, DESCRIPTOR, GRAPH), one(ENGINE_INDEX, INT64), computed(ENGINE_NOTES, NUMERICAL_NOTE),
+      computed(ENGINE_BEHAVIOR, BEHAVIOR_NOTE)}},
     {KNOB_CHOICE, {one(KNOB_CHOICE_TYPE, KNOB_TYPE), one(KNOB_CHOICE_VALUE, INT64)}},
     {ENGINECFG, {one(CFG_ENGINE, DESCRIPTOR, ENGINE), optional(some(CFG_KNOBS, DESCRIPTOR, 44, KNOB_CHOICE))}},
     {PLAN, {one(PLAN_HANDLE, HANDLE), one(PLAN_CONFIG, DESCRIPTOR, ENGINECFG), computed(PLAN_WORKSPACE, INT64)}},
@@ -252,9 +259,9 @@ std::vector<Engine> engines(int precision) {
         {3, Fault::FailsToBuild, honest, 0, false, !is_f32},
         {4, is_f32 ? Fault::Rounded : Fault::None, of_cores, 0, true, true},
         {5, Fault::SkipsAnImage, honest, 0, false, !is_f32},
-        {6, Fault::None, honest, 1000, true, !is_f32},
+        {6, Fault::None, honest, 1000, true, true},
         {7, Fault::OtherBits, honest, 0, false, !is_f32},
-        {8, Fault::None, honest, 0, false, !is_f32},
+        {8, Fault::None, honest, 0, false, true},
         {9, Fault::FailsToRun, honest, 0, false, !is_f32},
         {10, Fault::Unwritten, honest, 0, false, !is_f32},
         // In bf16 there is nothing left to round.
@@ -391,12 +398,26 @@ int precision_of_graph(const Descriptor *graph) {
     return precision_of(pass.operation->kind == FORWARD ? pass.x : pass.y);
 }
 
+/// Whether it gives f32 weight gradients of bf16.
+bool is_wide_gradient(const Pass &pass) {
+    return pass.operation->kind == BWD_FILTER && precision_of(pass.output()) != precision_of(pass.y);
+}
+
 /// The engine, if the graph has it.
 const Engine *engine_of(const Descriptor *graph, int64_t index) {
     static std::map<int, std::vector<Engine>> all = {{F32, engines(F32)}, {BF16, engines(BF16)}};
     auto operations = graph->all<Descriptor *>(GRAPH_OPS);
     const bool is_fused = operations.size() > 1;
     if ((is_fused && is_without("fusion")) || (pass_of(operations[0]).beta != 0 && is_without("beta")))
+        return nullptr;
+    // cuDNN 9.19, of a sum with a bias before one with a tensor like y: "!(addOp->getBDesc()->isSimilarTo(yDesc))". Engines that compile
+    // have it; here, none.
+    if (operations.size() > 2 && dims(operations[1]->part(ADDITION_B)) != dims(operations[1]->part(ADDITION_Y)))
+        return nullptr;
+    // It has one engine that writes f32 weight gradients of bf16, which is not tuned, and proposed when all others have refused.
+    const bool is_wide = is_wide_gradient(pass_of(operations[0]));
+    const bool is_narrow = operations[0]->kind == BWD_FILTER && precision_of_graph(graph) == BF16 && !is_wide;
+    if ((is_wide && index != 8) || (is_narrow && is_without("narrow")))
         return nullptr;
     // "Supported Tensor Layouts": this machine's engines have NHWC.
     for (const Descriptor *tensor : {pass_of(operations[0]).x, pass_of(operations[0]).weights, pass_of(operations[0]).y}) {
@@ -420,6 +441,7 @@ int check_engine(Descriptor *d) {
     if (!engine)
         return refuse(NOT_SUPPORTED, "no engine " + std::to_string(d->one<int64_t>(ENGINE_INDEX)) + " for this graph");
     d->put(ENGINE_NOTES, engine->notes);
+    d->put(ENGINE_BEHAVIOR, engine->fuses ? RUNTIME_COMPILATION : std::vector<int>{});
     return SUCCESS;
 }
 
@@ -436,15 +458,13 @@ int check_config(const Descriptor *d) {
     return SUCCESS;
 }
 
-/// What a process may meet when it searches for the first time.
-void first_search() {
-    static bool has_searched = false;
-    if (has_searched)
-        return;
-    has_searched = true;
-    if (fails("killed"))
+/// What a process may meet when it searches.
+void begin_search() {
+    static int searches = 0;
+    ++searches;
+    if (setting("KILLED") == std::to_string(searches))
         raise(SIGKILL);
-    if (const std::string wait = setting("WAIT"); !wait.empty())
+    if (const std::string wait = setting("WAIT"); searches == 1 && !wait.empty())
         std::this_thread::sleep_for(std::chrono::milliseconds(std::stoi(wait)));
 }
 
@@ -463,7 +483,7 @@ int propose(Descriptor *d) {
     if (mode < 1 || mode > 3)
         return refuse(BAD_PARAM, "no such mode");
     note("searches");
-    first_search();
+    begin_search();
     std::vector<Descriptor *> results;
     for (int64_t index : proposed(mode)) {
         if (!setting("ENGINES").empty() && !lists(setting("ENGINES"), std::to_string(index)))
@@ -475,6 +495,7 @@ int propose(Descriptor *d) {
         engine->put(ENGINE_GRAPH, std::vector{d->part(HEUR_GRAPH)});
         engine->put(ENGINE_INDEX, std::vector{index});
         engine->put(ENGINE_NOTES, found->notes);
+        engine->put(ENGINE_BEHAVIOR, found->fuses ? RUNTIME_COMPILATION : std::vector<int>{});
         config->put(CFG_ENGINE, std::vector{engine.get()});
         if (found->has_knob) {
             auto knob = made(KNOB_CHOICE);
@@ -650,6 +671,7 @@ int execute(void *stream, const Descriptor *plan, const Descriptor *pack) {
         void *pointer = found == ids.end() ? nullptr : pointers[size_t(found - ids.begin())];
         if (!pointer)
             status = refuse(NULL_POINTER, "a tensor without a pointer");
+        // CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, of the pointers in "CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR".
         else if (reinterpret_cast<uint64_t>(pointer) % uint64_t(tensor->one<int64_t>(TENSOR_ALIGNMENT)) != 0)
             status = refuse(MISALIGNED_POINTER, "a pointer that is not aligned as its tensor says");
         else if (!holds(reinterpret_cast<uint64_t>(pointer), bytes_of(tensor)))
@@ -684,7 +706,7 @@ int execute(void *stream, const Descriptor *plan, const Descriptor *pack) {
     auto strides = pass.convolution->all<int64_t>(CONV_STRIDES), before = pass.convolution->all<int64_t>(CONV_PRE);
     const sim::Convolution convolution{sizes[0],  sizes[2], sizes[3], sizes[1], filter[0],                filter[2],
                                        filter[3], out[2],   out[3],   {strides[0], strides[1]}, {before[0], before[1]}};
-    const bool is_slow = lists(setting("SLOW"), std::to_string(engine.index));
+    const bool is_slow = is_wide_gradient(pass) || lists(setting("SLOW"), std::to_string(engine.index));
     const Execution execution{pass.operation->kind, engine.fault, pass.alpha, pass.beta, convolution,      x,      weights,
                               y,                    output,       addends,    workspace, engine.workspace, is_slow};
     const bool is_begun = sim::begin(stream, [execution] { execution.run(); });

@@ -54,6 +54,8 @@ int gpus() {
 
 bool is_initialised = false;
 int context_of_device;
+/// References to it.
+int retained = 0;
 thread_local void *current_context = nullptr;
 /// With their sizes.
 std::map<uint64_t, size_t> allocations;
@@ -89,6 +91,8 @@ struct Moment {
     /// Whether what is before it has ended; an event that was never recorded has.
     bool is_over = true;
     std::chrono::steady_clock::time_point time = start;
+    /// By the stream's clock.
+    uint64_t clock = 0;
 };
 struct Event {
     /// Without CU_EVENT_DISABLE_TIMING.
@@ -160,11 +164,28 @@ int cuDeviceGetAttribute(int *value, int attribute, int) {
     return SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) {
+    if (!is_initialised)
+        return NOT_INITIALIZED;
     sim::gpu = device;
     *context = &context_of_device;
-    return is_initialised ? SUCCESS : NOT_INITIALIZED;
+    retained++;
+    return SUCCESS;
 }
-int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+int cuDevicePrimaryCtxRelease_v2(int) {
+    if (retained == 0)
+        return INVALID_CONTEXT;
+    // "The primary context is automatically reset once the last reference to it is released": what was allocated in it goes with it, which
+    // a program must not count on, as a library may have the context too.
+    if (--retained > 0)
+        return SUCCESS;
+    if (!sim::lost && !(allocations.empty() && locked.empty()))
+        fprintf(stderr, "cuda-sim: %zu allocations were left when the context went\n", allocations.size() + locked.size());
+    allocations.clear();
+    locked.clear();
+    return SUCCESS;
+}
+/// For the other libraries of the machine: whether there is a context.
+int cuda_sim_has_context() { return retained > 0; }
 int cuCtxSetCurrent(void *context) {
     current_context = context;
     return SUCCESS;
@@ -203,7 +224,12 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned) {
         if (waited.mark.stream || (stream && static_cast<sim::Stream *>(stream)->capture))
             return sim::wait_for(stream, waited.mark);
         // "captures in event all work ... at the time of this call": an event that is recorded again later does not matter.
-        return sim::begin_slow(stream, [moment = waited.last] { return [moment] { return moment->is_over; }; });
+        return sim::begin_slow(stream, [moment = waited.last] {
+            return [moment] {
+                *sim::clock_now = std::max(*sim::clock_now, moment->clock);
+                return moment->is_over;
+            };
+        });
     });
 }
 int cuStreamDestroy_v2(sim::Stream *stream) {
@@ -261,6 +287,8 @@ unsigned long long cuda_sim_left() {
         left += stream->left.size();
     return left;
 }
+/// For tests: the flags with which the last graph was instantiated.
+unsigned long long cuda_sim_graph_flags() { return sim::flags_of_last; }
 /// For tests: launches of graphs so far.
 unsigned long long cuda_sim_graph_launches() { return sim::launches; }
 /// For the other libraries of the machine (stream.h).
@@ -268,8 +296,13 @@ int cuda_sim_begin(void *stream, void (*run)(void *), void *context, void (*dest
     const std::shared_ptr<void> work(context, destroy);
     if (sim::lost)
         return sim::lost;
-    return sim::begin(stream, [=] { run(work.get()); });
+    return sim::begin(stream, [=] {
+        run(work.get());
+        sim::work();
+    });
 }
+/// Likewise: the clock of the stream whose work runs now.
+uint64_t *cuda_sim_clock() { return sim::clock_now.get(); }
 
 int cuEventCreate(void **event, unsigned flags) {
     return with_context([=] {
@@ -289,6 +322,7 @@ int cuEventRecord(void *event, void *stream) {
     recorded.last = moment;
     return sim::begin(stream, [=] {
         moment->time = std::chrono::steady_clock::now() + ahead;
+        moment->clock = *sim::clock_now;
         moment->is_over = true;
     });
 }
@@ -354,8 +388,11 @@ int cuMemGetInfo_v2(size_t *free, size_t *total) {
 }
 int cuMemFree_v2(uint64_t address) {
     return at_once([=] {
-        if (!allocations.erase(address))
+        if (!allocations.count(address))
             return INVALID_VALUE;
+        // "Stream Ordered Memory Allocator": "cudaMalloc and cudaFree causes the GPU to synchronize across all executing CUDA streams".
+        wait_until([] { return cuda_sim_left() == 0; });
+        allocations.erase(address);
         free(reinterpret_cast<void *>(address));
         return SUCCESS;
     });
@@ -383,7 +420,12 @@ int cuda_sim_holds(uint64_t address, size_t bytes) { return is_in(allocations, a
 /// Likewise: what runs now takes so much longer by the GPU's clock.
 void cuda_sim_takes(int milliseconds) { ahead += std::chrono::milliseconds(milliseconds); }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
-    return with_context([=] { return sim::begin(stream, [=] { memset(reinterpret_cast<void *>(to), value, bytes); }); });
+    return with_context([=]() -> int {
+        // No page says what becomes of 0 bytes, which a memset node of a graph cannot have either ("Number of elements per row").
+        if (bytes == 0)
+            return INVALID_VALUE;
+        return sim::begin(stream, [=] { memset(reinterpret_cast<void *>(to), value, bytes); });
+    });
 }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
     return with_context([=] {
@@ -398,8 +440,10 @@ int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stre
     });
 }
 int cuMemcpyDtoH_v2(void *to, uint64_t from, size_t bytes) {
-    return at_once([=] {
-        // Not in the order of any of the streams, none of which is the legacy one or waits for it.
+    return with_context([=] {
+        // Not in the order of any of the streams, none of which is the legacy one or waits for it. Nor does it matter whether they capture.
+        // "Prohibited and Unhandled Operations": "When any stream in the same context is being captured, and it was not created with
+        // cudaStreamNonBlocking, any attempted use of the legacy stream is invalid"; "also invalid to call synchronous APIs in this case".
         memcpy(to, reinterpret_cast<void *>(from), bytes);
         return SUCCESS;
     });
@@ -458,24 +502,32 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
         if (!stream || !static_cast<sim::Stream *>(stream)->capture)
             if (const int refused = sim::fault_of_launch(sim::Counted::Kernels); refused || sim::lost)
                 return refused;
-        bool leads_nowhere = false;
+        int followed = SUCCESS;
         sim::Launch launch{f.name, {gx, gy, gz}, {bx, by, bz}, shared, {}};
         for (size_t i = 0; i < f.kernel->sizes.size(); i++) {
             auto *bytes = static_cast<unsigned char *>(parameters[i]);
             launch.arguments.push_back({std::vector<unsigned char>(bytes, bytes + f.kernel->sizes[i])});
             uint64_t address = 0;
-            if (f.kernel->are_pointers[i])
+            const unsigned alignment = f.kernel->alignments[i];
+            if (alignment)
                 memcpy(&address, bytes, sizeof address);
-            // What leads nowhere is noticed when it is followed, and by a later call.
-            leads_nowhere = leads_nowhere || (address && !cuda_sim_holds(address, 1));
+            // What leads nowhere is noticed when it is followed, and by a later call. "Global memory instructions support reading or writing
+            // words of size equal to 1, 2, 4, 8, or 16 bytes", and an address must be a multiple of that ("Device Memory Accesses" of the
+            // guide): the headers of kernels ask for buffers aligned to 16 bytes.
+            if (address && !cuda_sim_holds(address, 1) && !is_in(locked, address, 1))
+                followed = sim::ILLEGAL_ADDRESS;
+            else if (alignment && address % alignment != 0 && !followed)
+                followed = sim::MISALIGNED_ADDRESS;
         }
-        return sim::begin(stream, [launch = std::move(launch), leads_nowhere] {
-            if (leads_nowhere)
-                sim::lost = sim::ILLEGAL_ADDRESS;
+        return sim::begin(stream, [launch = std::move(launch), followed] {
+            if (followed)
+                sim::lost = followed;
             if (sim::lost)
                 return;
+            sim::now = *sim::clock_now;
             sim::prepare(launch);
             sim::run_once();
+            sim::work();
         });
     });
 }

@@ -26,6 +26,7 @@ enum FaultResult {
     ECC_UNCORRECTABLE = 214,
     ILLEGAL_ADDRESS = 700,
     LAUNCH_OUT_OF_RESOURCES = 701,
+    MISALIGNED_ADDRESS = 716,
     UNKNOWN = 999,
 };
 
@@ -34,6 +35,7 @@ inline const char *text_of_fault(int result) {
     case FAULT_OUT_OF_MEMORY: return "out of memory";
     case ECC_UNCORRECTABLE: return "uncorrectable ECC error encountered";
     case ILLEGAL_ADDRESS: return "an illegal memory access was encountered";
+    case MISALIGNED_ADDRESS: return "misaligned address";
     case LAUNCH_OUT_OF_RESOURCES: return "too many resources requested for launch";
     case UNKNOWN: return "unknown error";
     default: return nullptr;

@@ -5,11 +5,14 @@
 // gone, as between the GPUs of one machine. What the library refuses is refused, with its rule beside it; what it would not survive ends the
 // process. Names in quotation marks are sections of NVIDIA's "NCCL documentation".
 //
-// CUDA_SIM_NCCL_FAIL names what goes wrong in this process: a call; "join", "sum" or "leave" for an error that comes later; "capture" for
-// sums in one; "deaf" for sums that this GPU never takes part in. CUDA_SIM_NCCL_VERSION is its version. It says on standard error how communicators end.
+// CUDA_SIM_NCCL_FAIL lists what goes wrong in this process (setting.h): a call; "join", "sum" or "leave" for an error that comes later;
+// "capture" for sums in one; "deaf" for sums that this GPU never takes part in, "deaf-graph" for those of graphs; "abort" for one that never
+// comes back and ends nothing. CUDA_SIM_NCCL_VERSION is its version. It says on standard error how communicators end.
 
+#include "setting.h"
 #include "stream.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
@@ -32,7 +35,7 @@ namespace {
 /// ncclResult_t
 enum Result { SUCCESS = 0, SYSTEM_ERROR = 2, INTERNAL_ERROR = 3, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6, IN_PROGRESS = 7 };
 
-constexpr int FLOAT32 = 7, BFLOAT16 = 9, SUM = 0;
+constexpr int UINT8 = 1, FLOAT32 = 7, BFLOAT16 = 9, SUM = 0;
 constexpr int MOST_RANKS = 16;
 /// Of one rank in an operation, as sparse memory.
 constexpr size_t MOST_FLOATS = size_t(4) << 20;
@@ -52,17 +55,23 @@ struct Config {
     int split_share;
 };
 
+/// What an operation is.
+enum class Kind : uint64_t { Sum, SumOfSlices, Gather, Messages };
+
 /// What the processes share; zeros at first.
 struct Shared {
     struct Rank {
         std::atomic<int> is_here, has_left;
         /// Operations for which it has laid out its part, and that it has done with.
         std::atomic<uint64_t> offered, taken;
-        /// Of the operation that it has laid out: bytes that it has in it and, for another rank, where they are, how many they are, and how
+        /// Of the operation that it has laid out: what it is, bytes that it has in it and, for another rank, where they are, how many they are, and how
         /// many it wants of it.
+        Kind kind;
         uint64_t bytes, from[MOST_RANKS], sent[MOST_RANKS], wanted[MOST_RANKS];
         /// Its number among those that were captured, from 1; 0 if it was not.
         uint64_t captured;
+        /// When its stream came to it, by its GPU's clock.
+        uint64_t clock;
     } ranks[MOST_RANKS];
     std::atomic<int> here;
     alignas(4096) char data[MOST_RANKS][MOST_FLOATS * sizeof(float)];
@@ -107,10 +116,7 @@ int refuse(Result result, std::string why) {
     abort();
 }
 
-bool is_failing(const char *what) {
-    const char *wanted = getenv("CUDA_SIM_NCCL_FAIL");
-    return wanted && !strcmp(wanted, what);
-}
+bool is_failing(const char *what) { return sim::lists(sim::setting("CUDA_SIM_NCCL_FAIL"), what); }
 
 using sim::of_driver;
 
@@ -159,13 +165,17 @@ struct Message {
     size_t bytes;
 };
 
-/// What a stream is to do: a sum in place, or the messages of a group.
+/// What a stream is to do, in place: with numbers of all ranks, of which `slice` bytes are each one's where they have slices, or with the
+/// messages of a group.
 struct Request {
+    Kind kind;
     int type;
     char *at;
-    uint64_t count;
+    uint64_t count, slice;
     std::vector<Message> messages;
 };
+
+size_t bytes_of(int type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
 
 float widened(uint16_t value) {
     const uint32_t bits = uint32_t(value) << 16;
@@ -181,6 +191,9 @@ uint16_t rounded(float value) {
     return value != value ? 0x7FFF : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+/// Of the stream that an operation is in.
+uint64_t *clock() { return of_driver<uint64_t *()>("cuda_sim_clock")(); }
+
 /// An operation in its stream, which asks again and again until it has ended.
 struct Operation {
     Communicator *c;
@@ -194,8 +207,13 @@ struct Operation {
         memset(mine.sent, 0, sizeof mine.sent);
         memset(mine.wanted, 0, sizeof mine.wanted);
         mine.captured = captured;
-        mine.bytes = request->count * (request->type == FLOAT32 ? 4 : 2);
-        memcpy(data, request->at, mine.bytes);
+        mine.clock = *clock();
+        mine.kind = request->kind;
+        mine.bytes = request->count * bytes_of(request->type);
+        if (request->kind == Kind::Gather)
+            memcpy(data, request->at + c->rank * request->slice, request->slice);
+        else
+            memcpy(data, request->at, mine.bytes);
         size_t end = 0;
         for (const Message &message : request->messages) {
             (message.is_sent ? mine.sent : mine.wanted)[message.peer] = message.bytes;
@@ -211,8 +229,20 @@ struct Operation {
         is_offered = true;
     }
 
-    void sum() {
-        for (uint64_t i = 0; i < request->count; i++) {
+    void gather() {
+        for (int r = 0; r < c->size; r++)
+            memcpy(request->at + r * request->slice, c->shared->data[r], request->slice);
+    }
+
+    /// Of a sum of slices, what stands in those of the other ranks is spoilt: nobody may count on it.
+    void sum_of_slices() {
+        const uint64_t own = request->slice / bytes_of(request->type);
+        memset(request->at, 0xA5, request->count * bytes_of(request->type));
+        sum(c->rank * own, (c->rank + 1) * own);
+    }
+
+    void sum(uint64_t from, uint64_t to) {
+        for (uint64_t i = from; i < to; i++) {
             if (request->type == FLOAT32) {
                 auto value = [&](int r) { return reinterpret_cast<const float *>(c->shared->data[r])[i]; };
                 float sum = value(0);
@@ -243,7 +273,7 @@ struct Operation {
     bool go_on() {
         if (c->is_gone)
             return true;
-        if (is_failing("deaf"))
+        if (is_failing("deaf") || (captured && is_failing("deaf-graph")))
             return false;
         if (!is_offered) {
             if (!c->all([&](auto &rank) { return rank.taken >= number; }))
@@ -258,9 +288,17 @@ struct Operation {
         // derived from that collective capture".
         if (!c->all([&](auto &rank) { return rank.captured == mine.captured; }))
             crash("an operation that some ranks have captured and others not, or elsewhere");
-        if (!c->all([&](auto &rank) { return rank.bytes == mine.bytes; }))
-            crash("ranks that sum up different numbers");
-        request->messages.empty() ? sum() : receive();
+        if (!c->all([&](auto &rank) { return rank.kind == mine.kind && rank.bytes == mine.bytes; }))
+            crash("ranks that sum up different numbers, or do different things");
+        switch (request->kind) {
+        case Kind::Sum: sum(0, request->count); break;
+        case Kind::SumOfSlices: sum_of_slices(); break;
+        case Kind::Gather: gather(); break;
+        case Kind::Messages: receive(); break;
+        }
+        // It ends everywhere when the last has come.
+        for (int r = 0; r < c->size; r++)
+            *clock() = std::max(*clock(), c->shared->ranks[r].clock);
         mine.taken = number + 1;
         return true;
     }
@@ -291,7 +329,8 @@ int ask(Communicator &c, void *stream, Request what) {
     c.asked++;
     const bool is_captured = sim::is_capturing(stream);
     if (is_captured && is_failing("capture"))
-        return refuse(INTERNAL_ERROR, "a capture that it cannot follow");
+        // "Fault Tolerance": what a communicator can still do after an internal error is to be aborted.
+        return c.broken = Result(refuse(INTERNAL_ERROR, "a capture that it cannot follow"));
     auto begin = [&c, stream, is_captured, request = std::make_shared<const Request>(std::move(what))] {
         // "ncclCommGetAsyncError": a call "has not been issued to the stream" as long as it is in progress. Asked for in a capture and begun
         // after it, it would be in no graph.
@@ -442,7 +481,40 @@ int ncclAllReduce(const void *from, void *to, size_t count, int type, int operat
     if ((type != FLOAT32 && type != BFLOAT16) || operation != SUM || from != to)
         crash("a sum that is not one of floats in place");
     must_be_held(to, count * (type == FLOAT32 ? 4 : 2));
-    return ask(c, stream, {type, static_cast<char *>(to), count, {}});
+    return ask(c, stream, {Kind::Sum, type, static_cast<char *>(to), count, 0, {}});
+}
+
+int ncclReduceScatter(const void *from, void *to, size_t count, int type, int operation, void *handle, void *stream) {
+    Communicator &c = of(handle);
+    if (is_failing("ncclReduceScatter"))
+        return refuse(INTERNAL_ERROR, "no channel");
+    if (!is_ready(c))
+        return refuse(INVALID_USAGE, "Attempt to use communicator before the previous operation returned ncclSuccess");
+    if ((type != FLOAT32 && type != BFLOAT16) || operation != SUM)
+        crash("a sum that is not one of floats");
+    // "ncclReduceScatter": "recvcount" is that of a slice; "In-place operation will happen if recvbuff == sendbuff + rank * recvcount".
+    const size_t slice = count * bytes_of(type);
+    auto *all = static_cast<char *>(const_cast<void *>(from));
+    if (to != all + c.rank * slice)
+        crash("a sum of slices that is not in place");
+    must_be_held(all, c.size * slice);
+    return ask(c, stream, {Kind::SumOfSlices, type, all, c.size * count, slice, {}});
+}
+
+int ncclAllGather(const void *from, void *to, size_t count, int type, void *handle, void *stream) {
+    Communicator &c = of(handle);
+    if (is_failing("ncclAllGather"))
+        return refuse(INTERNAL_ERROR, "no channel");
+    if (!is_ready(c))
+        return refuse(INVALID_USAGE, "Attempt to use communicator before the previous operation returned ncclSuccess");
+    if (type != UINT8)
+        crash("a gather that is none of bytes");
+    // "ncclAllGather": "In-place operation will happen if sendbuff == recvbuff + rank * sendcount".
+    auto *all = static_cast<char *>(to);
+    if (from != all + c.rank * count)
+        crash("a gather that is not in place");
+    must_be_held(all, c.size * count);
+    return ask(c, stream, {Kind::Gather, type, all, c.size * count, count, {}});
 }
 
 int ncclGroupStart() {
@@ -464,7 +536,7 @@ int ncclGroupEnd() {
     group = {};
     if (ended.messages.empty())
         return SUCCESS;
-    return ask(of(ended.handle), ended.stream, {FLOAT32, nullptr, 0, ended.messages});
+    return ask(of(ended.handle), ended.stream, {Kind::Messages, FLOAT32, nullptr, 0, 0, ended.messages});
 }
 
 int ncclCommFinalize(void *handle) {
@@ -489,6 +561,8 @@ int ncclCommDestroy(void *handle) {
 }
 
 int ncclCommAbort(void *handle) {
+    while (is_failing("abort"))
+        pause();
     end(of(handle), "aborted");
     return SUCCESS;
 }

@@ -4,8 +4,8 @@ use crate::build::Build;
 use crate::convolution::{Operands, shape};
 use crate::cudnn::open;
 use crate::machine::{ALL, Setting, not_tested, run_cases};
-use ddpm_dist::device::cuda::dnn::{Dnn, WORKSPACE_LIMIT};
-use ddpm_dist::device::cuda::{ConvolutionShape, CudaError, Gpu, Pass, Precision};
+use ddpm_dist::device::cuda::dnn::Dnn;
+use ddpm_dist::device::cuda::{ConvolutionShape, CudaError, Gpu, Pass, Precision, WORKSPACE};
 
 fn of(pass: Pass, precision: Precision) -> ConvolutionShape {
     shape(pass, [2, 6, 6, 8], [16, 3, 1], [1, 1], precision)
@@ -40,7 +40,7 @@ fn an_engine_that_must_not_be_used_is_refused() {
     let cases = ENGINES.map(|(settings, pass, precision, why)| (settings, (of(pass, precision), why)));
     run_cases("cudnn_faults::an_engine_that_must_not_be_used_is_refused", &ALL, &cases, |(shape, why)| {
         let (mut gpu, dnn) = open();
-        let error = dnn.search(&mut gpu, shape, WORKSPACE_LIMIT).unwrap_err();
+        let error = dnn.search(&mut gpu, shape, WORKSPACE).unwrap_err();
         assert!(matches!(error, CudaError::NoPlan { .. }), "{error}");
         assert!(error.to_string().contains(why), "{error}");
         assert!(error.to_string().contains(&shape.to_string()), "{error}");
@@ -53,7 +53,7 @@ fn engines_say_of_themselves_what_a_guess_needs() {
     let cases = ENGINES.map(|(settings, pass, precision, why)| (settings, (of(pass, precision), why)));
     run_cases("cudnn_faults::engines_say_of_themselves_what_a_guess_needs", &ALL, &cases[..6], |(shape, why)| {
         let (_gpu, dnn) = open();
-        let error = dnn.plan(shape, WORKSPACE_LIMIT).unwrap_err();
+        let error = dnn.plan(shape, WORKSPACE).unwrap_err();
         assert!(error.to_string().contains(why), "{error}");
     });
 }
@@ -66,7 +66,7 @@ fn only_a_search_sees_that_an_engine_is_wrong() {
         let (gpu, dnn) = open();
         let shape = of(WEIGHT, Precision::F32);
         let operands = Operands::new(&shape);
-        let plan = dnn.plan(&shape, WORKSPACE_LIMIT).unwrap();
+        let plan = dnn.plan(&shape, WORKSPACE).unwrap();
         let found = operands.compute(&gpu, &plan).unwrap();
         assert!(operands.difference(&found, &plan).is_some(), "the machine's wrong engine is right");
     });
@@ -82,7 +82,7 @@ fn a_search_passes_over_the_wrong_engine_that_is_fastest() {
     let test = "cudnn_faults::a_search_passes_over_the_wrong_engine_that_is_fastest";
     run_cases(test, &ALL, &cases, |precision| {
         let (mut gpu, dnn) = open();
-        let plan = dnn.search(&mut gpu, &of(WEIGHT, *precision), WORKSPACE_LIMIT).unwrap();
+        let plan = dnn.search(&mut gpu, &of(WEIGHT, *precision), WORKSPACE).unwrap();
         assert_eq!(plan.choice().engine.engine, 8);
     });
 }
@@ -100,12 +100,12 @@ fn a_failure_in_each_phase_is_told() {
         let opened = Dnn::open(&gpu);
         let error = match *phase {
             "create" => opened.err().unwrap(),
-            "finalize" => opened.unwrap().plan(&shape, WORKSPACE_LIMIT).unwrap_err(),
+            "finalize" => opened.unwrap().plan(&shape, WORKSPACE).unwrap_err(),
             _ => {
                 let dnn = opened.unwrap();
-                let error = dnn.search(&mut gpu, &shape, WORKSPACE_LIMIT).unwrap_err();
+                let error = dnn.search(&mut gpu, &shape, WORKSPACE).unwrap_err();
                 assert!(error.to_string().contains("engine 8: cuDNN 9.10.2 cannot run the convolution"), "{error}");
-                let plan = dnn.plan(&shape, WORKSPACE_LIMIT).unwrap();
+                let plan = dnn.plan(&shape, WORKSPACE).unwrap();
                 Operands::new(&shape).compute(&gpu, &plan).unwrap_err()
             }
         };

@@ -76,6 +76,77 @@ fn four_gpus_train_as_one() {
     }
 }
 
+const DIVIDED: [&str; 2] = ["--set", "optim.sharded=true"];
+const GRIDS: [&str; 4] = ["--set", "sample.every=4", "--set", "sample.count=3"];
+
+/// As graphs, and instruction by instruction; where there is no NCCL, through the host.
+#[test]
+fn four_gpus_that_divide_the_optimisers_state_train_as_one() {
+    let Some(project) = project("gpus::four_gpus_that_divide_the_optimisers_state_train_as_one") else { return };
+    let _alone = alone();
+    for precision in ["f32", "bf16"] {
+        let precise = format!("train.precision=\"{precision}\"");
+        let fixed = [&FIXED[..], &GRIDS, &["--set", &precise]].concat();
+        let one = format!("one-{precision}");
+        let (code, stderr) = start(&project, &ONE, &one, &fixed).wait();
+        assert_eq!(code, Some(0), "{stderr}");
+        for (how, graph, libraries) in
+            [("graph", "on", &LIBRARIES[..]), ("single", "off", &LIBRARIES), ("host", "on", &LIBRARIES[..3])]
+        {
+            let run_dir = format!("{how}-{precision}");
+            let mut command = command(&project, &FOUR, &run_dir, &[&fixed[..], &DIVIDED].concat());
+            command.env("DDPM_DIST_CUDA_GRAPH", graph).env("LD_LIBRARY_PATH", library_path(libraries));
+            let (code, stderr) = project.start(&run_dir, command).wait();
+            assert_eq!(code, Some(0), "{run_dir}: {stderr}");
+            assert!(!stderr.contains("could not be made one CUDA graph"), "{stderr}");
+            assert!(project.state(&run_dir, STEPS) == project.state(&one, STEPS), "{run_dir}: other bits");
+            assert_eq!(project.measured(&run_dir), project.measured(&one), "{run_dir}");
+            let grids = [&run_dir, &one].map(|run| project.read(format!("{run}/samples/step-{STEPS:08}.png")));
+            assert!(grids[0] == grids[1], "{run_dir}: other images");
+        }
+    }
+}
+
+/// What each takes of its GPU's memory is what `plan` says, to 5 %.
+#[test]
+fn gpus_that_divide_the_optimisers_state_take_the_memory_that_was_planned() {
+    const WORKSPACE: u64 = 256 << 20;
+    let Some(project) = project("gpus::gpus_that_divide_the_optimisers_state_take_the_memory_that_was_planned") else {
+        return;
+    };
+    let _alone = alone();
+    let json = |name: &str| -> serde_json::Value { serde_json::from_slice(&project.read(name)).unwrap() };
+    // Wide enough for the state to weigh more than its filling.
+    let wide = ["--set", "model.channels=[32, 64]", "--set", "sample.count=0", "--set", "train.batch=4"];
+    let taken = |name: &str, more: &[&str]| {
+        let mut command = project.program();
+        command.env("LD_LIBRARY_PATH", library_path(&LIBRARIES)).env("CUDA_SIM_GPUS", "4").env("RUST_BACKTRACE", "0");
+        command.args(FOUR).args(["bench", "config.toml", "--quiet", "--steps", "2", "--warmup", "1", "--json", name]);
+        let (code, stderr) = project
+            .start(name, {
+                command.args(wide).args(more);
+                command
+            })
+            .wait();
+        assert_eq!(code, Some(0), "{stderr}");
+        // What it has in place of a data set.
+        json(name)["gpu_memory_bytes"].as_u64().unwrap() - WORKSPACE - 1024 * 8 * 8 * 3
+    };
+    let planned = |more: &[&str]| {
+        let plan = ["plan", "config.toml", "--ranks", "4", "--device", "cuda", "--json"];
+        let plan: serde_json::Value =
+            serde_json::from_str(&project.done(&[&plan[..], &wide, more].concat()).stdout).unwrap();
+        let parts = plan["memory"].as_array().unwrap().iter().filter(|part| part["on_host"] == false);
+        parts.map(|part| part["bytes"].as_u64().unwrap()).sum::<u64>() - WORKSPACE
+    };
+    let whole = taken("whole.json", &[]);
+    for more in [&DIVIDED[..], &[&DIVIDED[..], &["--set", "train.precision=\"bf16\""]].concat()] {
+        let (found, expected) = (taken("divided.json", more), planned(more));
+        assert!((found as f64 / expected as f64 - 1.0).abs() < 0.05, "{more:?}: {found} bytes, planned {expected}");
+        assert!(found < whole, "{more:?}: {found} bytes, of ranks that have all of it {whole}");
+    }
+}
+
 #[test]
 fn a_rank_that_is_killed_costs_its_gpus_a_restart_and_no_bit() {
     let Some(project) = project("gpus::a_rank_that_is_killed_costs_its_gpus_a_restart_and_no_bit") else { return };

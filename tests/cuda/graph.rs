@@ -1,5 +1,7 @@
 //! Programs as CUDA graphs: a GPU does the same, begun with one call.
 
+use crate::build::Build;
+use crate::conformance::{Answer, answer, compare};
 use crate::machine::{Setting, WITH_KERNELS, not_tested, run, run_cases};
 use crate::steps::{Run, config, gpu, images, pixels, train};
 use cudarc::driver::result::{self, DriverError};
@@ -10,12 +12,19 @@ use ddpm_dist::device::cuda::{Cuda, Gpu, Image};
 use ddpm_dist::device::{Device, Precision};
 use ddpm_dist::diffusion::Schedule;
 use ddpm_dist::train::{Config, Images, Shards, Share, Trainer};
+use std::slice;
 use std::sync::Arc;
 
 /// Launches of graphs in this process, which only the machine made of software tells.
 pub fn launches() -> Option<u64> {
     // SAFETY: the driver is there; the function is one of the machine's own, of that type.
     unsafe { sys::culib().get::<unsafe extern "C" fn() -> u64>(b"cuda_sim_graph_launches\0").ok().map(|count| count()) }
+}
+
+/// The flags with which the last graph was made, likewise.
+fn flags() -> Option<u64> {
+    // SAFETY: as above.
+    unsafe { sys::culib().get::<unsafe extern "C" fn() -> u64>(b"cuda_sim_graph_flags\0").ok().map(|flags| flags()) }
 }
 
 /// Whether `count` is how many graphs were launched since there were `before`.
@@ -118,7 +127,7 @@ fn captured_reverse_steps_leave_the_bits_of_those_that_are_not() {
 fn a_capture_that_fails_is_told_once_and_the_steps_go_on() {
     let cases: [(&[Setting], &str); 5] = [
         (&[("CUDA_SIM_FAIL", "begin")], "capture a graph"),
-        (&[("CUDA_SIM_FAIL", "capture")], "the driver refuses"),
+        (&[("CUDA_SIM_FAIL", "capture")], "when stream is capturing"),
         (&[("CUDA_SIM_FAIL", "instantiate")], "make a graph"),
         (&[("CUDA_SIM_CUDNN_FAIL", "allocate")], "cuDNN 9.10.2 cannot run"),
         (&[("CUDA_SIM_CUBLASLT_FAIL", "allocate")], "cuBLASLt cannot multiply"),
@@ -129,7 +138,7 @@ fn a_capture_that_fails_is_told_once_and_the_steps_go_on() {
         assert!(images(&mut device, Precision::F32, 1) == images(&mut other, Precision::F32, 1));
         let notice = device.take_notice().unwrap();
         assert!(notice.contains(said) && notice.contains("DDPM_DIST_CUDA_GRAPH=off"), "{notice}");
-        if said == "the driver refuses" {
+        if said == "when stream is capturing" {
             let [found, expected] = [&mut device, &mut other].map(|device| steps(device, Precision::F32, 4, 2));
             assert!(found == expected);
             assert!(steps(&mut gpu(), Precision::F32, 4, 2) == expected, "the first that fails is a step of a shard");
@@ -169,7 +178,7 @@ fn the_environment_decides_whether_there_are_graphs() {
 struct Driver {
     stream: Arc<CudaStream>,
     address: u64,
-    _gpu: Gpu,
+    gpu: Gpu,
 }
 
 const BYTES: usize = 64;
@@ -179,7 +188,7 @@ impl Driver {
     fn open() -> Driver {
         let gpu = Gpu::without_kernels(0).unwrap();
         let memory = gpu.allocate(BYTES).unwrap();
-        Driver { stream: gpu.stream().clone(), address: memory.address, _gpu: gpu }
+        Driver { stream: gpu.stream().clone(), address: memory.address, gpu }
     }
 
     /// Begins to set all of the memory.
@@ -194,8 +203,25 @@ impl Driver {
         unsafe { result::memcpy_dtoh_sync(&mut bytes, self.address) }.map(|()| bytes)
     }
 
+    /// What a call in a capture is answered, then something that is captured after it, and the end; and whether the stream goes on after that
+    /// as if nothing had been captured.
+    fn during_a_capture(&self, call: &dyn Fn() -> Result<(), DriverError>) -> [Answer; 4] {
+        let stream = &self.stream;
+        self.set(stream, 1).unwrap();
+        stream.begin_capture(THREAD).unwrap();
+        self.set(stream, 2).unwrap();
+        let said = answer(call());
+        let after = answer(self.set(stream, 3));
+        let end = self.end().map(drop);
+        let left = stream.synchronize().and_then(|()| self.read()).map_err(|error| error.0);
+        let is_as_before =
+            |bytes: Vec<u8>| if bytes == [1; BYTES] { Ok(()) } else { Err(CUresult::CUDA_ERROR_UNKNOWN) };
+        [said, after, end, left.and_then(is_as_before)]
+    }
+
     fn end(&self) -> Result<CudaGraph, CUresult> {
-        self.stream.end_capture(NO_FLAGS).map(Option::unwrap).map_err(|error| error.0)
+        let graph = self.stream.end_capture(NO_FLAGS).map_err(|error| error.0)?;
+        graph.ok_or(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)
     }
 }
 
@@ -225,23 +251,27 @@ fn a_graph_does_what_was_begun_whenever_it_is_launched() {
     });
 }
 
+const UNSUPPORTED: Answer = Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+const INVALIDATED: Answer = Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+
+/// A call, what it is, and the answer that it gets.
+type Call<'a> = (&'a str, Answer, Box<dyn Fn() -> Result<(), DriverError> + 'a>);
+
 #[test]
 fn what_no_graph_can_hold_is_refused_and_spoils_the_capture() {
     run("graph::what_no_graph_can_hold_is_refused_and_spoils_the_capture", || {
         let driver = Driver::open();
-        let Driver { stream, .. } = &driver;
-        let unsupported = Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+        let Driver { stream, gpu, .. } = &driver;
+        let other = gpu.allocate(BYTES).unwrap();
         let elsewhere = stream.context().new_stream().unwrap();
         let outside = elsewhere.record_event(None).unwrap();
-        type Call<'a> = (&'a str, Result<(), CUresult>, Box<dyn Fn() -> Result<(), DriverError> + 'a>);
-        let calls: [Call<'_>; 7] = [
-            ("waits for the stream", unsupported, Box::new(|| stream.synchronize())),
-            ("waits for the context", unsupported, Box::new(|| stream.context().synchronize())),
+        let calls: [Call<'_>; 6] = [
+            ("waits for the stream", UNSUPPORTED, Box::new(|| stream.synchronize())),
+            ("waits for the context", UNSUPPORTED, Box::new(|| stream.context().synchronize())),
             // SAFETY: the size is not zero.
-            ("allocates", unsupported, Box::new(|| unsafe { result::malloc_sync(BYTES) }.map(drop))),
+            ("allocates", UNSUPPORTED, Box::new(|| unsafe { result::malloc_sync(BYTES) }.map(drop))),
             // SAFETY: it is memory of this GPU, which nothing uses.
-            ("frees", unsupported, Box::new(|| unsafe { result::free_sync(driver.address) })),
-            ("copies and waits", unsupported, Box::new(|| driver.read().map(drop))),
+            ("frees", UNSUPPORTED, Box::new(|| unsafe { result::free_sync(other.address) })),
             (
                 "waits for an event of the capture",
                 Err(CUresult::CUDA_ERROR_CAPTURED_EVENT),
@@ -253,18 +283,30 @@ fn what_no_graph_can_hold_is_refused_and_spoils_the_capture() {
                 Box::new(|| stream.wait(&outside)),
             ),
         ];
-        for (what, expected, call) in calls {
-            driver.set(stream, 1).unwrap();
-            stream.begin_capture(THREAD).unwrap();
-            driver.set(stream, 2).unwrap();
-            assert_eq!(call().map_err(|error| error.0), expected, "{what}");
-            let after = driver.set(stream, 3).map_err(|error| error.0);
-            assert_eq!(after, Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED), "after it {what}");
-            assert_eq!(driver.end().err(), Some(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED), "{what}");
-            // The stream is as good as before.
-            stream.synchronize().unwrap();
-            assert_eq!(driver.read().unwrap(), [1; BYTES], "{what}");
+        let mut answers = Vec::new();
+        for (what, expected, call) in &calls {
+            let [said, after, end, left] = driver.during_a_capture(call);
+            answers.push((format!("in a capture, {what}"), said, slice::from_ref(expected)));
+            answers.push((format!("the capture goes on after it {what}"), after, &[INVALIDATED]));
+            answers.push((format!("the capture ends after it {what}"), end, &[INVALIDATED]));
+            answers.push((format!("the stream is as good as before after it {what}"), left, &[Ok(())]));
         }
+        compare(answers);
+    });
+}
+
+/// All streams here are non-blocking: what goes the legacy stream's way has to do with none of them.
+#[test]
+fn a_copy_that_waits_is_no_business_of_a_capture() {
+    run("graph::a_copy_that_waits_is_no_business_of_a_capture", || {
+        let driver = Driver::open();
+        let [said, after, end, left] = driver.during_a_capture(&|| driver.read().map(drop));
+        compare(vec![
+            ("in a capture, copies and waits", said, &[Ok(())]),
+            ("the capture goes on after it", after, &[Ok(())]),
+            ("the capture ends after it", end, &[Ok(())]),
+            ("nothing of the capture has run", left, &[Ok(())]),
+        ]);
     });
 }
 
@@ -316,14 +358,61 @@ fn a_capture_is_ended_where_it_began() {
         let driver = Driver::open();
         let stream = &driver.stream;
         let other = stream.context().new_stream().unwrap();
-        assert!(other.end_capture(NO_FLAGS).is_err(), "nothing was begun");
-        stream.begin_capture(THREAD).unwrap();
-        assert!(stream.begin_capture(THREAD).is_err(), "it captures already");
-        let elsewhere = std::thread::scope(|scope| {
-            scope.spawn(|| stream.end_capture(NO_FLAGS).map(|_| ()).map_err(|error| error.0)).join().unwrap()
+        let in_a_capture = |call: &dyn Fn() -> Answer| {
+            stream.begin_capture(THREAD).unwrap();
+            let said = call();
+            // Whether such a call spoils the capture is written nowhere.
+            let _ = driver.end();
+            said
+        };
+        let again = in_a_capture(&|| answer(stream.begin_capture(THREAD)));
+        let elsewhere = in_a_capture(&|| {
+            std::thread::scope(|scope| {
+                scope.spawn(|| stream.end_capture(NO_FLAGS).map(drop).map_err(|error| error.0)).join().unwrap()
+            })
         });
-        assert_eq!(elsewhere, Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD));
-        driver.set(stream, 2).unwrap();
-        drop(driver.end().unwrap());
+        let fine = in_a_capture(&|| answer(driver.set(stream, 2)));
+        compare(vec![
+            ("ends a capture that was not begun", answer(other.end_capture(NO_FLAGS)), NOT_SO),
+            ("begins a capture twice", again, NOT_SO),
+            ("ends it on another thread", elsewhere, &[Err(CUresult::CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD)]),
+            ("captures after that", fine, &[Ok(())]),
+        ]);
+    });
+}
+
+/// The pages say that it is invalid, and not with which of these.
+const NOT_SO: &[Answer] = &[Err(CUresult::CUDA_ERROR_INVALID_VALUE), Err(CUresult::CUDA_ERROR_ILLEGAL_STATE)];
+
+#[test]
+fn graphs_are_made_as_they_are_wanted() {
+    run("graph::graphs_are_made_as_they_are_wanted", || {
+        let driver = Driver::open();
+        let made = |flags: u32| {
+            driver.stream.begin_capture(THREAD).unwrap();
+            driver.set(&driver.stream, 2).unwrap();
+            answer(driver.stream.end_capture(CUgraphInstantiate_flags(flags)))
+        };
+        let [invalid, fine]: [&[Answer]; 2] = [&[Err(CUresult::CUDA_ERROR_INVALID_VALUE)], &[Ok(())]];
+        // CUDA_GRAPH_INSTANTIATE_FLAG_: 1 AUTO_FREE_ON_LAUNCH, 4 DEVICE_LAUNCH, 8 USE_NODE_PRIORITY.
+        compare(vec![
+            ("makes a graph", made(0), fine),
+            ("makes one whose kernels keep their priorities", made(8), fine),
+            ("makes one to be launched from everywhere that frees its memory", made(1 | 4), invalid),
+        ]);
+    });
+}
+
+/// Sums between GPUs go first in a graph too.
+#[test]
+fn kernels_of_a_program_keep_their_priorities() {
+    const LIBRARIES: [Build; 3] = [Build::BareDriver, Build::Cudnn, Build::CublasLt];
+    run_cases("graph::kernels_of_a_program_keep_their_priorities", &LIBRARIES, &[(&[], ())], |()| {
+        let cuda = Cuda::without_kernels(0).unwrap();
+        drop(cuda.capture().unwrap().end().unwrap());
+        match flags() {
+            Some(flags) => assert_eq!(flags, 8),
+            None => not_tested("how a real driver has made a graph"),
+        }
     });
 }

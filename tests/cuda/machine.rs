@@ -34,6 +34,7 @@ pub fn run_cases<T>(test: &str, libraries: &[Build], cases: &[(&[Setting], T)], 
         let output = again.envs(settings.iter().copied()).output().unwrap();
         let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.contains("1 passed"), "case {i}, {settings:?}: {said}");
+        assert!(!said.contains("left when the context went"), "case {i}, {settings:?}: {said}");
         // What was not tested there is said here.
         said.lines().filter(|line| line.starts_with("NOT TESTED")).for_each(say);
     }
@@ -86,4 +87,12 @@ fn folder_of(library: Build) -> &'static Path {
         }
         folder
     })
+}
+
+/// Not a test: `cargo test --release --test cuda -- --ignored --nocapture machine::for_the_program`.
+#[test]
+#[ignore = "builds the machine for the program to be run on it by hand, and prints where it is"]
+fn for_the_program() {
+    let libraries = [Build::Driver, Build::Cudnn, Build::CublasLt, Build::Nccl];
+    println!("LD_LIBRARY_PATH={}", library_path(&libraries).display());
 }

@@ -18,11 +18,15 @@ mod machine;
 mod memory;
 mod nccl;
 mod nccl_graph;
+mod nccl_one;
+mod nccl_slices;
 mod nccl_train;
 mod ops;
+mod planned;
 mod plans;
 mod program;
 mod pytorch;
+mod pytorch_ops;
 mod steps;
 #[path = "../kernels/values.rs"]
 #[allow(dead_code, reason = "tests of kernels need more of it")]

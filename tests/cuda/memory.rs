@@ -1,10 +1,15 @@
 //! What training takes of a GPU's memory is what `plan` says, and what does not fit is refused before it begins.
 
+use crate::build::Build;
+use crate::machine::{library_path, not_tested};
 use crate::program::{Work, fails, ok};
+use cudarc::driver::result;
+use ddpm_dist::device::cuda::{self, Gpu};
 use serde_json::Value;
+use std::process::Command;
 
 /// Bytes that libraries take whatever the config.
-const WORKSPACE: u64 = 256 << 20;
+const WORKSPACE: u64 = cuda::WORKSPACE as u64;
 /// What `bench` has in place of a data set, where there is room for it: 1024 images.
 const IMAGES: u64 = 1024 * 28 * 28;
 
@@ -51,4 +56,34 @@ fn a_batch_that_does_not_fit_is_refused_with_one_that_does() {
     train.env("CUDA_SIM_MEMORY", &card);
     fails(train, 7, &["set `train.batch` to"]);
     assert!(!std::path::Path::new(&work.path("run")).join("checkpoints").exists());
+}
+
+/// Says to a process of the test below whether it keeps memory.
+const KEEPS: &str = "DDPM_DIST_CUDA_KEEPS";
+
+/// A library may hold the context for as long as the process: what is not freed would be lost until then.
+#[test]
+fn a_gpu_frees_what_it_has_allocated() {
+    const TEST: &str = "memory::a_gpu_frees_what_it_has_allocated";
+    if let Ok(keeps) = std::env::var(KEEPS) {
+        let gpu = Gpu::without_kernels(0).unwrap();
+        let [first, _second] = [(); 2].map(|()| gpu.allocate(1000).unwrap());
+        gpu.free(first).unwrap();
+        if keeps == "yes" {
+            // SAFETY: the size is not zero.
+            unsafe { result::malloc_sync(1000) }.unwrap();
+        }
+        return;
+    }
+    if std::env::var("DDPM_DIST_KERNELS").is_ok_and(|place| place == "gpu") {
+        return not_tested("what is left when a context goes: a real driver does not say");
+    }
+    for (keeps, is_left) in [("no", false), ("yes", true)] {
+        let mut again = Command::new(std::env::current_exe().unwrap());
+        again.args(["--exact", TEST, "--nocapture"]).env(KEEPS, keeps);
+        let output = again.env("LD_LIBRARY_PATH", library_path(&[Build::BareDriver])).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        assert_eq!(said.contains("1 allocations were left when the context went"), is_left, "{said}");
+    }
 }

@@ -30,7 +30,7 @@ const PLACE: &str = "NCCL_RANKS_PLACE";
 const STOPS_AT: &str = "NCCL_RANKS_STOPS_AT";
 
 const FLOATS: usize = 100_003;
-const CUTS: [usize; 4] = [0, 50_000, 60_001, FLOATS];
+const CUTS: [usize; 4] = [0, 50_000, 60_004, FLOATS];
 
 pub struct World {
     /// The test that a rank is.
@@ -138,6 +138,10 @@ fn until(from: &mut ChildStdout, word: &str) {
 }
 
 impl Said {
+    pub fn says(&self, words: &str) -> bool {
+        self.out.contains(words) || self.err.contains(words)
+    }
+
     pub fn assert(&self, rank: usize, words: &[&str]) {
         let all = format!("{}{}", self.out, self.err);
         assert!(self.is_success && !all.contains("panicked"), "rank {rank}: {all}");
@@ -148,7 +152,7 @@ impl Said {
 }
 
 /// Whole numbers, whose sums have no rounding; for a fixed order, and in bf16, numbers whose sums have.
-fn value(rank: usize, step: usize, i: usize, adding: Adding) -> f32 {
+pub fn value(rank: usize, step: usize, i: usize, adding: Adding) -> f32 {
     let whole = ((i * (rank + 1) + 7 * step) % 1000) as f32;
     if adding == Adding::Fast { whole } else { whole * 0.1 + 1e-3 }
 }
@@ -237,7 +241,7 @@ fn a_rank() {
     let mut device = Device::Cuda(Box::new(open(0).unwrap()));
     let buffer = device.allocate(4 * FLOATS).unwrap();
     stops_at("the meeting");
-    if let Err(error) = nccl.join_gpus(&device) {
+    if let Err(error) = nccl.join_gpus(&mut device) {
         tell(&format!("ended: {error}"));
         return;
     }

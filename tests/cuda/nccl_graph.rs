@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// What a step of this test has: shards of the batch, by the environment.
 const SHARDS: &str = "NCCL_GRAPH_SHARDS";
+/// And that the ranks divide the optimiser's state.
+const DIVIDED: &str = "NCCL_GRAPH_DIVIDED";
 const SIZE: [usize; 2] = [8, 8];
 
 /// The rank that the tests below start: it trains, and says what it is left with.
@@ -21,7 +23,7 @@ const SIZE: [usize; 2] = [8, 8];
 fn a_rank() {
     let Some((place, mut nccl)) = Place::meet() else { return };
     let mut device = Device::Cuda(Box::new(Cuda::open(0).unwrap()));
-    nccl.join_gpus(&device).unwrap();
+    nccl.join_gpus(&mut device).unwrap();
     assert_eq!(nccl.notice(), None);
     // As many images for each rank as for the others.
     let mut config = config(&[8, 16], 3, if place.size == 3 { 3 } else { 4 });
@@ -30,6 +32,7 @@ fn a_rank() {
         Ok(shards) => Shards::Fixed(shards.parse().unwrap()),
         Err(_) => Shards::Auto,
     };
+    config.optim.sharded = std::env::var_os(DIVIDED).is_some();
     let share = Share::new(&config.train, nccl.rank(), nccl.world_size()).unwrap();
     let schedule = Schedule::new(&config.diffusion).unwrap();
     let mut trainer = Trainer::new(&mut device, &config, &schedule, SIZE, share).unwrap();
@@ -45,9 +48,11 @@ fn a_rank() {
         Ok(())
     });
     if place.steps > 0 {
-        let mut state = vec![0.0; trainer.program().layout.len()];
+        let ends = trainer.program().layout.iter().map(|placed| placed.range.end);
+        let mut state = vec![0.0; ends.max().unwrap()];
         for region in [Region::Weights, Region::Ema] {
-            device.download(trainer.buffer(region), 0, &mut state).unwrap();
+            let whole = trainer.whole(&mut device, &mut nccl, region).unwrap();
+            device.download(whole, 0, &mut state).unwrap();
             bits.add(&state);
         }
         tell(&format!("bits: {:x}", bits.0));
@@ -128,6 +133,20 @@ fn sums_in_a_graph_leave_the_bits_of_those_that_are_not() {
     }
 }
 
+#[test]
+fn divided_state_in_a_graph_leaves_the_bits_of_whole_state() {
+    if !has_kernels() {
+        return;
+    }
+    for shards in ["2", "4"] {
+        let whole = everywhere(SHARDS, shards);
+        let divided = [whole.clone(), everywhere(DIVIDED, "1")].concat();
+        let Some((expected, launches)) = left(&World { settings: whole, ..world("tree") }) else { return };
+        assert_ne!(launches[0], "0.");
+        assert_eq!(left(&World { settings: divided, ..world("tree") }), Some((expected, launches)), "{shards} shards");
+    }
+}
+
 /// NCCL wants an operation captured at all ranks, or at none.
 #[test]
 fn where_one_rank_has_no_graph_none_has() {
@@ -145,24 +164,53 @@ fn where_one_rank_has_no_graph_none_has() {
         let all = world.run();
         for (rank, said) in all.iter().enumerate() {
             said.assert(rank, &["ended: well", "has left its communicator", &expected, "launches: 0."]);
+            // What some have captured and others not is nothing to go on with.
+            assert_eq!(said.says("has aborted its communicator"), fault.0 != "DDPM_DIST_CUDA_GRAPH", "{fault:?}");
             assert_eq!(said.out.contains("notice: "), rank == 1 && !notice.is_empty(), "{fault:?}: {}", said.out);
         }
         assert!(all.get(1).is_none_or(|said| said.out.contains(notice)), "{fault:?}");
     }
 }
 
-/// The communicator is of no more use then. A rank that asks for a sum is refused the first that it captures.
+/// The communicator is of no more use then: the ranks meet again, and have the same bits. A rank that asks for a sum is refused the first that
+/// it captures.
 #[test]
-fn where_nccl_refuses_to_be_captured_is_said_what_helps() {
+fn where_nccl_refuses_to_be_captured_all_ranks_go_on_without_graphs() {
     if !has_kernels() {
         return;
     }
-    let world = World { settings: vec![(1, "CUDA_SIM_NCCL_FAIL", "capture")], ..world("fast") };
-    for (rank, said) in world.run().iter().enumerate() {
-        match rank {
-            1 => said.assert(rank, &["ended: NCCL 2.29.2 cannot sum up", "DDPM_DIST_CUDA_GRAPH=off"]),
-            _ => said.assert(rank, &["ended: rank 1 was lost", "has aborted its communicator"]),
+    for (adding, refused, settings) in
+        [("fast", &[1][..], vec![]), ("fast", &[0, 1], vec![]), ("tree", &[0], everywhere(SHARDS, "2"))]
+    {
+        let with = |more| World { settings: [settings.clone(), more].concat(), ..world(adding) };
+        let Some((expected, _)) = left(&with(vec![])) else { return };
+        let all = with(refused.iter().map(|&rank| (rank, "CUDA_SIM_NCCL_FAIL", "capture")).collect()).run();
+        for (rank, said) in all.iter().enumerate() {
+            said.assert(rank, &["ended: well", &format!("bits: {expected}"), "launches: 0."]);
+            // The one that was given up, and the one after it.
+            said.assert(rank, &["has aborted its communicator", "has left its communicator"]);
+            let notices = usize::from(refused.contains(&rank));
+            assert_eq!(said.out.matches("notice: ").count(), notices, "rank {rank}: {}", said.out);
+            let why = "could not be made one CUDA graph: NCCL 2.29.2 cannot";
+            assert_eq!(said.out.matches(why).count(), notices, "rank {rank}: {}", said.out);
         }
+    }
+}
+
+/// The host sees nothing of a graph but what its GPU tells.
+#[test]
+fn gpus_that_hang_in_a_graph_tell_in_which_sum() {
+    if !has_kernels() {
+        return;
+    }
+    let settings = vec![(1, "CUDA_SIM_NCCL_FAIL", "deaf-graph")];
+    let all = (World { deadline: Duration::from_secs(2), settings, ..world("fast") }).run();
+    let words = "NCCL 2.29.2 cannot finish the sum of bucket 0 of step 2 within 2 s: all ranks wait for it";
+    assert!(all.is_empty() || all.iter().any(|said| said.says(words)), "nobody says {words}");
+    for (rank, said) in all.iter().enumerate() {
+        // Whoever looks a moment later finds the other gone.
+        assert!(said.says(words) || said.says("was lost"), "rank {rank}: {}", said.out);
+        said.assert(rank, &["has aborted its communicator"]);
     }
 }
 

@@ -1,24 +1,31 @@
 //! The program itself, with a GPU for each rank, against one GPU.
 
 use crate::build::Build;
-use crate::common::Project;
+use crate::common::ranks::{self, alone, store};
+use crate::common::{Project, Running};
 use crate::machine::{library_path, not_tested};
 use ddpm_dist::device::cuda::Image;
-use std::process::Output;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 const LIBRARIES: [Build; 4] = [Build::Driver, Build::Cudnn, Build::CublasLt, Build::Nccl];
 
 /// Nothing where there are no kernels, or too few GPUs.
-fn train(project: &Project, libraries: &[Build], ranks: usize, more: &[&str]) -> Option<Output> {
+fn command(project: &Project, libraries: &[Build], ranks: usize, run_dir: &str) -> Option<Command> {
     if Image::embedded().is_none() || std::env::var("DDPM_DIST_KERNELS").is_ok_and(|place| place == "gpu") {
         not_tested("training on several GPUs needs nvcc, and the machine made of software");
         return None;
     }
-    let (ranks, run_dir) = (ranks.to_string(), format!("on-{ranks}"));
+    let ranks = ranks.to_string();
     let mut command = project.program();
     command.env("LD_LIBRARY_PATH", library_path(libraries)).env("CUDA_SIM_GPUS", &ranks);
-    command.args(["--ranks", &ranks, "train", "config.toml", "--device", "cuda", "--run-dir", &run_dir]);
-    Some(command.args(["--set", "train.steps=4"]).args(more).output().unwrap())
+    command.args(["--ranks", &ranks, "train", "config.toml", "--device", "cuda", "--run-dir", run_dir]);
+    command.args(["--set", "train.steps=4"]);
+    Some(command)
+}
+
+fn train(project: &Project, libraries: &[Build], ranks: usize, more: &[&str]) -> Option<Output> {
+    Some(command(project, libraries, ranks, &format!("on-{ranks}"))?.args(more).output().unwrap())
 }
 
 fn words(output: &Output) -> String {
@@ -103,5 +110,97 @@ fn gradients_in_bf16_are_refused_where_they_cannot_be_had() {
     refused(run(&["--set", "train.shards=2"]), "promises the same bits");
     if let Some(output) = train(&project, &LIBRARIES[..3], 2, &bf16) {
         refused(output, "between GPUs, by NCCL");
+    }
+}
+
+/// While the GPU computes the step before, whose sums are not to be given up.
+#[test]
+fn a_capture_that_nccl_refuses_costs_speed_and_no_bit() {
+    let project = Project::new();
+    let run = |run_dir: &str, settings: &[(&str, &str)]| {
+        let mut command = command(&project, &LIBRARIES, 2, run_dir)?;
+        Some(words(&command.env("CUDA_SIM_BUSY", "1").envs(settings.iter().copied()).output().unwrap()))
+    };
+    let Some(said) = run("captured", &[]) else { return };
+    assert!(!said.contains("warning"), "{said}");
+    let said = run("refused", &[("CUDA_SIM_NCCL_FAIL_OF_1", "capture")]).unwrap();
+    assert_eq!(said.matches("warning").count(), 1, "{said}");
+    assert!(said.contains("one by one, which is slower") && said.contains("a capture that it cannot follow"), "{said}");
+    assert_eq!(project.measured("refused"), project.measured("captured"));
+}
+
+/// Programs without sums are captured by each rank for itself, while a step is under way: one that does not keeps in step with the others.
+#[test]
+fn a_rank_without_graphs_keeps_in_step() {
+    let project = Project::new();
+    if Image::embedded().is_none() || std::env::var("DDPM_DIST_KERNELS").is_ok_and(|place| place == "gpu") {
+        return not_tested("a rank without graphs needs nvcc, and the machine made of software");
+    }
+    for (run_dir, graphs_of_1) in [("graphs", "on"), ("some", "off")] {
+        let (_alone, store) = (alone(), store());
+        let ranks = ranks::start(&project, &store, 2, |rank, command| {
+            command
+                .env("LD_LIBRARY_PATH", library_path(&LIBRARIES))
+                .env("CUDA_SIM_GPUS", "2")
+                .env("CUDA_SIM_BUSY", "1");
+            command.env("DDPM_DIST_CUDA_GRAPH", if rank == 1 { graphs_of_1 } else { "on" });
+            command.args(ranks::train(run_dir, &["--device", "cuda"]));
+            command.args(["--set", "train.shards=4", "--set", "train.steps=4"])
+        });
+        for rank in ranks {
+            let (code, said) = rank.wait();
+            assert_eq!(code, Some(0), "{said}");
+        }
+    }
+    assert_eq!(project.measured("some"), project.measured("graphs"));
+}
+
+/// Sums that never end, which NCCL never gives up: what waits for them when the process ends is not waited for.
+#[test]
+fn gpus_that_hang_for_good_do_not_keep_their_ranks() {
+    let project = Project::new();
+    if Image::embedded().is_none() || std::env::var("DDPM_DIST_KERNELS").is_ok_and(|place| place == "gpu") {
+        return not_tested("GPUs that hang need nvcc, and the machine made of software");
+    }
+    let (_alone, store) = (alone(), store());
+    let start = Instant::now();
+    let ranks = ranks::start(&project, &store, 2, |_, command| {
+        command.env("LD_LIBRARY_PATH", library_path(&LIBRARIES)).env("CUDA_SIM_GPUS", "2").env("RUST_BACKTRACE", "0");
+        command.env("CUDA_SIM_NCCL_FAIL", "deaf,abort").args(ranks::train("run", &["--device", "cuda"]));
+        command.args(["--set", "train.steps=4", "--set", "cluster.timeout=5"])
+    });
+    let ended: Vec<(Option<i32>, String)> = ranks.into_iter().map(Running::wait).collect();
+    let took = start.elapsed();
+    // Whoever looks a moment later may find the other gone.
+    assert!(ended.iter().any(|(code, _)| *code == Some(7)), "{ended:?}");
+    for (code, said) in &ended {
+        let words = match code {
+            Some(7) => "cannot finish the sum of bucket 0 of step 1 within 5 s: all ranks wait for it",
+            Some(6) => "was lost",
+            _ => panic!("{ended:?}"),
+        };
+        assert_eq!(said.matches("ddpm-dist: ").count(), 1, "{said}");
+        assert!(said.contains(words), "{said}");
+    }
+    // Starting takes a while; the deadline, its look at the others, and leaving are 5 s each.
+    assert!(took < Duration::from_secs(60), "{took:?}");
+}
+
+/// A GPU's clock runs by what it computes, so that this machine's other work does not matter.
+#[test]
+fn a_gpu_that_takes_twice_as_long_is_named_within_twenty_steps() {
+    let project = Project::new();
+    let run = |run_dir: &str, ranks: usize, settings: &[(&str, &str)]| {
+        let mut command = command(&project, &LIBRARIES, ranks, run_dir)?;
+        // Much longer than the host takes to begin it.
+        command.env("CUDA_SIM_WORK", "100000").envs(settings.iter().copied());
+        Some(words(&command.args(["--set", "train.steps=20"]).output().unwrap()))
+    };
+    let Some(said) = run("equal", 2, &[]) else { return };
+    assert!(!said.contains("is slow"), "{said}");
+    for ranks in [2, 4] {
+        let said = run(&format!("slow-of-{ranks}"), ranks, &[("CUDA_SIM_WORK_OF_1", "200000")]).unwrap();
+        assert_eq!(said.matches("is slow").count(), 1, "{said}");
+        assert!(said.contains("rank 1 is slow: its own work takes 2.0 times as long"), "{said}");
     }
 }

@@ -2,7 +2,7 @@
 //! each search and each plan, and is slow where it is told to be (tests/cuda-sim/cudnn.cpp).
 
 use crate::build::Build;
-use crate::common::Project;
+use crate::common::{Project, Running, ranks};
 use crate::machine::{library_path, not_tested};
 use ddpm_dist::checkpoint::inspect;
 use ddpm_dist::device::cuda::{Choice, Image, PlanTable};
@@ -24,6 +24,9 @@ const TAKES_8: Setting<'static> = ("CUDA_SIM_CUDNN_SLOW", "6");
 /// So have products two algorithms that are right.
 const TAKES_0: Setting<'static> = ("CUDA_SIM_CUBLASLT_SLOW", "1");
 const TAKES_1: Setting<'static> = ("CUDA_SIM_CUBLASLT_SLOW", "0");
+
+/// Nothing is kept on disk.
+const OFF: Setting<'static> = ("DDPM_DIST_CUDA_PLANS", "off");
 
 /// None where the program has no kernels, or the GPU is a real one.
 fn project() -> Option<Project> {
@@ -132,7 +135,7 @@ fn a_second_process_computes_as_the_first_found() {
     assert_eq!(pinned(&project, "first", 2), pinned(&project, "second", 2));
     assert_eq!(fs::read_to_string(cache_file(&project)).unwrap(), text);
     // Where nothing is kept, each process searches.
-    let alone = must_be_well(train(&project, 1, "alone", 2, &[TAKES_8, TAKES_0, ("DDPM_DIST_CUDA_PLANS", "off")]));
+    let alone = must_be_well(train(&project, 1, "alone", 2, &[TAKES_8, TAKES_0, OFF]));
     assert!(alone.has_searched(0), "{}", alone.said);
     assert_eq!(engines_of(&pinned(&project, "alone", 2)), BTreeSet::from([8]));
     assert_eq!(algorithms_of(&pinned(&project, "alone", 2)), BTreeSet::from([0]));
@@ -190,8 +193,7 @@ fn a_plan_that_does_not_hold_any_more_is_searched_again() {
 fn all_ranks_compute_as_rank_0_has_found() {
     let Some(project) = project() else { return };
     let (other, products) = (("CUDA_SIM_CUDNN_SLOW_OF_1", "6"), ("CUDA_SIM_CUBLASLT_SLOW_OF_1", "0"));
-    let off = ("DDPM_DIST_CUDA_PLANS", "off");
-    let ran = must_be_well(train(&project, 2, "run", 2, &[off, TAKES_6, other, TAKES_0, products]));
+    let ran = must_be_well(train(&project, 2, "run", 2, &[OFF, TAKES_6, other, TAKES_0, products]));
     assert!(ran.has_searched(0) && !ran.has_searched(1), "{:?}", ran.log);
     assert_eq!(ran.engines(1), BTreeSet::from(["6"]));
     let has = |line: &str| ran.log.iter().any(|known| known == line);
@@ -200,7 +202,7 @@ fn all_ranks_compute_as_rank_0_has_found() {
     assert!(!ran.said.contains("differs in its last bits"), "{}", ran.said);
     // Plans of one version are of no use to another.
     let version = ("CUDA_SIM_CUDNN_VERSION_OF_1", "91100");
-    let mixed = must_be_well(train(&project, 2, "mixed", 2, &[off, TAKES_6, other, version]));
+    let mixed = must_be_well(train(&project, 2, "mixed", 2, &[OFF, TAKES_6, other, version]));
     assert!(mixed.has_searched(0) && mixed.has_searched(1), "{:?}", mixed.log);
     let notice =
         "rank 1 has a machine made of software (8.0) with cuDNN 9.11.0 and cuBLASLt 13.0.1: what these compute differs";
@@ -209,16 +211,38 @@ fn all_ranks_compute_as_rank_0_has_found() {
 }
 
 #[test]
-fn a_rank_that_finds_no_plans_is_named_by_the_others() {
+fn a_rank_that_finds_no_plans_ends_all_with_its_own_words() {
     let Some(project) = project() else { return };
-    let ran = train(&project, 2, "run", 2, &[("CUDA_SIM_CUDNN_FAIL_OF_0", "execute")]);
-    assert!(!ran.output.status.success(), "{}", ran.said);
-    assert!(
-        ran.said.contains("has nothing for the") && ran.said.contains("CUDNN_STATUS_EXECUTION_FAILED"),
-        "{}",
-        ran.said
-    );
-    assert!(!ran.has_searched(1), "{:?}", ran.log);
+    must_be_well(train(&project, 1, "trained", 1, &[]));
+    let of_1 = [("CUDA_SIM_CUDNN_FAIL_OF_1", "execute"), ("CUDA_SIM_CUDNN_VERSION_OF_1", "91100")];
+    // What rank 0 finds is of no use to a rank with another cuDNN, which looks for its own.
+    for (failing, settings) in [(0, &[("CUDA_SIM_CUDNN_FAIL_OF_0", "execute")][..]), (1, &of_1)] {
+        for arguments in [
+            &["train", "config.toml", "--device", "cuda", "--run-dir", "run"][..],
+            &["bench", "config.toml", "--device", "cuda", "--steps", "1"],
+            &["sample", "trained", "--device", "cuda", "--count", "2", "--out", "out.png"],
+        ] {
+            let log = project.write("log", "");
+            let store = ranks::store();
+            let ranks = ranks::start(&project, &store, 2, |_, command| {
+                command.env("LD_LIBRARY_PATH", library_path(&LIBRARIES)).env("CUDA_SIM_GPUS", "2");
+                command.env("CUDA_SIM_LOG", &log).envs([BOTH, OFF]).envs(settings.iter().copied()).args(arguments)
+            });
+            let ended: Vec<_> = ranks.into_iter().map(Running::wait).collect();
+            let whose = if failing == 0 { "" } else { "rank 1: " };
+            for (rank, (code, said)) in ended.iter().enumerate() {
+                assert_eq!(*code, Some(7), "rank {rank} of {arguments:?}: {said}");
+                // Rank 0 speaks for those who were only told of it.
+                let speaks = rank == 0 || rank == failing;
+                assert_eq!(said.matches("ddpm-dist: ").count(), usize::from(speaks), "rank {rank}: {said}");
+            }
+            let said = &ended[0].1;
+            assert!(said.contains(&format!("ddpm-dist: {whose}cuDNN 9.1")), "{arguments:?}: {said}");
+            assert!(said.contains("has nothing for the") && said.contains("CUDNN_STATUS_EXECUTION_FAILED"), "{said}");
+            let searches = String::from_utf8(project.read("log")).unwrap().lines().any(|line| line == "1 searches");
+            assert_eq!(searches, failing == 1, "{arguments:?}");
+        }
+    }
 }
 
 #[test]
@@ -230,12 +254,30 @@ fn a_search_may_take_longer_than_ranks_wait_for_each_other() {
 }
 
 #[test]
+fn a_search_that_is_killed_keeps_what_it_has_found() {
+    let Some(project) = project() else { return };
+    let searches = |ran: &Ran| ran.log.iter().filter(|line| *line == "0 searches").count();
+    let lines = |text: &str| text.lines().map(String::from).collect::<BTreeSet<_>>();
+    let all = searches(&must_be_well(train(&project, 1, "straight", 1, &[OFF])));
+    let middle = (all / 2).to_string();
+    let killed = train(&project, 1, "run", 1, &[("CUDA_SIM_CUDNN_KILLED", &middle)]);
+    assert!(!killed.output.status.success() && killed.said.contains("signal 9"), "{}", killed.said);
+    let kept = lines(&fs::read_to_string(cache_file(&project)).unwrap());
+    let again = must_be_well(train(&project, 1, "run", 1, &[]));
+    // The first line says what they are for.
+    assert!(kept.len() > 1 && searches(&again) < all - all / 4, "{} of {all}", searches(&again));
+    let complete = lines(&fs::read_to_string(cache_file(&project)).unwrap());
+    assert!(complete.is_superset(&kept), "{kept:?}, then {complete:?}");
+    assert_eq!(complete.len(), 1 + pinned(&project, "run", 1).choices().len());
+}
+
+#[test]
 fn ranks_that_wait_for_a_search_notice_that_it_has_died() {
     let Some(project) = project() else { return };
     // Built before the clock runs.
     library_path(&LIBRARIES);
     let since = Instant::now();
-    let ran = train(&project, 2, "run", 1, &[("CUDA_SIM_CUDNN_FAIL_OF_0", "killed")]);
+    let ran = train(&project, 2, "run", 1, &[("CUDA_SIM_CUDNN_KILLED_OF_0", "1")]);
     assert!(!ran.output.status.success() && ran.said.contains("rank 0"), "{}", ran.said);
     // Ranks wait for each other five minutes.
     assert!(since.elapsed() < Duration::from_secs(120), "{:?}", since.elapsed());
@@ -244,12 +286,11 @@ fn ranks_that_wait_for_a_search_notice_that_it_has_died() {
 #[test]
 fn a_checkpoint_pins_how_convolutions_are_computed() {
     let Some(project) = project() else { return };
-    let off = ("DDPM_DIST_CUDA_PLANS", "off");
-    must_be_well(train(&project, 1, "run", 2, &[off, TAKES_6]));
+    must_be_well(train(&project, 1, "run", 2, &[OFF, TAKES_6]));
     let manifest = inspect(&project.path("run/checkpoints/step-00000002")).unwrap();
     assert_eq!((&*manifest.meta.libraries["cudnn"], &*manifest.meta.libraries["cublaslt"]), ("9.10.2", "13.0.1"));
     assert_eq!(manifest.meta.device_kind, "cuda (a machine made of software)");
-    let resumed = must_be_well(train(&project, 1, "run", 4, &[off, TAKES_8]));
+    let resumed = must_be_well(train(&project, 1, "run", 4, &[OFF, TAKES_8]));
     assert!(!resumed.has_searched(0), "{:?}", resumed.log);
     assert_eq!(pinned(&project, "run", 4), pinned(&project, "run", 2));
     assert!(!resumed.said.contains("last bits"), "{}", resumed.said);
@@ -271,9 +312,29 @@ fn a_checkpoint_pins_how_convolutions_are_computed() {
         ),
         (12, ("CUDA_SIM_NAME", "NVIDIA X1"), "going on with cuda (NVIDIA X1): same images and noise"),
     ] {
-        let other = must_be_well(train(&project, 1, "run", steps, &[off, TAKES_8, setting]));
+        let other = must_be_well(train(&project, 1, "run", steps, &[OFF, TAKES_8, setting]));
         assert!(other.has_searched(0), "{:?}", other.log);
         assert_eq!(other.said.matches(says).count(), 1, "{}", other.said);
         assert_eq!(engines_of(&pinned(&project, "run", steps)), BTreeSet::from([8]));
     }
+}
+
+#[test]
+fn a_run_that_passes_over_a_damaged_checkpoint_takes_the_plans_of_the_one_before() {
+    let Some(project) = project() else { return };
+    must_be_well(train(&project, 1, "run", 2, &[OFF, TAKES_6]));
+    must_be_well(train(&project, 1, "other", 4, &[OFF, TAKES_8]));
+    let newest = project.checkpoint("run", 4);
+    fs::rename(project.checkpoint("other", 4), &newest).unwrap();
+    let mut files = fs::read_dir(&newest).unwrap().map(|entry| entry.unwrap().path());
+    let shard = files.find(|path| path.extension().is_some_and(|e| e == "safetensors")).unwrap();
+    let mut bytes = fs::read(&shard).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&shard, bytes).unwrap();
+    assert_eq!(engines_of(&pinned(&project, "run", 4)), BTreeSet::from([8]), "its manifest is whole");
+    let resumed = must_be_well(train(&project, 1, "run", 6, &[OFF, TAKES_8]));
+    assert!(resumed.said.contains("skipping") && resumed.said.contains("step-00000002"), "{}", resumed.said);
+    assert!(!resumed.has_searched(0), "{:?}", resumed.log);
+    assert_eq!(resumed.engines(0), BTreeSet::from(["6"]));
+    assert_eq!(pinned(&project, "run", 6), pinned(&project, "run", 2));
 }

@@ -1,25 +1,24 @@
 //! The network on every device against diffusers' `UNet2DModel` with the same weights: output, and the gradient of every parameter; and
 //! training steps against PyTorch's. The values are made by `tests/reference/unet.py` and `step.py` in f64.
 
+use crate::planned::{Planned, Reference};
 use crate::steps::{cpu, gpu, with_kernels};
-use ddpm_dist::collective::Solo;
-use ddpm_dist::device::{Binding, DType, Device, Element, Precision, Region};
+use crate::values::hyper;
+use ddpm_dist::device::{DType, Device, Precision, Region};
 use ddpm_dist::diffusion::{DiffusionConfig, Schedule};
-use ddpm_dist::ops::adam_ema::{Hyper, adam_ema, bias_correction};
+use ddpm_dist::ops::adam_ema::{Hyper, adam_ema};
 use ddpm_dist::ops::copy::Copy;
 use ddpm_dist::ops::grad_norm::grad_norm;
-use ddpm_dist::tape::{Loaded, Phase, Program, Spec, Tape, plan};
+use ddpm_dist::tape::{Phase, Program, Spec, Tape};
 use ddpm_dist::unet::{TimestepForm, UnetConfig, unet};
-use half::bf16;
-use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::sync::Arc;
 
-/// A fixture of tests/reference, which goes with this program to machines that have no source.
+/// A network of tests/reference.
 struct Fixture {
     name: &'static str,
     config: UnetConfig,
-    tensors: SafeTensors<'static>,
+    tensors: Reference,
 }
 
 macro_rules! fixture {
@@ -35,27 +34,7 @@ macro_rules! fixture {
 impl Fixture {
     fn new(name: &'static str, json: &[u8], tensors: &'static [u8]) -> Fixture {
         let config = config(&serde_json::from_slice(json).unwrap());
-        Fixture { name, config, tensors: SafeTensors::deserialize(tensors).unwrap() }
-    }
-
-    fn shape(&self, key: &str) -> Vec<usize> {
-        self.tensors.tensor(key).unwrap().shape().to_vec()
-    }
-
-    fn f64(&self, key: &str) -> Vec<f64> {
-        let tensor = self.tensors.tensor(key).unwrap();
-        let data = tensor.data();
-        match tensor.dtype() {
-            Dtype::F32 => data.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
-            Dtype::F64 => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
-            Dtype::I64 => data.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as f64).collect(),
-            Dtype::U8 => data.iter().map(|b| f64::from(*b)).collect(),
-            other => panic!("{key}: {other:?}"),
-        }
-    }
-
-    fn f32(&self, key: &str) -> Vec<f32> {
-        self.f64(key).into_iter().map(|x| x as f32).collect()
+        Fixture { name, config, tensors: Reference::new(tensors) }
     }
 }
 
@@ -91,18 +70,14 @@ fn config(json: &Value) -> UnetConfig {
 
 /// The network on a device: inputs "x" and "t", output "y" and its gradient "dy".
 struct Network {
-    program: Arc<Program>,
-    loaded: Loaded,
-    binding: Binding,
-    device: Device,
-    precision: Precision,
+    planned: Planned,
     /// Of the images, and how many the network has.
     channels: [usize; 2],
 }
 
 impl Network {
     /// `updates` has its weights change, by the numbers "hyper"; "norm" is then the gradients'.
-    fn new(mut device: Device, config: &UnetConfig, shape: &[usize], precision: Precision, updates: bool) -> Network {
+    fn new(device: Device, config: &UnetConfig, shape: &[usize], precision: Precision, updates: bool) -> Network {
         let [n, h, w, c] = shape[..] else { panic!("{shape:?}") };
         config.validate(h, w).unwrap();
         let mut tape = Tape::on(device.target(precision));
@@ -120,40 +95,7 @@ impl Network {
             grad_norm(&mut tape, norm);
             adam_ema(&mut tape, false, norm, hyper);
         }
-        let program = Arc::new(plan(&tape, None, None));
-        let flat = 4 * program.layout.len();
-        let mut binding = Binding::default();
-        for (region, bytes) in [
-            (Region::Weights, flat),
-            (Region::Gradients, flat),
-            (Region::Moment1, flat),
-            (Region::Moment2, flat),
-            (Region::Ema, flat),
-            (Region::Compute, flat / 2),
-            (Region::Arena, program.arena_bytes),
-            (Region::Io, program.io_bytes),
-        ] {
-            let buffer = device.allocate(bytes).unwrap();
-            // Whatever is read before it is written is NaN; gaps between parameters are zeros.
-            let nothing = if matches!(region, Region::Arena | Region::Io) { 0xFFu8 } else { 0 };
-            device.upload(buffer, 0, &vec![nothing; bytes]).unwrap();
-            binding = binding.with(region, buffer);
-        }
-        let loaded = program.load(&mut device, binding).unwrap();
-        Network { program, loaded, binding, device, precision, channels: [c, shape[3]] }
-    }
-
-    fn set<T: Element>(&mut self, name: &str, data: &[T]) {
-        let slot = self.program.io(name);
-        assert_eq!((slot.dtype, slot.len), (T::DTYPE, data.len()), "{name}");
-        self.device.upload(self.binding.get(Region::Io).unwrap(), slot.offset / size_of::<T>(), data).unwrap();
-    }
-
-    fn get<T: Element>(&self, name: &str) -> Vec<T> {
-        let slot = self.program.io(name);
-        let mut data = vec![T::default(); slot.len];
-        self.device.download(self.binding.get(Region::Io).unwrap(), slot.offset / size_of::<T>(), &mut data).unwrap();
-        data
+        Network { planned: Planned::new(&tape, device), channels: [c, shape[3]] }
     }
 
     /// Writes images, rounded, and filled up with channels of zeros.
@@ -161,74 +103,50 @@ impl Network {
         let [channels, with] = self.channels;
         let rest = vec![0.0; with - channels];
         let images: Vec<f32> = images.chunks(channels).flat_map(|pixel| [pixel, &rest].concat()).collect();
-        match self.precision {
-            Precision::F32 => self.set(name, &images),
-            Precision::Bf16 => self.set(name, &images.into_iter().map(bf16::from_f32).collect::<Vec<_>>()),
-        }
+        self.planned.set_activations(name, &images);
     }
 
     fn images(&self, name: &str) -> Vec<f32> {
         let [channels, with] = self.channels;
-        let all: Vec<f32> = match self.precision {
-            Precision::F32 => self.get(name),
-            Precision::Bf16 => self.get::<bf16>(name).into_iter().map(f32::from).collect(),
-        };
-        all.chunks(with).flat_map(|pixel| &pixel[..channels]).copied().collect()
-    }
-
-    /// All of a flat buffer.
-    fn flat(&self, region: Region) -> Vec<f32> {
-        let mut data = vec![0.0; self.program.layout.len()];
-        self.device.download(self.binding.get(region).unwrap(), 0, &mut data).unwrap();
-        data
+        self.planned.activations(name).chunks(with).flat_map(|pixel| &pixel[..channels]).copied().collect()
     }
 
     /// Writes the fixture's weights of that kind to regions, and their copy.
     fn set_weights(&mut self, fixture: &Fixture, kind: &str, regions: &[Region]) {
-        let mut flat = vec![0.0f32; self.program.layout.len()];
-        for placed in self.program.layout.iter() {
-            let key = format!("{kind}/{}", placed.name);
-            assert_eq!(fixture.shape(&key), placed.shape.dims(), "{}: {key}", fixture.name);
-            flat[placed.range.clone()].copy_from_slice(&fixture.f32(&key));
-        }
-        for region in regions {
-            self.device.upload(self.binding.get(*region).unwrap(), 0, &flat).unwrap();
-        }
-        let copy: Vec<bf16> = flat.into_iter().map(bf16::from_f32).collect();
-        self.device.upload(self.binding.get(Region::Compute).unwrap(), 0, &copy).unwrap();
-    }
-
-    fn run(&mut self) {
-        self.loaded.run(&mut self.device, &mut Solo).unwrap();
+        self.planned.set_flat(regions, |name, shape| {
+            let key = format!("{kind}/{name}");
+            assert_eq!(fixture.tensors.shape(&key), shape, "{}: {key}", fixture.name);
+            fixture.tensors.f32(&key)
+        });
     }
 
     /// Output for `x` and `t`, and the gradients of mean((output − target)²) in their buffer, with which `updates` is then applied.
     fn step(&mut self, x: &[f32], t: &[u32], target: &[f32], updates: Option<&Hyper>) -> Vec<f32> {
         self.set_images("x", x);
-        self.set("t", t);
+        self.planned.set("t", t);
         // Gradients that are not finite change nothing.
         self.set_images("dy", &vec![f32::NAN; x.len()]);
-        self.run();
+        self.planned.run();
         let y = self.images("y");
         let scale = 2.0 / y.len() as f64;
         let dy: Vec<f32> =
             y.iter().zip(target).map(|(y, t)| (scale * (f64::from(*y) - f64::from(*t))) as f32).collect();
         self.set_images("dy", &dy);
         if let Some(hyper) = updates {
-            self.set("hyper", &hyper.to_array());
+            self.planned.set("hyper", &hyper.to_array());
         }
-        self.run();
+        self.planned.run();
         y
     }
 }
 
-fn root_mean_square(values: &[f32]) -> f64 {
+pub fn root_mean_square(values: &[f32]) -> f64 {
     (values.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / values.len() as f64).sqrt()
 }
 
 /// Error relative to the root mean square of the exact values, or to `floor` if that is larger: in f32 the largest, in bf16 its root mean
 /// square, as single elements have lost too many digits to be told from wrong ones.
-fn relative_error(found: &[f32], exact: &[f32], floor: f64, precision: Precision) -> f64 {
+pub fn relative_error(found: &[f32], exact: &[f32], floor: f64, precision: Precision) -> f64 {
     assert_eq!(found.len(), exact.len());
     let errors: Vec<f32> = found.iter().zip(exact).map(|(f, e)| (f - e).abs()).collect();
     let error = match precision {
@@ -252,24 +170,24 @@ fn bf16_tolerance(program: &Program) -> f64 {
 
 fn is_that_of_diffusers(fixture: &Fixture, device: Device, precision: Precision) {
     let Fixture { name, .. } = fixture;
-    let mut network = Network::new(device, &fixture.config, &fixture.shape("x_t"), precision, false);
-    let tolerance = if precision == Precision::F32 { F32 } else { bf16_tolerance(&network.program) };
+    let mut network = Network::new(device, &fixture.config, &fixture.tensors.shape("x_t"), precision, false);
+    let tolerance = if precision == Precision::F32 { F32 } else { bf16_tolerance(&network.planned.program) };
     network.set_weights(fixture, "weight", &[Region::Weights]);
-    let layout = network.program.layout.clone();
-    let count = fixture.tensors.names().iter().filter(|n| n.starts_with("weight/")).count();
+    let layout = network.planned.program.layout.clone();
+    let count = fixture.tensors.names().into_iter().filter(|n| n.starts_with("weight/")).count();
     assert_eq!(layout.iter().count(), count, "{name}: number of parameters");
 
-    let t: Vec<u32> = fixture.f64("t").iter().map(|&t| t as u32).collect();
-    let y = network.step(&fixture.f32("x_t"), &t, &fixture.f32("target"), None);
-    let error = relative_error(&y, &fixture.f32("output"), 0.0, precision);
+    let t: Vec<u32> = fixture.tensors.f64("t").iter().map(|&t| t as u32).collect();
+    let y = network.step(&fixture.tensors.f32("x_t"), &t, &fixture.tensors.f32("target"), None);
+    let error = relative_error(&y, &fixture.tensors.f32("output"), 0.0, precision);
     assert!(error < tolerance, "{name}: output is off by {error:e}");
-    let gradients = network.flat(Region::Gradients);
+    let gradients = network.planned.flat(Region::Gradients);
     // Some gradients cancel to nothing (a key bias moves all logits alike): what is left is measured against the others.
-    let all: Vec<f32> = layout.iter().flat_map(|p| fixture.f32(&format!("grad/{}", p.name))).collect();
+    let all: Vec<f32> = layout.iter().flat_map(|p| fixture.tensors.f32(&format!("grad/{}", p.name))).collect();
     let floor = 0.1 * root_mean_square(&all);
     let mut worst = 0.0f64;
     for placed in layout.iter() {
-        let exact = fixture.f32(&format!("grad/{}", placed.name));
+        let exact = fixture.tensors.f32(&format!("grad/{}", placed.name));
         let error = relative_error(&gradients[placed.range.clone()], &exact, floor, precision);
         assert!(error < tolerance, "{name}: gradient of {} is off by {error:e}", placed.name);
         worst = worst.max(error);
@@ -308,12 +226,12 @@ fn five_steps_on_a_gpu_are_those_of_pytorch() {
     const LR: f64 = 1e-3;
     with_kernels("pytorch::five_steps_on_a_gpu_are_those_of_pytorch", || {
         let fixture = fixture!("step");
-        let shape = &fixture.shape("pixels")[1..];
+        let shape = &fixture.tensors.shape("pixels")[1..];
         let (images, image) = (shape[0], shape.iter().product::<usize>());
         let mut network = Network::new(gpu(), &fixture.config, shape, Precision::F32, true);
         network.set_weights(&fixture, "start", &[Region::Weights, Region::Ema]);
-        let [pixels, noise, t] = ["pixels", "noise", "t"].map(|key| fixture.f64(key));
-        let [losses, norms] = ["loss", "grad_norm"].map(|key| fixture.f64(key));
+        let [pixels, noise, t] = ["pixels", "noise", "t"].map(|key| fixture.tensors.f64(key));
+        let [losses, norms] = ["loss", "grad_norm"].map(|key| fixture.tensors.f64(key));
         let schedule = Schedule::new(&DiffusionConfig::default()).unwrap();
         for k in 0..5 {
             let t: Vec<u32> = t[k * images..][..images].iter().map(|t| *t as u32).collect();
@@ -326,26 +244,18 @@ fn five_steps_on_a_gpu_are_those_of_pytorch() {
                 .collect();
             let noise: Vec<f32> = noise.iter().map(|x| *x as f32).collect();
             let step = k as u64 + 1;
-            let hyper = Hyper {
-                lr: LR * (step as f64 / 2.0).min(1.0),
-                beta1: 0.9,
-                beta2: 0.999,
-                eps: 1e-8,
-                weight_decay: 0.0,
-                bias_correction1: bias_correction(0.9, step),
-                bias_correction2: bias_correction(0.999, step),
-                max_grad_norm: 1.0,
-                ema_decay: 0.9,
-            };
+            let lr = LR * (step as f64 / 2.0).min(1.0);
+            let hyper = Hyper { lr, weight_decay: 0.0, ema_decay: 0.9, ..hyper(step) };
             let y = network.step(&x_t, &t, &noise, Some(&hyper));
             let loss = y.iter().zip(&noise).map(|(y, e)| f64::from(y - e).powi(2)).sum::<f64>() / y.len() as f64;
             assert!((loss / losses[k] - 1.0).abs() < F32, "step {step}: loss {loss}, expected {}", losses[k]);
-            let norm = network.get::<f32>("norm");
+            let norm = network.planned.get::<f32>("norm");
             assert!((f64::from(norm[0]) / norms[k] - 1.0).abs() < F32, "step {step}: {norm:?}, expected {}", norms[k]);
             for (region, kind) in [(Region::Weights, "weight"), (Region::Ema, "ema")] {
-                let found = network.flat(region);
-                for placed in network.program.layout.iter().filter(|placed| !placed.name.ends_with("to_k.bias")) {
-                    let exact = fixture.f32(&format!("{kind}{step}/{}", placed.name));
+                let found = network.planned.flat(region);
+                for placed in network.planned.program.layout.iter().filter(|placed| !placed.name.ends_with("to_k.bias"))
+                {
+                    let exact = fixture.tensors.f32(&format!("{kind}{step}/{}", placed.name));
                     for (found, exact) in found[placed.range.clone()].iter().zip(exact) {
                         let error = f64::from((found - exact).abs());
                         assert!(error < 1e-3 * LR, "step {step}: {kind} of {} is off by {error:e}", placed.name);

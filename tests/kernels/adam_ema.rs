@@ -2,26 +2,15 @@
 
 use crate::cpu::on_cpu;
 use crate::machine::{Buffer, run_launch};
-use crate::values::{bytes_of_f32, f32_of, normals, rounded};
+use crate::values::{bytes_of_f32, f32_of, hyper, normals, rounded};
 use ddpm_dist::device::cuda::Precision;
-use ddpm_dist::ops::adam_ema::{AdamEma, Hyper, bias_correction, cuda};
+use ddpm_dist::ops::adam_ema::{AdamEma, cuda};
 
 /// One step on `len` parameters that lie in ranges of `large` numbers.
 fn check(len: usize, decoupled: bool, norm: [f32; 2], large: f32, seed: u64) {
-    let hyper = Hyper {
-        lr: 2e-4,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.01,
-        bias_correction1: bias_correction(0.9, 7),
-        bias_correction2: bias_correction(0.999, 7),
-        max_grad_norm: 1.0,
-        ema_decay: 0.9999,
-    };
     let draw = |place: u64, scale: f32| normals(seed + place, len).iter().map(|x| x * scale).collect::<Vec<f32>>();
     let squares: Vec<f32> = draw(4, 1e-3).iter().map(|x| x * x).collect();
-    let inputs = [draw(1, large), norm.to_vec(), hyper.to_array().to_vec()].map(|values| bytes_of_f32(&values));
+    let inputs = [draw(1, large), norm.to_vec(), hyper(7).to_array().to_vec()].map(|values| bytes_of_f32(&values));
     let state = [draw(2, 0.1), draw(3, 1e-3), squares, draw(5, 0.1)].map(|values| bytes_of_f32(&values));
     let expected = on_cpu(AdamEma { decoupled, has_copy: false, parameters: len }, &inputs, &state);
     let inputs = inputs.map(Buffer::Input);

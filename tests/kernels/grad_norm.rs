@@ -1,17 +1,33 @@
-//! `grad_norm` in two stages against the sum of squares in f64.
+//! `square_sums` and `grad_norm` against the sum of squares in f64.
 
-use crate::cpu::on_cpu;
-use crate::machine::{Buffer, run_with};
+use crate::cpu::{on_cpu, on_cpu_from};
+use crate::machine::{Buffer, run_launch};
 use crate::values::{bytes_of_f32, f32_of, normals};
 use ddpm_dist::device::cuda::Precision;
-use ddpm_dist::ops::grad_norm::{GradNorm, cuda};
+use ddpm_dist::ops::grad_norm::{BLOCK, GradNorm, SquareSums, cuda};
+use std::sync::Arc;
 
 fn norm(gradients: &[f32]) -> [f32; 2] {
-    let [partial, total] = cuda::launches(gradients.len());
-    let input = [Buffer::Input(bytes_of_f32(gradients))];
-    let partials = run_with(&partial, &input, &[], &Buffer::Output(8 * cuda::partials(gradients.len()))).remove(0);
-    let found = run_with(&total, &input, &[Buffer::Output(8)], &Buffer::Input(partials)).remove(0);
+    let sums = square_sums(gradients);
+    let found = run_launch(&cuda::grad_norm(sums.len() / 8), &[Buffer::Input(sums)], &[Buffer::Output(8)]).remove(0);
     f32_of(&found, Precision::F32).try_into().unwrap()
+}
+
+/// f64, byte for byte.
+fn square_sums(gradients: &[f32]) -> Vec<u8> {
+    let sums = Buffer::Output(8 * gradients.len().div_ceil(BLOCK));
+    run_launch(&cuda::square_sums(gradients.len()), &[Buffer::Input(bytes_of_f32(gradients))], &[sums]).remove(0)
+}
+
+/// Whoever sums which blocks.
+#[test]
+fn the_sum_of_a_block_depends_on_nothing_outside_it() {
+    let gradients = normals(3, 5 * BLOCK + 100);
+    let (first, rest) = gradients.split_at(2 * BLOCK);
+    assert_eq!([square_sums(first), square_sums(rest)].concat(), square_sums(&gradients));
+    // Nor on what is filled up with zeros.
+    let filled = [rest, &vec![0.0; BLOCK - 100]].concat();
+    assert_eq!(square_sums(&filled), square_sums(rest));
 }
 
 #[test]
@@ -23,8 +39,9 @@ fn the_norm_is_that_of_f64_and_of_the_cpu() {
         // The order of a sum in f64 moves it by 1e-13 of itself, which may move its rounding to f32 by one step.
         assert!((f64::from(found) / exact - 1.0).abs() <= f64::from(f32::EPSILON), "{len}: {found}, expected {exact}");
         assert_eq!(finite, 1.0);
-        let cpu = on_cpu(GradNorm { parameters: len }, &[bytes_of_f32(&gradients)], &[]);
-        let cpu = f32_of(&cpu[0], Precision::F32);
+        let sums = vec![0xFF; 8 * len.div_ceil(BLOCK)];
+        let sums = on_cpu_from(Arc::new(SquareSums { parameters: len }), &[bytes_of_f32(&gradients)], &[sums], 0);
+        let cpu = f32_of(&on_cpu(GradNorm, &sums, &[])[0], Precision::F32);
         assert!(found.to_bits().abs_diff(cpu[0].to_bits()) <= 1 && cpu[1] == 1.0, "{len}: {found}, on the CPU {cpu:?}");
     }
 }

@@ -1,7 +1,24 @@
 //! Numbers as bytes, in both precisions.
 
 use ddpm_dist::device::cuda::Precision;
+use ddpm_dist::ops::adam_ema::{Hyper, bias_correction};
 use ddpm_dist::rng::{Kind, Stream};
+
+/// The scalars of Adam's update `step` (from 1), with what is usual.
+pub fn hyper(step: u64) -> Hyper {
+    let (beta1, beta2) = (0.9, 0.999);
+    Hyper {
+        lr: 2e-4,
+        beta1,
+        beta2,
+        eps: 1e-8,
+        weight_decay: 0.01,
+        bias_correction1: bias_correction(beta1, step),
+        bias_correction2: bias_correction(beta2, step),
+        max_grad_norm: 1.0,
+        ema_decay: 0.9999,
+    }
+}
 
 pub fn bytes_of_f32(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_ne_bytes()).collect()

@@ -1,7 +1,7 @@
 //! Kernels that pass over all parameters, or over the weights of a layer.
 
 use super::{BOTH, Case, Content, floats, named};
-use ddpm_dist::device::cuda::{Precision, nccl};
+use ddpm_dist::device::cuda::{Argument, Launch, Precision, nccl};
 use ddpm_dist::ops::accumulate::{self, Accumulate};
 use ddpm_dist::ops::{adam_ema, conv2d, grad_norm};
 
@@ -18,7 +18,15 @@ pub fn cases() -> Vec<Case> {
     let all = PARAMETERS.into_iter().flat_map(of_all);
     let layouts = LARGEST.into_iter().map(transposed);
     let padding = PADDED.into_iter().flat_map(|sizes| BOTH.into_iter().flat_map(move |p| padded(sizes, p)));
-    all.chain(layouts).chain(padding).chain(RANKS.map(tree_sum)).collect()
+    all.chain(layouts).chain(padding).chain(RANKS.map(tree_sum)).chain([beacon()]).collect()
+}
+
+/// The beginning of a wait, told to memory of the GPU's own: what a launch of it takes at least.
+fn beacon() -> Case {
+    let words = |count: usize| Content::Exactly(vec![0; count * size_of::<u64>()]);
+    let arguments = vec![Argument::Output(0), Argument::Output(1), Argument::u64(0), Argument::u32(1)];
+    let launch = Launch { kernel: "beacon".into(), grid: [1; 3], block: [1; 3], shared: 0, arguments };
+    Case { bytes: 48, ..Case::new("1".into(), [launch], vec![], vec![words(4), words(5)]) }
 }
 
 /// Parts of a bucket of 25 MiB that the ranks add up, each the slice of one.
@@ -33,11 +41,13 @@ fn tree_sum(ranks: usize) -> Case {
     }
 }
 
-fn of_all(len: usize) -> [Case; 3] {
+fn of_all(len: usize) -> [Case; 4] {
     let scalars = [2e-4, 0.1, 0.001, 1e-8, 0.0, 0.9, 0.999, 1.0, 1e-4, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
     let ([weights, m, ema], v) = ([(); 3].map(|()| Content::F32(len)), Content::Squares(len));
     let sum = Accumulate { sums: 1, elements: len };
     let floats_of = |count: usize| vec![Content::F32(count)];
+    // Of two floats each.
+    let sums = len.div_ceil(grad_norm::BLOCK);
     // What is updated is read, too.
     [
         Case {
@@ -53,10 +63,8 @@ fn of_all(len: usize) -> [Case; 3] {
             bytes: 12 * len,
             ..Case::new(named([len]), accumulate::cuda::launches(&sum, len), floats_of(len), floats_of(len))
         },
-        Case {
-            scratch: 8 * grad_norm::cuda::partials(len),
-            ..Case::new(named([len]), grad_norm::cuda::launches(len), floats_of(len), floats_of(2))
-        },
+        Case::new(named([len]), [grad_norm::cuda::square_sums(len)], floats_of(len), floats_of(2 * sums)),
+        Case::new(named([sums]), [grad_norm::cuda::grad_norm(sums)], floats_of(2 * sums), floats_of(2)),
     ]
 }
 

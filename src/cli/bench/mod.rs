@@ -111,6 +111,8 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
     let what = if arguments.sampling { What::Sampling } else { What::Training };
     let baseline = arguments.compare.as_deref().map(Baseline::read).transpose()?;
     let stop = Stop::on_signals()?;
+    // Dropped after the ranks, whose libraries use its memory.
+    let mut device;
     let mut ranks = Ranks::join(common, &stop, None)?;
     let console = ranks.console(common);
     if what == What::Sampling && ranks.number() > 1 {
@@ -121,7 +123,7 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
         let config = digest(to_toml(&config).or_fail(Code::Usage)?.as_bytes());
         ranks.same_everywhere(&format!("config {config}, {}", this_program().or_fail(Code::Failed)?))?;
     }
-    let mut device = ranks.training_device(common)?;
+    device = ranks.training_device(common)?;
     let batch = match what {
         What::Training => config.train.batch,
         What::Sampling => config.sample.batch,
@@ -140,7 +142,10 @@ pub(super) fn run(arguments: Arguments, common: &Common) -> Result<ExitCode, Fai
             timings.map_err(|error| match &error {
                 BenchError::OutOfRange(_) => Failure::new(Code::Usage, error),
                 BenchError::Device(_) => Failure::new(Code::Device, error),
-                BenchError::Run(cause) => ranks.explained(code_of_run(cause), &error, cause.collective()),
+                BenchError::Run(cause) => {
+                    let failure = ranks.explained(code_of_run(cause), &error, cause.collective());
+                    if ranks.number() > 1 { failure.leave_soon() } else { failure }
+                }
             })?
         }
         What::Sampling => sampling(&mut device, &config, size, [warmup, steps], &stop, &|done| bar.set(done))?,

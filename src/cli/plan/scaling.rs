@@ -246,6 +246,7 @@ fn work(subject: &Subject<'_>, gradients: Gradients) -> Work {
         launches: 0.0,
         flops_per_image: 3.0 * subject.forward_flops_per_image as f64,
         optimiser_bytes: 0.0,
+        is_update_divided: false,
         backward: 0.0,
         buckets: Vec::new(),
     };
@@ -260,7 +261,15 @@ fn work(subject: &Subject<'_>, gradients: Gradients) -> Work {
             Kind::ReduceStart { range, .. } => {
                 work.buckets.push(Bucket { bytes: (range.len() * element) as f64, ready: backward });
             }
-            Kind::ReduceWait { .. } => {}
+            // Both together move what a sum that all get does.
+            Kind::ScatterStart { range, .. } => {
+                work.is_update_divided = true;
+                work.buckets.push(Bucket { bytes: (range.len() * element) as f64 / 2.0, ready: backward });
+            }
+            Kind::GatherStart { range, .. } => {
+                work.buckets.push(Bucket { bytes: range.len() as f64 / 2.0, ready: backward });
+            }
+            Kind::ReduceWait { .. } | Kind::ScatterWait { .. } | Kind::GatherWait { .. } => {}
             Kind::Launch(_) => {
                 work.launches += 1.0;
                 match instruction.phase {
@@ -270,6 +279,10 @@ fn work(subject: &Subject<'_>, gradients: Gradients) -> Work {
                 }
             }
         }
+    }
+    if work.is_update_divided {
+        // What was counted is one rank's part.
+        work.optimiser_bytes *= subject.share.world_size as f64;
     }
     work.backward = backward / (forward + backward);
     work.buckets.iter_mut().for_each(|bucket| bucket.ready /= backward);

@@ -32,6 +32,8 @@ pub(super) enum Kind {
     Taken,
     /// That it has given up waiting for others: instead of whatever is due.
     Waits,
+    /// Where in a rank's memory what it gives to all is.
+    Share,
 }
 
 impl Kind {
@@ -43,6 +45,7 @@ impl Kind {
             4 => "all-reduce, offer,",
             5 => "all-reduce, sum,",
             6 => "all-reduce, receipt,",
+            8 => "all-gather, offer,",
             _ => "something unknown",
         }
     }

@@ -17,7 +17,7 @@ mod worker;
 mod tests;
 
 use super::activity::Activity;
-use super::{Collective, CollectiveError};
+use super::{Collective, CollectiveError, slice_of};
 use crate::device::{BufferId, Device};
 use mesh::Mesh;
 use segment::Span;
@@ -35,11 +35,14 @@ pub use mesh::{Meeting, MeetingError};
 const DEPTH: usize = 1024;
 /// Sums in shared memory that are taken before the ranks tell each other so, unless none is under way sooner.
 const TAKEN: usize = 16;
-/// Slices begin at multiples of this many floats.
+/// Slices begin at multiples of this many floats where they cannot be of one length.
 const SLICE: usize = 16;
 
 /// The slice of `len` floats that rank `rank` of `size` adds up.
 fn slice(len: usize, rank: usize, size: usize) -> Range<usize> {
+    if len.is_multiple_of(size) {
+        return slice_of(&(0..len), rank, size);
+    }
     let cut = |r: usize| (len.div_ceil(SLICE) * r / size * SLICE).min(len);
     cut(rank)..cut(rank + 1)
 }
@@ -70,6 +73,7 @@ pub struct Host {
     taken: Vec<Span>,
     /// Copies that are not in use, where they share none.
     spare: Vec<Vec<f32>>,
+    spare_bytes: Vec<Vec<u8>>,
     /// Deadline of what is begun next.
     patience: Duration,
     activity: Arc<Activity>,
@@ -109,6 +113,7 @@ impl Host {
             under_way: 0,
             taken: Vec::new(),
             spare: Vec::new(),
+            spare_bytes: Vec::new(),
             patience,
             activity,
         })
@@ -139,6 +144,45 @@ impl Host {
 
     fn finish(&mut self) -> Result<Task, CollectiveError> {
         self.done.recv().unwrap_or(Err(CollectiveError::Ended))
+    }
+
+    fn begin_one_of_many(&mut self, name: &'static str, bytes: usize, job: Job) -> Result<(), CollectiveError> {
+        self.begin(name, bytes, job)?;
+        self.under_way += 1;
+        Ok(())
+    }
+
+    fn finish_one_of_many(&mut self) -> Result<Task, CollectiveError> {
+        let task = self.finish()?;
+        self.under_way = self.under_way.saturating_sub(1);
+        Ok(task)
+    }
+
+    /// Memory for so many floats that the others can read, where the ranks share any.
+    fn part(&self, floats: usize) -> Result<Option<Part>, CollectiveError> {
+        let Some(shared) = &self.shared else { return Ok(None) };
+        let operation = || format!("finding {} bytes of shared memory", floats * size_of::<f32>());
+        let span = shared.window.allocate(floats);
+        let span = span.map_err(|source| CollectiveError::Io { operation: operation(), source })?;
+        Ok(Some(Part { span, places: vec![0; self.size] }))
+    }
+
+    /// A copy of floats, where the ranks share none.
+    fn copy(&mut self, device: &Device, buffer: BufferId, range: &Range<usize>) -> Result<Vec<f32>, CollectiveError> {
+        let mut data = self.spare.pop().unwrap_or_default();
+        data.resize(range.len(), 0.0);
+        device.download(buffer, range.start, &mut data)?;
+        Ok(data)
+    }
+
+    /// Says that what others have given in shared memory has been taken: one word for many, at the same place of every rank's program.
+    fn note_taken(&mut self, sequence: u64, span: Span) -> Result<(), CollectiveError> {
+        self.taken.push(span);
+        if self.under_way > 0 && self.taken.len() < TAKEN {
+            return Ok(());
+        }
+        let taken = self.taken.drain(..).map(Span::returning).collect();
+        self.hand_over(sequence, Job::Taken(taken))
     }
 
     /// Begins what [`Host::barrier`] does; to be followed by [`Host::all_are_here`] until they are.
@@ -185,25 +229,14 @@ impl Collective for Host {
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        let bytes = range.len() * size_of::<f32>();
-        let job = match &self.shared {
-            Some(shared) => {
-                let operation = || format!("finding {bytes} bytes of shared memory");
-                let span = shared.window.allocate(range.len());
-                let mut span = span.map_err(|source| CollectiveError::Io { operation: operation(), source })?;
-                device.download(buffer, range.start, span.floats_mut())?;
-                Job::SumShared(Part { span, places: vec![0; self.size] })
+        let job = match self.part(range.len())? {
+            Some(mut part) => {
+                device.download(buffer, range.start, part.span.floats_mut())?;
+                Job::SumShared(part)
             }
-            None => {
-                let mut data = self.spare.pop().unwrap_or_default();
-                data.resize(range.len(), 0.0);
-                device.download(buffer, range.start, &mut data)?;
-                Job::Sum(data)
-            }
+            None => Job::Sum(self.copy(device, buffer, &range)?),
         };
-        self.begin("all-reduce", bytes, job)?;
-        self.under_way += 1;
-        Ok(())
+        self.begin_one_of_many("all-reduce", range.len() * size_of::<f32>(), job)
     }
 
     fn all_reduce_wait(
@@ -212,8 +245,7 @@ impl Collective for Host {
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        let task = self.finish()?;
-        self.under_way = self.under_way.saturating_sub(1);
+        let task = self.finish_one_of_many()?;
         match (task.job, &self.shared) {
             (Job::Sum(data), _) => {
                 device.upload(buffer, range.start, &data)?;
@@ -224,13 +256,88 @@ impl Collective for Host {
                 let mut result = Ok(());
                 device.upload_with(buffer, range, |out| result = shared.take(&part, out))?;
                 result?;
-                // One word for many sums, at the same place of every rank's program.
-                self.taken.push(part.span);
-                if self.under_way > 0 && self.taken.len() < TAKEN {
-                    return Ok(());
-                }
-                let taken = self.taken.drain(..).map(Span::returning).collect();
-                self.hand_over(task.sequence, Job::Taken(taken))
+                self.note_taken(task.sequence, part.span)
+            }
+            _ => Err(CollectiveError::Ended),
+        }
+    }
+
+    fn reduce_scatter_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        let job = match self.part(range.len())? {
+            Some(mut part) => {
+                device.download(buffer, range.start, part.span.floats_mut())?;
+                Job::ScatterShared(part)
+            }
+            None => Job::Scatter(self.copy(device, buffer, &range)?),
+        };
+        self.begin_one_of_many("reduce-scatter", range.len() * size_of::<f32>(), job)
+    }
+
+    fn reduce_scatter_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        let own = slice_of(&range, self.rank, self.size);
+        let here = own.start - range.start..own.end - range.start;
+        match self.finish_one_of_many()?.job {
+            Job::Scatter(data) => {
+                device.upload(buffer, own.start, &data[here])?;
+                self.spare.push(data);
+                Ok(())
+            }
+            Job::ScatterShared(part) => Ok(device.upload(buffer, own.start, &part.span.floats()[here])?),
+            _ => Err(CollectiveError::Ended),
+        }
+    }
+
+    fn all_gather_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        let own = slice_of(&range, self.rank, self.size);
+        let job = match self.part(own.len().div_ceil(size_of::<f32>()))? {
+            Some(mut part) => {
+                let bytes: &mut [u8] = bytemuck::cast_slice_mut(part.span.floats_mut());
+                device.download(buffer, own.start, &mut bytes[..own.len()])?;
+                Job::SpreadShared(part)
+            }
+            None => {
+                let mut data = self.spare_bytes.pop().unwrap_or_default();
+                data.resize(range.len(), 0);
+                device.download(buffer, own.start, &mut data[own.start - range.start..own.end - range.start])?;
+                Job::Spread(data)
+            }
+        };
+        self.begin_one_of_many("all-gather", range.len(), job)
+    }
+
+    fn all_gather_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        let task = self.finish_one_of_many()?;
+        match (task.job, &self.shared) {
+            (Job::Spread(data), _) => {
+                device.upload(buffer, range.start, &data)?;
+                self.spare_bytes.push(data);
+                Ok(())
+            }
+            (Job::SpreadShared(part), Some(shared)) => {
+                let mut result = Ok(());
+                device.upload_with(buffer, range, |out| result = shared.take_slices(&part, out))?;
+                result?;
+                self.note_taken(task.sequence, part.span)
             }
             _ => Err(CollectiveError::Ended),
         }

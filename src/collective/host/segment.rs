@@ -188,19 +188,19 @@ impl View {
         Ok(View { map: MmapOptions::new().len(SIZE).map_raw_read_only(&file)? })
     }
 
-    /// Copies floats from byte `offset` on; false if they are outside.
+    /// Copies numbers from byte `offset` on; false if they are outside.
     #[must_use]
-    pub fn read(&self, offset: u64, out: &mut [f32]) -> bool {
+    pub fn read<T: bytemuck::Pod>(&self, offset: u64, out: &mut [T]) -> bool {
         let bytes = size_of_val(out);
         let Some(start) = usize::try_from(offset).ok().filter(|start| *start <= SIZE - bytes.min(SIZE)) else {
             return false;
         };
-        if bytes > SIZE || !start.is_multiple_of(size_of::<f32>()) {
+        if bytes > SIZE || !start.is_multiple_of(size_of::<T>()) {
             return false;
         }
         // SAFETY: the bytes lie inside the mapping, which is as long as the file and stays so (the seal), and `out` is memory of this
-        // process. No reference to them is made: a rank that broke the protocol and wrote meanwhile would spoil the values, any of which
-        // are floats.
+        // process. No reference to them is made: a rank that broke the protocol and wrote meanwhile would spoil the values, any bits
+        // of which are numbers.
         unsafe { std::ptr::copy_nonoverlapping(self.map.as_ptr().add(start).cast(), out.as_mut_ptr(), out.len()) };
         true
     }
@@ -230,11 +230,11 @@ mod tests {
     fn nothing_outside_is_read() {
         let window = Window::create().unwrap();
         let view = view(&window);
-        let mut out = [1.0; 2];
+        let mut out = [1.0f32; 2];
         for offset in [SIZE as u64 - 4, SIZE as u64, u64::MAX, u64::MAX - 7, 3] {
             assert!(!view.read(offset, &mut out), "{offset}");
         }
-        assert!(view.read(SIZE as u64 - 8, &mut out) && view.read(SIZE as u64, &mut []));
+        assert!(view.read(SIZE as u64 - 8, &mut out) && view.read(SIZE as u64, &mut [0.0f32; 0]));
         assert_eq!(out, [0.0; 2]);
     }
 

@@ -4,12 +4,11 @@
 //! others' where they lie, and writes the result in place of its own slice; when all have said that they are done, everyone takes the
 //! slices out of the windows. The sockets carry no more than these words, so a rank that is gone is noticed as fast as without.
 
-use super::super::{CollectiveError, sum_along_tree};
+use super::super::{CollectiveError, slice_of, sum_along_tree};
 use super::mesh::Mesh;
 use super::segment::{Span, View, Window};
 use super::slice;
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -77,8 +76,15 @@ impl Shared {
         })
     }
 
-    fn read(&self, peer: usize, part: &Part, at: Range<usize>, out: &mut [f32]) -> Result<(), CollectiveError> {
-        let place = part.places[peer].checked_add((at.start * size_of::<f32>()) as u64);
+    /// Copies numbers of a rank's part from float `first` on.
+    fn read<T: bytemuck::Pod>(
+        &self,
+        peer: usize,
+        part: &Part,
+        first: usize,
+        out: &mut [T],
+    ) -> Result<(), CollectiveError> {
+        let place = part.places[peer].checked_add((first * size_of::<f32>()) as u64);
         let view = self.views[peer].as_ref();
         match (place, view) {
             (Some(place), Some(view)) if view.read(place, out) => Ok(()),
@@ -102,7 +108,7 @@ impl Shared {
                 if peer == self.rank {
                     block.copy_from_slice(&part.span.floats()[at.clone()]);
                 } else {
-                    self.read(peer, part, at.clone(), block)?;
+                    self.read(peer, part, at.start, block)?;
                 }
             }
             sum_along_tree(blocks);
@@ -119,8 +125,18 @@ impl Shared {
             if peer == self.rank {
                 out[at.clone()].copy_from_slice(&part.span.floats()[at]);
             } else {
-                self.read(peer, part, at.clone(), &mut out[at])?;
+                self.read(peer, part, at.start, &mut out[at])?;
             }
+        }
+        Ok(())
+    }
+
+    /// Copies the other ranks' slices out of their windows: a part is no more than its rank's slice.
+    pub fn take_slices(&self, part: &Part, out: &mut [u8]) -> Result<(), CollectiveError> {
+        let size = self.views.len();
+        for peer in (0..size).filter(|peer| *peer != self.rank) {
+            let at = slice_of(&(0..out.len()), peer, size);
+            self.read(peer, part, 0, &mut out[at])?;
         }
         Ok(())
     }

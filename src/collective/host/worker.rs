@@ -1,13 +1,14 @@
 //! The thread that talks with the other ranks.
 
 use super::super::activity::Activity;
-use super::super::{CollectiveError, sum_along_tree};
+use super::super::{CollectiveError, slice_of, sum_along_tree};
 use super::exchange::{self, Kind, Round};
 use super::mesh::Mesh;
 use super::segment::Span;
 use super::shared::{Part, Shared};
 use super::slice;
 use crate::rendezvous::store::Client;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
@@ -22,6 +23,14 @@ pub(super) enum Job {
     Sum(Vec<f32>),
     /// The same in memory that the ranks share: afterwards each rank's part holds its slice of the sum.
     SumShared(Part),
+    /// Replaces this rank's slice of the floats by its sum over all ranks.
+    Scatter(Vec<f32>),
+    /// The same in shared memory: nobody reads it any more afterwards.
+    ScatterShared(Part),
+    /// Replaces the other ranks' slices of the bytes by theirs.
+    Spread(Vec<u8>),
+    /// Lets the others read this rank's slice in shared memory, and learns where theirs are.
+    SpreadShared(Part),
     /// This rank has taken such sums; when all have, the memory is free. Nothing is given back.
     Taken(Vec<Span>),
     /// Replaces this rank's bytes by all ranks' bytes, in the order of the ranks.
@@ -33,7 +42,7 @@ pub(super) enum Job {
 impl Job {
     /// Whether all ranks do it together, under a number.
     fn is_operation(&self) -> bool {
-        matches!(self, Job::Sum(_) | Job::SumShared(_) | Job::Gather(_))
+        !matches!(self, Job::Taken(_) | Job::Look)
     }
 }
 
@@ -117,6 +126,23 @@ impl Worker {
                 self.sum_shared(&mut part)?;
                 Some(Job::SumShared(part))
             }
+            Job::Scatter(mut data) => {
+                self.reduce_scatter(&mut data)?;
+                Some(Job::Scatter(data))
+            }
+            Job::ScatterShared(mut part) => {
+                self.sum_shared(&mut part)?;
+                Some(Job::ScatterShared(part))
+            }
+            Job::Spread(mut data) => {
+                let (all, size) = (0..data.len(), self.mesh.size);
+                self.spread(&mut data, |rank| slice_of(&all, rank, size))?;
+                Some(Job::Spread(data))
+            }
+            Job::SpreadShared(mut part) => {
+                self.offer(Kind::Share, &mut part)?;
+                Some(Job::SpreadShared(part))
+            }
             Job::Taken(spans) => {
                 let floats: usize = spans.iter().map(Span::len).sum();
                 self.say(Kind::Taken, floats * size_of::<f32>(), &[], &mut [])?;
@@ -142,6 +168,8 @@ impl Worker {
             | CollectiveError::TooLong { .. }
             | CollectiveError::Io { .. }
             | CollectiveError::Device(_)
+            | CollectiveError::DeviceOf { .. }
+            | CollectiveError::Stuck(_)
             | CollectiveError::Ended => return error,
         };
         let Some(suspect) = suspect else { return error };
@@ -184,14 +212,26 @@ impl Worker {
 
     fn sum_shared(&mut self, part: &mut Part) -> Result<(), CollectiveError> {
         let Some(shared) = &self.shared else { return Err(CollectiveError::Ended) };
-        let bytes = part.span.len() * size_of::<f32>();
-        let place = part.span.offset().to_ne_bytes();
-        self.say(Kind::Offer, bytes, &place, bytemuck::cast_slice_mut(&mut part.places))?;
+        self.offer(Kind::Offer, part)?;
         shared.sum(part, &mut self.parts)?;
-        self.say(Kind::Summed, bytes, &[], &mut [])
+        self.say(Kind::Summed, part.span.len() * size_of::<f32>(), &[], &mut [])
+    }
+
+    /// Says where this rank's part is, and hears where the others' are.
+    fn offer(&self, kind: Kind, part: &mut Part) -> Result<(), CollectiveError> {
+        let place = part.span.offset().to_ne_bytes();
+        let bytes = part.span.len() * size_of::<f32>();
+        self.say(kind, bytes, &place, bytemuck::cast_slice_mut(&mut part.places))
     }
 
     fn sum(&mut self, data: &mut [f32]) -> Result<(), CollectiveError> {
+        self.reduce_scatter(data)?;
+        let (len, size) = (data.len(), self.mesh.size);
+        let in_bytes = |floats: Range<usize>| floats.start * size_of::<f32>()..floats.end * size_of::<f32>();
+        self.spread(bytemuck::cast_slice_mut(data), |rank| in_bytes(slice(len, rank, size)))
+    }
+
+    fn reduce_scatter(&mut self, data: &mut [f32]) -> Result<(), CollectiveError> {
         let Mesh { rank, size, .. } = self.mesh;
         let len = data.len();
         let slice = |r: usize| slice(len, r, size);
@@ -209,24 +249,27 @@ impl Worker {
         }
         round.run()?;
         sum_along_tree(&mut parts);
-        let mine = &parts[0];
-        data[slice(rank)].copy_from_slice(mine);
-
-        let mut round = self.round(Kind::Gather);
-        for other in self.mesh.others() {
-            round.send(other, bytemuck::cast_slice(mine));
-        }
-        let mut rest = data;
-        for other in 0..size {
-            let (theirs, later) = std::mem::take(&mut rest).split_at_mut(slice(other).len());
-            rest = later;
-            if other != rank {
-                round.receive(other, bytemuck::cast_slice_mut(theirs));
-            }
-        }
-        round.run()?;
+        data[slice(rank)].copy_from_slice(&parts[0]);
         self.parts = parts;
         Ok(())
+    }
+
+    /// Gives all ranks each rank's slice of the bytes.
+    fn spread(&self, data: &mut [u8], slice: impl Fn(usize) -> Range<usize>) -> Result<(), CollectiveError> {
+        let mut round = self.round(Kind::Gather);
+        let (mut mine, mut rest): (&[u8], _) = (&[], data);
+        for rank in 0..self.mesh.size {
+            let (part, later) = std::mem::take(&mut rest).split_at_mut(slice(rank).len());
+            rest = later;
+            match rank == self.mesh.rank {
+                true => mine = part,
+                false => round.receive(rank, part),
+            }
+        }
+        for other in self.mesh.others() {
+            round.send(other, mine);
+        }
+        round.run()
     }
 
     fn gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {

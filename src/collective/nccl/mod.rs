@@ -5,26 +5,31 @@
 //! repeated until a deadline, and meanwhile the host's connections show who is gone. Before a step's results are read, the ranks call each
 //! other on the host while their GPUs still compute ([`Collective::settle`]): a rank that does not come is named as it is on host memory.
 //!
-//! Sums that are captured in a CUDA graph are begun without any call of this room but one, which marks the graph's end. Graphs go before
+//! Sums that are captured in a CUDA graph are begun without any call of this room but one, which marks the graph's end. Where a rank's capture
+//! fails, all meet again under a new communicator, and go on without graphs. Graphs go before
 //! their communicator: programs are dropped before the collective that they run with. Where sums have to be ended under a graph, NCCL is
 //! told at once, and waited for when this is dropped.
 
 mod agreement;
+mod waits;
 
 use super::host::Host;
 use super::{Collective, CollectiveError};
-use crate::device::cuda::nccl::{self, Adding, Communicator};
-use crate::device::cuda::{CudaError, Mark, Memory};
+use crate::device::cuda::nccl::{self, Adding, Communicator, Stage};
+use crate::device::cuda::{Beacon, Cuda, CudaError, Mark, Memory};
 use crate::device::{BufferId, Device, DeviceError};
 use agreement::Agreed;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
+use waits::{Kind, Waits};
 
 /// How often is looked whether a rank has hung up.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long after NCCL's word that something is wrong a rank's connection may break that is the reason.
 const NEWS: Duration = Duration::from_secs(1);
+/// What a step waits for.
+const SUMS: &str = "sums between GPUs";
 /// For so long nothing is done between two looks at NCCL, and later this.
 const BUSY: Duration = Duration::from_millis(1);
 const PAUSE: Duration = Duration::from_micros(50);
@@ -40,22 +45,43 @@ pub struct Nccl {
     adding: Adding,
     /// Memory for sums, and how many floats they may have.
     scratch: Option<(Memory, usize)>,
-    /// Ends of the steps that were noted and not settled.
-    noted: VecDeque<Mark>,
+    /// Number of the step that was begun last …
+    step: u64,
+    /// … and whether what is begun belongs to it.
+    is_in_step: bool,
+    /// Ends of the steps that were noted and not settled, with their numbers.
+    noted: VecDeque<(u64, Mark)>,
+    /// How long the GPU computed for the last one that was settled.
+    own_time: Option<Duration>,
+    waits: Waits,
+    /// Tells where the GPU is, if it has kernels.
+    beacon: Option<Beacon>,
 }
 
 impl Nccl {
     /// Ranks that have met; they add up over the host as long as they have not [joined their GPUs](Nccl::join_gpus).
     pub fn over(host: Host, patience: Duration) -> Nccl {
-        let (adding, noted) = (Adding::Tree, VecDeque::new());
-        Nccl { communicator: None, host, notice: None, patience, adding, scratch: None, noted }
+        Nccl {
+            communicator: None,
+            host,
+            notice: None,
+            patience,
+            adding: Adding::Tree,
+            scratch: None,
+            step: 0,
+            is_in_step: false,
+            noted: VecDeque::new(),
+            own_time: None,
+            waits: Waits::default(),
+            beacon: None,
+        }
     }
 
     /// Lets the GPUs add up, if all ranks have one and a library for it, or leaves a [notice](Nccl::notice). All ranks call it.
     ///
     /// # Errors
     /// A rank that does not take part, or GPUs that do not find each other.
-    pub fn join_gpus(&mut self, device: &Device) -> Result<(), CollectiveError> {
+    pub fn join_gpus(&mut self, device: &mut Device) -> Result<(), CollectiveError> {
         let Device::Cuda(cuda) = device else { return Ok(()) };
         let id = match agreement::agree(&mut self.host)? {
             Agreed::Join(id) => id,
@@ -68,6 +94,9 @@ impl Nccl {
         let (rank, size) = (self.host.rank(), self.host.world_size());
         let joined = Communicator::join(cuda.gpu(), id, rank, size);
         self.communicator = Some(self.unless_lost(joined)?);
+        if self.beacon.is_none() {
+            self.beacon = Beacon::new(cuda.gpu_mut()).map_err(device_error)?;
+        }
         self.until("the GPUs' meeting", Communicator::is_ready)
     }
 
@@ -149,12 +178,14 @@ impl Nccl {
 
     /// Who does not answer a call either: ranks that wait for the same come to it within the same deadline.
     fn who_is_late(&mut self, operation: &str) -> CollectiveError {
+        let place = self.beacon.as_ref().and_then(Beacon::place).filter(|_| operation == SUMS);
+        let operation = &place.map_or(operation.to_string(), |place| self.waits.name(place));
         match self.host.barrier() {
             Err(CollectiveError::TimedOut { ranks, after, .. }) => {
                 CollectiveError::TimedOut { ranks, operation: operation.into(), after }
             }
             Err(error) => error,
-            Ok(()) => device_error(nccl::stuck(operation, self.patience)),
+            Ok(()) => CollectiveError::Stuck(DeviceError::Cuda(nccl::stuck(operation, self.patience))),
         }
     }
 
@@ -165,6 +196,47 @@ impl Nccl {
         }
     }
 
+    /// Begins a sum, stage by stage.
+    fn begin(
+        &mut self,
+        operation: &str,
+        cuda: &mut Cuda,
+        buffer: BufferId,
+        range: &Range<usize>,
+        stages: &[Stage],
+    ) -> Result<(), CollectiveError> {
+        let Some((scratch, _)) = self.scratch else { panic!("a sum before `reserve`") };
+        let floats = cuda.floats(buffer, range);
+        for stage in stages {
+            let begun = self.gpus()?.begin(*stage, cuda.gpu_mut(), floats, scratch);
+            self.unless_lost(begun)?;
+            self.until(operation, Communicator::is_ready)?;
+        }
+        self.gpus()?.sum_is_begun(floats).map_err(device_error)
+    }
+
+    fn begin_gather(&mut self, memory: Memory) -> Result<(), CollectiveError> {
+        let begun = self.gpus()?.begin_gather(memory);
+        self.unless_lost(begun)?;
+        self.until("all-gather", Communicator::is_ready)?;
+        self.gpus()?.sum_is_begun(memory).map_err(device_error)
+    }
+
+    /// Lets the GPU wait for what was begun with that memory, and tell so if that is part of a step.
+    fn wait(&mut self, kind: Kind, memory: Memory) -> Result<(), CollectiveError> {
+        if !self.is_in_step {
+            return self.gpus()?.wait_for_sum(memory).map_err(device_error);
+        }
+        self.waits.note(kind);
+        self.tell(Beacon::waits)?;
+        self.gpus()?.wait_for_sum(memory).map_err(device_error)?;
+        self.tell(Beacon::has_sum)
+    }
+
+    fn tell(&self, what: impl Fn(&Beacon) -> Result<(), CudaError>) -> Result<(), CollectiveError> {
+        self.beacon.as_ref().map_or(Ok(()), what).map_err(device_error)
+    }
+
     /// Waits for what is before `mark`.
     fn settle_until(&mut self, mark: &Mark) -> Result<(), CollectiveError> {
         self.host.call_all()?;
@@ -173,7 +245,7 @@ impl Nccl {
         while !self.host.all_are_here()? {
             pause(start);
         }
-        self.look_until("sums between GPUs", |gpus| gpus.is_over(mark))
+        self.look_until(SUMS, |gpus| gpus.is_over(mark))
     }
 }
 
@@ -218,18 +290,12 @@ impl Collective for Nccl {
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        let cuda = match device {
-            Device::Cuda(cuda) if !self.is_by_host() => cuda,
-            device => return self.host.all_reduce_start(device, buffer, range),
-        };
-        let Some((scratch, _)) = self.scratch else { panic!("a sum before `reserve`") };
-        let floats = cuda.floats(buffer, &range);
-        for stage in self.adding.stages() {
-            let begun = self.gpus()?.begin(*stage, cuda.gpu_mut(), floats, scratch);
-            self.unless_lost(begun)?;
-            self.until("all-reduce", Communicator::is_ready)?;
+        match device {
+            Device::Cuda(cuda) if !self.is_by_host() => {
+                self.begin("all-reduce", cuda, buffer, &range, self.adding.stages())
+            }
+            device => self.host.all_reduce_start(device, buffer, range),
         }
-        self.gpus()?.sum_is_begun(floats).map_err(device_error)
     }
 
     fn all_reduce_wait(
@@ -239,11 +305,58 @@ impl Collective for Nccl {
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
         match device {
-            Device::Cuda(cuda) if !self.is_by_host() => {
-                let floats = cuda.floats(buffer, &range);
-                self.gpus()?.wait_for_sum(floats).map_err(device_error)
-            }
+            Device::Cuda(cuda) if !self.is_by_host() => self.wait(Kind::Sum, cuda.floats(buffer, &range)),
             device => self.host.all_reduce_wait(device, buffer, range),
+        }
+    }
+
+    fn reduce_scatter_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        match device {
+            Device::Cuda(cuda) if !self.is_by_host() => {
+                self.begin("reduce-scatter", cuda, buffer, &range, self.adding.stages_for_slices())
+            }
+            device => self.host.reduce_scatter_start(device, buffer, range),
+        }
+    }
+
+    fn reduce_scatter_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        match device {
+            Device::Cuda(cuda) if !self.is_by_host() => self.wait(Kind::Sum, cuda.floats(buffer, &range)),
+            device => self.host.reduce_scatter_wait(device, buffer, range),
+        }
+    }
+
+    fn all_gather_start(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        match device {
+            Device::Cuda(cuda) if !self.is_by_host() => self.begin_gather(cuda.bytes(buffer, &range)),
+            device => self.host.all_gather_start(device, buffer, range),
+        }
+    }
+
+    fn all_gather_wait(
+        &mut self,
+        device: &mut Device,
+        buffer: BufferId,
+        range: Range<usize>,
+    ) -> Result<(), CollectiveError> {
+        match device {
+            Device::Cuda(cuda) if !self.is_by_host() => self.wait(Kind::Gather, cuda.bytes(buffer, &range)),
+            device => self.host.all_gather_wait(device, buffer, range),
         }
     }
 
@@ -255,22 +368,64 @@ impl Collective for Nccl {
         self.host.all_gather(mine)
     }
 
+    fn begin_step(&mut self, device: &mut Device, step: u64) -> Result<(), CollectiveError> {
+        self.step = step;
+        self.is_in_step = true;
+        self.waits.begin();
+        match (&mut self.beacon, device) {
+            (Some(beacon), Device::Cuda(cuda)) => beacon.begin(cuda.gpu_mut(), step).map_err(device_error),
+            _ => Ok(()),
+        }
+    }
+
     fn note_sums(&mut self) -> Result<(), CollectiveError> {
         if !self.is_by_host() {
+            if std::mem::take(&mut self.is_in_step) {
+                self.tell(Beacon::end)?;
+            }
             let end = self.gpus()?.mark().map_err(device_error)?;
-            self.noted.push_back(end);
+            self.noted.push_back((self.step, end));
         }
         Ok(())
     }
 
     fn settle(&mut self) -> Result<(), CollectiveError> {
-        let Some(mark) = self.noted.pop_front() else { return Ok(()) };
+        let Some((step, mark)) = self.noted.pop_front() else { return Ok(()) };
         let settled = self.settle_until(&mark);
         match self.gpus() {
             Ok(gpus) if settled.is_ok() => gpus.forget(mark),
             _ => self.end(),
         }
+        self.own_time = self.beacon.as_ref().map(|beacon| beacon.time(step));
         settled
+    }
+
+    fn own_time(&self) -> Option<Duration> {
+        self.own_time
+    }
+
+    fn come_to_rest(&mut self) -> Result<(), CollectiveError> {
+        let Some(last) = self.noted.pop_back() else { return Ok(()) };
+        let rests = self.settle_until(&last.1);
+        self.noted.push_back(last);
+        if rests.is_err() {
+            self.end();
+        }
+        rests
+    }
+
+    fn renew(&mut self, device: &mut Device) -> Result<(), CollectiveError> {
+        // NCCL says of no error in a capture what it leaves behind; of ranks that have captured different numbers of sums neither.
+        self.end();
+        // The memory of the one is given back before the other takes its own.
+        self.communicator = None;
+        self.join_gpus(device)?;
+        if self.communicator.is_none() {
+            // From here on sums go through the host, which tells how long it works itself.
+            (self.beacon, self.own_time) = (None, None);
+            self.noted.clear();
+        }
+        Ok(())
     }
 
     fn choose(&mut self, adding: Adding) -> bool {

@@ -10,6 +10,10 @@ use cudarc::driver::{CudaGraph, CudaStream};
 use std::fmt;
 use std::sync::Arc;
 
+/// Kernels keep the priority of the stream that they were captured on, so that sums between GPUs still go first (`Lane::beside`); without it
+/// all have that of the stream on which the graph is launched.
+const FLAGS: CUgraphInstantiate_flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY;
+
 /// The environment variable that decides whether programs become graphs.
 const VARIABLE: &str = "DDPM_DIST_CUDA_GRAPH";
 
@@ -58,7 +62,7 @@ impl Capture {
             action: "capture a graph".into(),
             source: DriverError(CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED),
         };
-        let graph = self.stream.end_capture(CUgraphInstantiate_flags(0)).map_err(cannot("make a graph"))?;
+        let graph = self.stream.end_capture(FLAGS).map_err(cannot("make a graph"))?;
         Ok(Graph(graph.ok_or_else(nothing)?))
     }
 }
@@ -67,7 +71,7 @@ impl Drop for Capture {
     fn drop(&mut self) {
         if self.is_open {
             // It takes the stream out of the capture, whose graph, if there is one, nobody wants; what failed has been told.
-            let _ = self.stream.end_capture(CUgraphInstantiate_flags(0));
+            let _ = self.stream.end_capture(FLAGS);
         }
     }
 }

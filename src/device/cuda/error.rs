@@ -9,6 +9,9 @@ pub(super) const OLDEST_DRIVER: i32 = 13_000;
 /// Bytes of shared memory that a block must be able to have by opting in, as on an A100: no launch asks for more.
 pub(super) const BLOCK_MEMORY: usize = 163 << 10;
 
+/// Blocks that a grid has at most along x, y and z, on all cards ("Technical Specifications per Compute Capability" of the programming guide).
+pub(super) const LARGEST_GRID: [usize; 3] = [(1 << 31) - 1, 65_535, 65_535];
+
 /// What keeps a GPU from working.
 #[derive(Debug, thiserror::Error)]
 pub enum CudaError {
@@ -52,6 +55,18 @@ pub enum CudaError {
         /// Bytes.
         found: usize,
     },
+    /// More images at a time than a kernel takes.
+    #[error(
+        "{kernel} would have a grid of {}×{}×{} blocks, and a GPU has at most {}×{}×{}: lower `train.batch` or `sample.batch`, or divide a \
+         batch into more parts (`train.shards`)",
+        .grid[0], .grid[1], .grid[2], LARGEST_GRID[0], LARGEST_GRID[1], LARGEST_GRID[2]
+    )]
+    LargeGrid {
+        /// Its name.
+        kernel: String,
+        /// Blocks along x, y and z.
+        grid: [usize; 3],
+    },
     /// What `DDPM_DIST_CUDA_GRAPH` says.
     #[error("DDPM_DIST_CUDA_GRAPH={0} is unknown: it is on or off; unset it to have steps captured as CUDA graphs")]
     UnknownGraphSetting(String),
@@ -60,9 +75,6 @@ pub enum CudaError {
         "DDPM_DIST_CUDA_PLANS={0} is unknown: it is off, or a folder by its absolute path; unset it to keep plans in the user's cache"
     )]
     UnknownPlanSetting(String),
-    /// A library that another process takes part in refused to be captured, after which it is of no more use.
-    #[error("{0}, while a CUDA graph was captured: set DDPM_DIST_CUDA_GRAPH=off")]
-    NotCaptured(Box<CudaError>),
     /// The driver refused something.
     #[error("CUDA cannot {action}: {}{}", said(*.source), advice(*.source))]
     Driver {

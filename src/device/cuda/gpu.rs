@@ -1,14 +1,22 @@
 //! One GPU through its driver: memory, the program's kernels, and how long they take.
 
-use super::error::{BLOCK_MEMORY, OLDEST_DRIVER};
+use super::error::{BLOCK_MEMORY, LARGEST_GRID, OLDEST_DRIVER};
 use super::{Argument, CudaError, Image, Launch, PreparedKernel};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdeviceptr, CUfunction, CUmodule};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How often something is timed.
+const TIMES: usize = 3;
+/// What takes less than this is timed several times in a row …
+const LONG: Duration = Duration::from_millis(1);
+/// … but no more often.
+const MOST_RUNS: u32 = 20;
 
 fn cannot(action: impl Into<String>) -> impl FnOnce(DriverError) -> CudaError {
     |source| CudaError::Driver { action: action.into(), source }
@@ -36,6 +44,8 @@ pub struct Gpu {
     /// None where only libraries are used.
     module: Option<CUmodule>,
     functions: HashMap<String, Function>,
+    /// Addresses of memory that has not been freed. A context may live on in a library, and its memory with it: it is freed here.
+    allocated: RefCell<Vec<u64>>,
 }
 
 // SAFETY: the driver's handles belong to the context, not to a thread; every method binds the context to its thread first.
@@ -84,7 +94,13 @@ impl Gpu {
         }
         let context = CudaContext::new(ordinal).map_err(cannot(format!("open GPU {ordinal}")))?;
         let stream = context.new_stream().map_err(cannot("make a stream"))?;
-        Ok(Gpu { context, stream, module: None, functions: HashMap::new() })
+        let (functions, allocated) = (HashMap::new(), RefCell::default());
+        Ok(Gpu { context, stream, module: None, functions, allocated })
+    }
+
+    /// Whether it has this program's kernels.
+    pub(super) fn has_kernels(&self) -> bool {
+        self.module.is_some()
     }
 
     /// Its driver's version: 1000·major + 10·minor of the newest CUDA that it knows.
@@ -128,7 +144,9 @@ impl Gpu {
         self.bind()?;
         // SAFETY: the size is not zero.
         let address = unsafe { result::malloc_sync(bytes.max(1)) };
-        Ok(Memory { address: address.map_err(cannot(format!("allocate {bytes} bytes")))?, bytes })
+        let address = address.map_err(cannot(format!("allocate {bytes} bytes")))?;
+        self.allocated.borrow_mut().push(address);
+        Ok(Memory { address, bytes })
     }
 
     /// Bytes of memory that are free, and all that there are.
@@ -148,7 +166,9 @@ impl Gpu {
     pub fn free(&self, memory: Memory) -> Result<(), CudaError> {
         self.synchronize()?;
         // SAFETY: it came from `allocate`, and nothing that runs uses it.
-        unsafe { result::free_sync(memory.address as CUdeviceptr) }.map_err(cannot("free memory"))
+        unsafe { result::free_sync(memory.address as CUdeviceptr) }.map_err(cannot("free memory"))?;
+        self.allocated.borrow_mut().retain(|address| *address != memory.address);
+        Ok(())
     }
 
     /// Copies `bytes` to the beginning of a memory.
@@ -197,6 +217,9 @@ impl Gpu {
     /// # Errors
     /// The driver's.
     pub fn clear(&self, memory: Memory) -> Result<(), CudaError> {
+        if memory.bytes == 0 {
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: the memory is that long.
         unsafe { result::memset_d8_async(memory.address as CUdeviceptr, 0, memory.bytes, self.stream.cu_stream()) }
@@ -237,17 +260,16 @@ impl Gpu {
     /// A launch whose buffers stand at the addresses that `address` gives.
     ///
     /// # Errors
-    /// A kernel that is not there, or that cannot have as much shared memory.
-    ///
-    /// # Panics
-    /// If the grid has more than 65535 blocks along y or z: ops put images there, and no card has room for so many.
+    /// A kernel that is not there, that cannot have as much shared memory, or whose grid no card has: ops put images there.
     pub fn prepare(
         &mut self,
         launch: &Launch,
         address: impl Fn(&Argument) -> u64,
     ) -> Result<PreparedKernel, CudaError> {
-        let [_, y, z] = launch.grid;
-        assert!(y.max(z) <= 65_535, "{}: a grid of {:?}", launch.kernel, launch.grid);
+        let Launch { kernel, grid, .. } = launch;
+        if grid.iter().zip(LARGEST_GRID).any(|(blocks, most)| *blocks > most) {
+            return Err(CudaError::LargeGrid { kernel: kernel.clone(), grid: *grid });
+        }
         self.bind()?;
         let function = self.function(&launch.kernel, launch.shared)?;
         Ok(PreparedKernel::new(function, launch, address))
@@ -314,6 +336,20 @@ impl Gpu {
         start.until(&self.tick()?)
     }
 
+    /// How long the GPU takes for `work` where it is begun again and again; a median. The time that the host takes to begin it, which is more
+    /// than many kernels take, is no part of it.
+    ///
+    /// # Errors
+    /// Those of `work`, and of what it begins.
+    pub fn median_time(&mut self, work: impl Fn() -> Result<(), CudaError>) -> Result<Duration, CudaError> {
+        let once = self.time(|_| work())?;
+        let runs = (LONG.as_nanos() / once.as_nanos().max(1)).clamp(1, MOST_RUNS.into()) as u32;
+        let time = |_| Ok(self.time(|_| (0..runs).try_for_each(|_| work()))? / runs);
+        let mut times = (0..TIMES).map(time).collect::<Result<Vec<Duration>, CudaError>>()?;
+        times.sort();
+        Ok(times[TIMES / 2])
+    }
+
     /// The moment when all that was begun has ended.
     ///
     /// # Errors
@@ -360,8 +396,16 @@ fn must_suit(ordinal: usize, context: &CudaContext, image: Image) -> Result<(), 
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        if let (Ok(()), Some(module)) = (self.synchronize(), self.module) {
-            // SAFETY: nothing of it runs any more. Where it fails the context goes next, and the module with it.
+        // A context that has failed takes no call any more; all that it has goes with the process.
+        if self.synchronize().is_err() {
+            return;
+        }
+        for address in self.allocated.take() {
+            // SAFETY: it came from `allocate`, and nothing that runs uses it. Nobody could do anything about a failure.
+            let _ = unsafe { result::free_sync(address as CUdeviceptr) };
+        }
+        if let Some(module) = self.module {
+            // SAFETY: nothing of it runs any more. As above.
             let _ = unsafe { result::module::unload(module) };
         }
     }

@@ -1,7 +1,7 @@
 //! A second queue of a GPU beside the one that computes, and marks at which one waits for the other.
 
-use super::{CudaError, Gpu, PreparedKernel};
-use cudarc::driver::result::{DriverError, stream};
+use super::{CudaError, Gpu, Memory, PreparedKernel};
+use cudarc::driver::result::{self, DriverError, stream};
 use cudarc::driver::{CudaEvent, CudaStream};
 use std::fmt;
 use std::sync::Arc;
@@ -57,6 +57,20 @@ impl Lane {
         // SAFETY: the caller vouches for it.
         unsafe { kernel.launch(self.stream.cu_stream()) }
             .map_err(|source| CudaError::Driver { action: format!("launch {kernel}"), source })
+    }
+
+    /// Copies one memory to another of the same size here.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Panics
+    /// If the sizes differ.
+    pub(super) fn copy(&self, from: Memory, to: Memory) -> Result<(), CudaError> {
+        assert_eq!(from.bytes, to.bytes);
+        // SAFETY: both sides are that long.
+        unsafe { result::memcpy_dtod_async(to.address, from.address, from.bytes, self.stream.cu_stream()) }
+            .map_err(cannot("copy on the GPU"))
     }
 
     /// Lets this thread use the GPU.

@@ -1,5 +1,6 @@
 //! The CUDA device: a GPU with this program's kernels, cuDNN and cuBLASLt, and what ops ask of them.
 
+mod beacon;
 mod blas;
 mod capture;
 mod command;
@@ -11,6 +12,7 @@ mod image;
 mod kernel;
 mod lane;
 mod launch;
+mod library;
 pub mod nccl;
 mod pattern;
 mod peak;
@@ -20,6 +22,7 @@ pub mod versions;
 mod work;
 
 pub use super::Precision;
+pub use beacon::{At, Beacon, Place as BeaconPlace};
 pub use blas::ProductChoice;
 pub use capture::{Capture, Graph};
 pub use command::{Command, Operands};

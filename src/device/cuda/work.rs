@@ -122,7 +122,7 @@ pub struct Convolution {
     pub bias_kernel: Option<Launch>,
     /// Adds a gradient of the output's type, which stands in the library's workspace ([`Argument::Scratch`]), to what is there, likewise.
     pub add_kernel: Option<Launch>,
-    /// Makes the weights' f32 gradient from a bf16 one in that workspace, likewise.
+    /// Makes the weights' f32 gradient from a bf16 one in that workspace, or adds that to it, likewise.
     pub cast_kernel: Option<Launch>,
 }
 

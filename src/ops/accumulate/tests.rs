@@ -59,8 +59,8 @@ fn the_last_shard_adds_bucket_by_bucket() {
     tape.backward(y, dy);
     tape.begin(Phase::Update);
     let before = |elements: usize| Arc::new(Accumulate { sums: 2, elements }) as Arc<dyn Op>;
-    let split =
-        plan(&tape, None, Some(Reduction { buckets: Buckets { first: 1, other: 1, tail: 1 }, before: Some(&before) }));
+    let buckets = Buckets { first: 1, other: 1, tail: 1 };
+    let split = plan(&tape, None, Some(Reduction { buckets, before: Some(&before), granule: 0 }));
     let plain = plan(&tape, None, None);
     let flat = plain.layout.len();
     assert_eq!(split.layout, plain.layout);

@@ -62,6 +62,10 @@ impl Op for AdamEma {
         20 * self.parameters as u64
     }
 
+    fn of_parameters(&self, parameters: usize) -> Option<Arc<dyn Op>> {
+        Some(Arc::new(AdamEma { parameters, ..self.clone() }))
+    }
+
     fn cpu(&self, launch: &Launch<'_>) {
         cpu::adam_ema(self, launch);
     }

@@ -1,4 +1,4 @@
-//! `kernels/attention.cu`, and `kernels/attention_fma.cu` for f32 and for heads that tensor cores do not take.
+//! `kernels/attention.cu` and `kernels/attention_gradient.cu`, and `kernels/attention_fma.cu` for f32 and for heads that tensor cores do not take.
 
 use super::{Attention, AttentionGradient};
 use crate::device::cuda::{Argument, Launch, Precision};
@@ -6,7 +6,7 @@ use crate::device::cuda::{Argument, Launch, Precision};
 /// Heads that a kernel for tensor cores fills up with zeros, at most so many channels each.
 const SIZES: [usize; 5] = [32, 64, 128, 256, 512];
 
-/// How a kernel of `kernels/attention.cu` cuts its work; the file says what the numbers mean.
+/// How a kernel of the first two cuts its work; `kernels/attention_tiles.cuh` says what the numbers mean.
 #[derive(Clone, Copy)]
 struct Tile {
     size: usize,

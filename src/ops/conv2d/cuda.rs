@@ -107,6 +107,10 @@ pub(super) fn input_gradient(op: &Conv2d, form: &Form) -> Work {
 
 /// dW and db.
 pub(super) fn weight_gradient(op: &Conv2d, form: &Form) -> Work {
+    let from_bf16 = match form.updates(0) {
+        true => unpadded([1, op.weight().len()], op.weight().len(), Precision::Bf16, true),
+        false => Launch::cast(op.weight().len(), Precision::F32),
+    };
     let convolution = Convolution {
         shape: shape(op, Pass::WeightGradient, form),
         x: Argument::Input(1),
@@ -116,7 +120,7 @@ pub(super) fn weight_gradient(op: &Conv2d, form: &Form) -> Work {
         residual: Argument::Null,
         bias_kernel: None,
         add_kernel: Some(from_workspace(copy::cuda::launch(&Copy { shape: op.weight() }, Precision::F32, true))),
-        cast_kernel: Some(from_workspace(Launch::cast(op.weight().len(), Precision::F32))),
+        cast_kernel: Some(from_workspace(from_bf16)),
     };
     let mut work = bias_gradient_work(rows(op), form);
     work.steps.push(Step::Convolution(Box::new(convolution)));

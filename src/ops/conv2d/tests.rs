@@ -1,6 +1,6 @@
 use super::{Stride, conv2d};
 use crate::ops::add::add;
-use crate::ops::testing::{Case, Input, Outcome, Reference, assert_close, random, ulps};
+use crate::ops::testing::{Case, Input, Outcome, assert_close, random, ulps};
 use crate::tape::{Tape, Var};
 
 /// The sizes of a convolution.
@@ -117,34 +117,6 @@ fn gradients_are_differences_of_the_output() {
             assert!((f64::from(gradient[i]) - expected).abs() < tolerance, "d{name}[{i}]: {} {expected}", gradient[i]);
         }
     }
-}
-
-#[test]
-fn matches_pytorch() {
-    let file = Reference::open("ops.safetensors");
-    let cases: serde_json::Value = serde_json::from_slice(
-        &std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference/cases.json")).unwrap(),
-    )
-    .unwrap();
-    let mut tried = 0;
-    for (case, attributes) in cases.as_object().unwrap() {
-        if attributes["op"] != "conv3x3" {
-            continue;
-        }
-        let value = |name: &str| file.f32(&format!("{case}/{name}"));
-        let [images, height, width, channels] = file.shape(&format!("{case}/x")).try_into().unwrap();
-        let (w, b) = (value("w"), value("b"));
-        let stride = attributes["stride"].as_u64().unwrap() as usize;
-        let s = Size { images, height, width, channels, out: b.len(), stride };
-        let result = run(s, [&value("x"), &w, &b, &value("dy")], 2);
-        assert_close(case, &result.y, file.f64(&format!("{case}/y")), ulps(9 * channels));
-        for (name, terms) in [("x", 9 * s.out), ("w", s.rows()), ("b", s.rows())] {
-            let key = format!("{case}/d{name}");
-            assert_close(&key, &result.gradient(name), file.f64(&key), ulps(terms));
-        }
-        tried += 1;
-    }
-    assert!(tried >= 7);
 }
 
 #[test]

@@ -24,7 +24,7 @@ fn run(sizes: &[usize], threads: usize, fill: impl Fn(usize) -> f32) -> [f32; 2]
 #[test]
 fn matches_f64_at_any_size_and_number_of_threads() {
     let g = random(5, 5_000_000);
-    // From one chunk to all 1024 of them, the last one short.
+    // From one block to some thousand of them, the last one short.
     for sizes in [&[1][..], &[3, 65, 1], &[4096], &[4097, 31], &[1_000_003, 77], &[4_300_001, 129]] {
         let found = run(sizes, 1, |i| g[i]);
         let mut exact = 0.0;

@@ -2,12 +2,14 @@
 
 mod buckets;
 mod fusion;
+mod slices;
 
 use super::*;
 use crate::collective::Solo;
 use crate::device::cuda::{Form, Work};
 use crate::device::{ALIGNMENT, Binding, Device, Region, Slot, cpu::Cpu, cpu::Launch};
 use proptest::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Any number of inputs and outputs of any lengths: element i of output j is `mix(j, inputs, i)`. Poisons its workspace.

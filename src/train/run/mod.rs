@@ -10,9 +10,9 @@ use super::feed::Feed;
 use super::grids::Grids;
 use super::ranks::{LOOK, at_rank_zero, gather, same_program};
 use super::reports::Reports;
-use super::state::{Identity, snapshot};
+use super::state::{Identity, copy_state};
 use super::{Config, Share, TrainConfig, TrainError, Trainer};
-use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Start};
+use crate::checkpoint::{Layout, RunDir, SaveReport, Saver, Snapshot, Start};
 use crate::cluster::{Stragglers, minority};
 use crate::collective::{Activity, Collective};
 use crate::data::{Dataset, ImageSize, Order};
@@ -238,8 +238,10 @@ impl<'a> Run<'a> {
 
     fn save(&mut self) -> Result<(), TrainError> {
         self.save_waits = false;
-        let Run { trainer, device, saver, layout, identity, config, step, .. } = self;
-        let state = snapshot(trainer, device, saver, layout, identity, config, *step)?;
+        let Run { trainer, device, collective, saver, layout, identity, config, step, .. } = self;
+        let mut buffers = saver.buffers(layout);
+        copy_state(trainer, device, *collective, &mut buffers)?;
+        let state = Snapshot::new(identity.meta(config, *step), Arc::clone(layout), buffers);
         if let Err(refused) = saver.save(state) {
             self.joint.alarm(format!("step {step} is not saved: {refused}"));
         }
@@ -317,7 +319,7 @@ impl<'a> Run<'a> {
     fn draw(&mut self) -> Result<Option<PathBuf>, TrainError> {
         let Some(grids) = &self.grids else { return Ok(None) };
         self.note(self.step, "sampling");
-        let weights = self.trainer.buffer(Region::Ema);
+        let weights = self.trainer.whole(self.device, self.collective, Region::Ema)?;
         let stop = self.stop;
         let until =
             self.deadline.map(|deadline| deadline.checked_sub(self.needed_to_leave()).unwrap_or_else(Instant::now));

@@ -23,6 +23,7 @@ use crate::train::reports::{DecodingBar, Reports};
 use crate::train::resume::{check_newest_config, check_same_run};
 use crate::train::shards::ranks;
 use crate::train::state::{Identity, layout_for_checkpoints, restore};
+use crate::train::step::layout_of_step;
 use crate::train::{Config, Shards, Share, TrainConfig, TrainError, Trainer, must_fit};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -51,22 +52,27 @@ impl<'a> Run<'a> {
         let schedule = Schedule::new(&config.diffusion)?;
         let mut identity = Identity::new(config, dataset.fingerprint(), device, share.world_size)?;
         let root = options.run_dir;
-        let opened = at_rank_zero(collective, || {
+        let run_dir = at_rank_zero(collective, || {
             let run_dir = open_when_free(root, start, console, stop)?;
-            let record = match start {
+            if matches!(start, Start::Resume) {
                 // Keys say more than the shapes of tensors would, so the config is compared before those are read.
-                Start::Resume => check_newest_config(config, &run_dir, &identity)?,
-                Start::Fresh { .. } => None,
-            };
-            Ok((run_dir, record))
+                check_newest_config(config, &run_dir, &identity)?;
+            }
+            Ok(run_dir)
         })?;
-        let (run_dir, record) = opened.unzip();
         same_directory(collective, root, run_dir.as_ref())?;
         let room = together(collective, must_fit::<TrainError>(device, config, [height, width], &share))?;
         let held = room.and_then(|room| held(dataset, room));
-        record.flatten().iter().for_each(|record| take_pinned(device, record, console));
-        let agreed = settle_plans(device, collective, config, [height, width], &share, options);
-        together(collective, agreed)?;
+        let layout = layout_for_checkpoints(&layout_of_step(config, [height, width], &share))?;
+        let newest = match start {
+            Start::Resume => newest(root, collective, &layout, console)?,
+            Start::Fresh { .. } => None,
+        };
+        if let Some((path, snapshot)) = &newest {
+            together(collective, check_same_run(config, path, &snapshot.meta, &identity, dataset))?;
+            take_pinned(device, &snapshot.meta, joint);
+        }
+        settle_plans(device, collective, config, [height, width], &share, options)?;
         let trainer = Trainer::holding(device, config, &schedule, [height, width], share, held);
         let trainer = together(collective, trainer.map_err(TrainError::from))?;
         let uploaded = hold(&trainer, device, dataset).map_err(|error| match error {
@@ -77,14 +83,8 @@ impl<'a> Run<'a> {
         if held.is_some() {
             console.detail("the GPU holds all images");
         }
-        let layout = layout_for_checkpoints(&trainer.program().layout)?;
-        let newest = match start {
-            Start::Resume => newest(root, collective, &layout, console)?,
-            Start::Fresh { .. } => None,
-        };
         let saved = newest.as_ref().map(|(_, snapshot)| snapshot.meta.step);
         if let Some((path, snapshot)) = newest {
-            together(collective, check_same_run(config, &path, &snapshot.meta, &identity, dataset))?;
             restore(&trainer, device, &snapshot)?;
             console.say(format!("resuming from {}", path.display()));
             if options.initial.is_some() {

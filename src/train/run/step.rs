@@ -6,7 +6,7 @@
 use super::{Known, Run};
 use crate::cluster::{SpeedChange, minority};
 use crate::collective::Timed;
-use crate::device::{DeviceError, Region};
+use crate::device::{BufferId, DeviceError, Region};
 use crate::train::accounts::Account;
 use crate::train::checksum::checksum;
 use crate::train::feed::Feed;
@@ -56,7 +56,9 @@ impl Run<'_> {
         self.account.fill(&losses);
         let [beginning, loading] = self.beginnings.pop_front().unwrap_or_default();
         self.account.loading = loading;
-        self.account.busy = beginning + since.elapsed().saturating_sub(timed.spent);
+        let busy = beginning + since.elapsed().saturating_sub(timed.spent);
+        // A GPU's own clock knows what the host takes to begin the step too; the host may have waited there for a queue that is full.
+        self.account.busy = self.collective.own_time().map_or(busy, |own| own.max(loading));
         self.step += 1;
         // Also what is about to be saved.
         let to_save = self.save_waits || self.config.checkpoint.is_due(self.step);
@@ -86,9 +88,10 @@ impl Run<'_> {
         Err(TrainError::Diverged { step: self.step, what, kept })
     }
 
-    /// Of weights and averages, where there is a rank to compare them with.
+    /// Of weights and averages as far as all ranks have all of them, where there is a rank to compare them with.
     pub(super) fn checksum(&self) -> Result<Option<u64>, DeviceError> {
-        let held = [Region::Weights, Region::Ema].map(|region| self.trainer.buffer(region));
+        let held = [Region::Weights, Region::Ema].into_iter().filter(|region| self.trainer.has_whole(*region));
+        let held: Vec<BufferId> = held.map(|region| self.trainer.buffer(region)).collect();
         let is_one_of_many = self.collective.world_size() > 1;
         is_one_of_many.then(|| checksum(self.device, &held, self.layout.elements())).transpose()
     }

@@ -99,6 +99,48 @@ fn sums_are_those_of_the_tree_at_every_rank_through_memory_and_through_sockets()
 }
 
 #[test]
+fn slices_are_summed_and_gathered_through_memory_and_through_sockets() {
+    for (size, one_machine) in [1, 2, 3, 4, 8].into_iter().flat_map(|size| [(size, true), (size, false)]) {
+        // Of lengths that nothing but the number of ranks divides, several under way at a time; and again.
+        let ranges = [0..5 * size, 7 * size..7 * size, 7 * size..8 * size, 9 * size..9010 * size];
+        let len = 9020 * size;
+        let all = world_by(one_machine, size, PATIENCE, |mut host| {
+            let mut device = Device::Cpu(Cpu::new(1));
+            let [floats, bytes] = [4 * len, len].map(|bytes| device.allocate(bytes).unwrap());
+            for round in 0..2 {
+                device.upload(floats, 0, &values(host.rank() + round, len)).unwrap();
+                device.upload(bytes, 0, &vec![host.rank() as u8 + 1; len]).unwrap();
+                for range in &ranges {
+                    host.reduce_scatter_start(&mut device, floats, range.clone()).unwrap();
+                    host.all_gather_start(&mut device, bytes, range.clone()).unwrap();
+                }
+                for range in &ranges {
+                    host.reduce_scatter_wait(&mut device, floats, range.clone()).unwrap();
+                    host.all_gather_wait(&mut device, bytes, range.clone()).unwrap();
+                }
+            }
+            let (mut sums, mut given) = (vec![0.0f32; len], vec![0u8; len]);
+            device.download(floats, 0, &mut sums).unwrap();
+            device.download(bytes, 0, &mut given).unwrap();
+            (sums, given)
+        });
+        let mut parts: Vec<Vec<f32>> = (0..size).map(|rank| values(rank + 1, len)).collect();
+        sum_along_tree(&mut parts);
+        for (rank, (sums, given)) in all.iter().enumerate() {
+            for range in &ranges {
+                let own = slice_of(range, rank, size);
+                assert_eq!(sums[own.clone()], parts[0][own], "{range:?} of rank {rank} of {size}");
+                for other in 0..size {
+                    let of_other = slice_of(range, other, size);
+                    assert!(given[of_other].iter().all(|byte| *byte == other as u8 + 1), "{range:?}, {rank}");
+                }
+            }
+            assert_eq!(given[5 * size], rank as u8 + 1, "beside a range nothing changes");
+        }
+    }
+}
+
+#[test]
 fn sums_that_follow_each_other_without_end_take_bounded_memory() {
     let taken = world(3, PATIENCE, |mut host| {
         let mut device = Device::Cpu(Cpu::new(1));

@@ -1,6 +1,7 @@
 //! libcublasLt.so: its entry points, and what it says when it refuses.
 
 use crate::device::cuda::CudaError;
+use crate::device::cuda::library::{Named, entry_points, once};
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t,
     cublasLtMatmulDescAttributes_t, cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t,
@@ -9,7 +10,11 @@ use cudarc::cublaslt::sys::{
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
-const INSTALL: &str = "`pip install nvidia-cublas==13.*`, or install CUDA's libraries";
+const CUBLASLT: Named = Named {
+    library: "cuBLASLt",
+    needed: "that of CUDA 13",
+    install: "`pip install nvidia-cublas==13.*`, or install CUDA's libraries",
+};
 
 /// `cublasStatus_t`; a number, as later versions have statuses that cudarc does not know.
 pub(super) type Status = u32;
@@ -33,34 +38,8 @@ impl Default for Proposal {
     }
 }
 
-/// Declares the entry points, and finds them: cudarc's own calls would panic where one is missing.
-macro_rules! entry_points {
-    ($($field:ident = $symbol:literal: fn($($argument:ty),* $(,)?) -> $result:ty;)*) => {
-        /// The library's entry points.
-        #[derive(Debug)]
-        pub(super) struct Library {
-            $(pub $field: unsafe extern "C" fn($($argument),*) -> $result,)*
-        }
-
-        impl Library {
-            fn load() -> Result<Library, CudaError> {
-                // SAFETY: the library has no requirements at loading; that it is there has been probed.
-                let library = unsafe { sys::culib() };
-                Ok(Library {
-                    // SAFETY: the type is that of the header cublasLt.h, and the library is never unloaded.
-                    $($field: *unsafe { library.get(concat!($symbol, "\0").as_bytes()) }.map_err(|_| missing($symbol))?,)*
-                })
-            }
-        }
-    };
-}
-
-fn missing(symbol: &str) -> CudaError {
-    let (library, needed) = ("cuBLASLt", "that of CUDA 13");
-    CudaError::WrongLibrary { library, found: format!("without `{symbol}`"), needed, install: INSTALL }
-}
-
 entry_points! {
+    CUBLASLT;
     version = "cublasLtGetVersion": fn() -> usize;
     status_name = "cublasLtGetStatusName": fn(Status) -> *const c_char;
     create = "cublasLtCreate": fn(*mut cublasLtHandle_t) -> Status;
@@ -125,15 +104,17 @@ impl Library {
     /// None, or one that lacks an entry point.
     pub fn get() -> Result<&'static Library, CudaError> {
         static LIBRARY: OnceLock<Library> = OnceLock::new();
-        if let Some(library) = LIBRARY.get() {
-            return Ok(library);
-        }
+        once(&LIBRARY, Library::load)
+    }
+
+    fn load() -> Result<Library, CudaError> {
         // SAFETY: it loads a library that has no requirements at loading.
         if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoLibrary { library: "cuBLASLt", file: "libcublasLt.so", install: INSTALL });
+            let Named { library, install, .. } = CUBLASLT;
+            return Err(CudaError::NoLibrary { library, file: "libcublasLt.so", install });
         }
-        let library = Library::load()?;
-        Ok(LIBRARY.get_or_init(|| library))
+        // SAFETY: it is there; cudarc keeps it, and the types are those of the header cublasLt.h.
+        unsafe { Library::find(sys::culib()) }
     }
 
     /// Nothing, or what was refused.

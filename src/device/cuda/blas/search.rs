@@ -8,8 +8,6 @@ use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// Runs of an algorithm that are timed; their median counts.
-const RUNS: usize = 5;
 /// Elements that are compared with what they should be.
 const SAMPLES: u64 = 256;
 
@@ -149,9 +147,7 @@ impl<'a> Bench<'a> {
             Err(error @ CudaError::Library { .. }) => return Ok(Err(error.to_string())),
             other => other?,
         }
-        let mut times = (0..RUNS).map(|_| gpu.time(|_| run())).collect::<Result<Vec<Duration>, CudaError>>()?;
-        times.sort();
-        Ok(Ok(times[RUNS / 2]))
+        Ok(Ok(gpu.median_time(run)?))
     }
 
     fn fault_of(&mut self, gpu: &Gpu, choice: &ProductChoice) -> Result<Option<String>, CudaError> {

@@ -24,6 +24,11 @@ pub(super) struct KnobType(pub u32);
 #[repr(transparent)]
 pub(super) struct NumericalNote(pub u32);
 
+/// `cudnnBackendBehaviorNote_t`, likewise.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(transparent)]
+pub(super) struct BehaviorNote(pub u32);
+
 /// An address of the GPU's.
 #[derive(Clone, Copy, Debug)]
 #[repr(transparent)]
@@ -39,6 +44,7 @@ values! {
     Address: CUDNN_TYPE_VOID_PTR,
     KnobType: CUDNN_TYPE_KNOB_TYPE,
     NumericalNote: CUDNN_TYPE_NUMERICAL_NOTE,
+    BehaviorNote: CUDNN_TYPE_BEHAVIOR_NOTE,
     sys::cudnnHandle_t: CUDNN_TYPE_HANDLE,
     sys::cudnnDataType_t: CUDNN_TYPE_DATA_TYPE,
     sys::cudnnConvolutionMode_t: CUDNN_TYPE_CONVOLUTION_MODE,

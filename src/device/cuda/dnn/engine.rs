@@ -1,7 +1,7 @@
 //! cuDNN's engines for a graph: which there are, which may be used, and the plans that they make.
 
 use super::Handle;
-use super::descriptor::{Descriptor, KnobType, NumericalNote};
+use super::descriptor::{BehaviorNote, Descriptor, KnobType, NumericalNote};
 use super::graph::Graph;
 use super::library::{Library, Refusal};
 use crate::device::cuda::Precision;
@@ -29,12 +29,26 @@ pub struct EngineChoice {
     pub knobs: Vec<Knob>,
 }
 
+/// What an engine that cuDNN proposes says of itself.
+#[derive(Clone, Debug)]
+pub struct EngineNotes {
+    /// The engine's global index.
+    pub engine: i64,
+    /// `cudnnBackendNumericalNote_t`
+    pub numerical: Vec<u32>,
+    /// `cudnnBackendBehaviorNote_t`
+    pub behavior: Vec<u32>,
+    /// Why it is not used, if it is not for what it says.
+    pub fault: Option<&'static str>,
+}
+
 /// An engine configuration; no plan yet.
 #[derive(Debug)]
 pub(super) struct Config {
     /// First, so that it goes before what it is made of.
     config: Descriptor,
     _parts: Vec<Descriptor>,
+    engine: Descriptor,
     pub choice: EngineChoice,
     notes: Vec<u32>,
 }
@@ -75,7 +89,7 @@ impl Config {
     fn read(config: Descriptor) -> Result<Config, Refusal> {
         let engine = config.descriptor(Name::CUDNN_ATTR_ENGINECFG_ENGINE, Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)?;
         let kind = Kind::CUDNN_BACKEND_KNOB_CHOICE_DESCRIPTOR;
-        let mut parts = config.descriptors(Name::CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, kind, MOST)?;
+        let parts = config.descriptors(Name::CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, kind, MOST)?;
         let knob = |knob: &Descriptor| -> Result<Knob, Refusal> {
             let KnobType(kind) = knob.value(Name::CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE)?;
             Ok(Knob { kind, value: knob.value(Name::CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE)? })
@@ -83,8 +97,7 @@ impl Config {
         let knobs = parts.iter().map(knob).collect::<Result<Vec<Knob>, Refusal>>()?;
         let choice = EngineChoice { engine: engine.value(Name::CUDNN_ATTR_ENGINE_GLOBAL_INDEX)?, knobs };
         let notes = notes(&engine)?;
-        parts.push(engine);
-        Ok(Config { config, _parts: parts, choice, notes })
+        Ok(Config { config, _parts: parts, engine, choice, notes })
     }
 
     /// One that has been chosen before.
@@ -100,7 +113,7 @@ impl Config {
                 .with(Name::CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, &[knob.value])?
                 .finalized()
         };
-        let mut parts = choice.knobs.iter().map(knob).collect::<Result<Vec<Descriptor>, Refusal>>()?;
+        let parts = choice.knobs.iter().map(knob).collect::<Result<Vec<Descriptor>, Refusal>>()?;
         let mut config = Descriptor::new(library, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)?
             .with_descriptors(Name::CUDNN_ATTR_ENGINECFG_ENGINE, &[&engine])?;
         if !parts.is_empty() {
@@ -108,8 +121,7 @@ impl Config {
             config = config.with_descriptors(Name::CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, &knobs)?;
         }
         let config = config.finalized()?;
-        parts.push(engine);
-        Ok(Config { config, _parts: parts, choice: choice.clone(), notes })
+        Ok(Config { config, _parts: parts, engine, choice: choice.clone(), notes })
     }
 
     /// Why it may not be used for activations of a type, by what its engine says of itself.
@@ -130,6 +142,17 @@ impl Config {
         let in_f32: &[(Note, &str)] = if precision == Precision::F32 { &IN_F32 } else { &[] };
         let mut faults = NEVER.iter().chain(in_f32);
         faults.find(|(note, _)| self.notes.contains(&(*note as u32))).map(|(_, why)| *why)
+    }
+
+    /// What its engine says of itself.
+    pub fn engine_notes(&self, precision: Precision) -> Result<EngineNotes, Refusal> {
+        let behavior: Vec<BehaviorNote> = self.engine.values(Name::CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE, MOST)?;
+        Ok(EngineNotes {
+            engine: self.choice.engine,
+            numerical: self.notes.clone(),
+            behavior: behavior.into_iter().map(|BehaviorNote(note)| note).collect(),
+            fault: self.fault(precision),
+        })
     }
 
     /// The plan that it makes.

@@ -13,7 +13,8 @@ pub enum Form {
     Plain,
     /// A gradient of the output's type, written to the workspace.
     Apart,
-    /// A bf16 gradient of weights that are to be f32, written to the workspace: rounded, so only where there is no other.
+    /// A bf16 gradient of weights that are to be f32, written to the workspace: sums are f32 and rounded once, as PyTorch's autocast has
+    /// them. cuDNN has many engines for it, and few that write f32.
     Narrow,
 }
 
@@ -29,14 +30,20 @@ pub enum Rest {
 }
 
 impl Form {
-    /// Those that give `shape`, best first.
-    pub(super) fn all(shape: &ConvolutionShape) -> Vec<Form> {
-        let is_narrow = shape.pass == Pass::WeightGradient && shape.precision == Precision::Bf16;
-        let has_more = match shape.pass {
-            Pass::Forward => [(shape.has_bias || shape.has_residual).then_some(Form::Plain), None],
-            _ => [shape.adds.then_some(Form::Apart), is_narrow.then_some(Form::Narrow)],
-        };
-        [Form::Whole].into_iter().chain(has_more.into_iter().flatten()).collect()
+    /// Those that give `shape`: the fastest of the first, if one of them can be had, else of the next.
+    pub(super) fn all(shape: &ConvolutionShape) -> Vec<Vec<Form>> {
+        let adds = shape.adds.then_some(Form::Apart);
+        match (shape.pass, shape.precision) {
+            (Pass::Forward, _) => {
+                let is_more = shape.has_bias || shape.has_residual;
+                [vec![Form::Whole]].into_iter().chain(is_more.then(|| vec![Form::Plain])).collect()
+            }
+            // What is left of any of them moves the weights once, which are few beside what the convolution reads.
+            (Pass::WeightGradient, Precision::Bf16) => {
+                vec![[Form::Whole, Form::Narrow].into_iter().chain(adds).collect()]
+            }
+            _ => [vec![Form::Whole]].into_iter().chain(adds.map(|form| vec![form])).collect(),
+        }
     }
 
     /// What it leaves.

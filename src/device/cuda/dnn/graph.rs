@@ -1,4 +1,5 @@
-//! A convolution as cuDNN's operation graph: the convolution, then sums with the bias and the residual.
+//! A convolution as cuDNN's operation graph: the convolution, then sums with the residual and the bias. In the other order cuDNN 9.19 has only
+//! engines that it compiles at run time, for seconds each.
 
 use super::descriptor::Descriptor;
 use super::form::{Form, Tensor, output_of, sizes};
@@ -109,7 +110,7 @@ struct Builder {
 impl Builder {
     fn operations(&mut self) -> Result<Vec<Descriptor>, Refusal> {
         let shape = self.shape;
-        let addends: Vec<Tensor> = [(shape.has_bias, Tensor::Bias), (shape.has_residual, Tensor::Residual)]
+        let addends: Vec<Tensor> = [(shape.has_residual, Tensor::Residual), (shape.has_bias, Tensor::Bias)]
             .into_iter()
             .filter_map(|(is_there, tensor)| is_there.then_some(tensor))
             .collect();

@@ -1,15 +1,19 @@
 //! libcudnn.so.9: its entry points, and what it says when it refuses.
 
-use super::super::CudaError;
+use crate::device::cuda::CudaError;
+use crate::device::cuda::library::{Named, entry_points, once};
 use cudarc::cudnn::sys;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::OnceLock;
 
 /// The versions that this program knows, as `cudnnGetVersion` has them since 9.0: 10000·major + 100·minor + patch.
 const KNOWN: std::ops::Range<usize> = 90_000..100_000;
-const NEEDED: &str = "9.0 or a later 9";
-const INSTALL: &str = "`pip install nvidia-cudnn-cu13`, and add its folder site-packages/nvidia/cudnn/lib to LD_LIBRARY_PATH, as \
-                       launch/ddpm-dist does";
+const CUDNN: Named = Named {
+    library: "cuDNN",
+    needed: "9.0 or a later 9",
+    install: "`pip install nvidia-cudnn-cu13`, and add its folder site-packages/nvidia/cudnn/lib to LD_LIBRARY_PATH, as launch/ddpm-dist \
+              does",
+};
 
 /// `cudnnStatus_t`. A number, as later versions have statuses that cudarc does not know.
 pub(super) type Status = u32;
@@ -33,34 +37,8 @@ impl From<Refusal> for CudaError {
     }
 }
 
-/// Declares the entry points, and finds them. cudarc's own calls would panic where one is missing, and their result is an `enum`, which a
-/// status that it does not know must not become.
-macro_rules! entry_points {
-    ($($field:ident = $symbol:literal: fn($($argument:ty),*) $(-> $result:ty)?;)*) => {
-        /// The library's entry points.
-        #[derive(Debug)]
-        pub(super) struct Library {
-            $(pub $field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
-        }
-
-        impl Library {
-            fn load() -> Result<Library, CudaError> {
-                // SAFETY: the library has no requirements at loading; that it is there has been probed.
-                let library = unsafe { sys::culib() };
-                Ok(Library {
-                    // SAFETY: the type is that of the header cudnn_graph.h, and the library is never unloaded.
-                    $($field: *unsafe { library.get(concat!($symbol, "\0").as_bytes()) }.map_err(|_| missing($symbol))?,)*
-                })
-            }
-        }
-    };
-}
-
-fn missing(symbol: &str) -> CudaError {
-    CudaError::WrongLibrary { library: "cuDNN", found: format!("without `{symbol}`"), needed: NEEDED, install: INSTALL }
-}
-
 entry_points! {
+    CUDNN;
     version = "cudnnGetVersion": fn() -> usize;
     error_string = "cudnnGetErrorString": fn(Status) -> *const c_char;
     last_error_string = "cudnnGetLastErrorString": fn(*mut c_char, usize);
@@ -97,22 +75,23 @@ impl Library {
     /// None, or one of another major version.
     pub fn get() -> Result<&'static Library, CudaError> {
         static LIBRARY: OnceLock<Library> = OnceLock::new();
-        if let Some(library) = LIBRARY.get() {
-            return Ok(library);
-        }
+        once(&LIBRARY, Library::load)
+    }
+
+    fn load() -> Result<Library, CudaError> {
         // SAFETY: it loads a library that has no requirements at loading.
         if !unsafe { sys::is_culib_present() } {
-            return Err(CudaError::NoLibrary { library: "cuDNN 9", file: "libcudnn.so.9", install: INSTALL });
+            let install = CUDNN.install;
+            return Err(CudaError::NoLibrary { library: "cuDNN 9", file: "libcudnn.so.9", install });
         }
         // Before the other entry points: an old library has not all of them.
         // SAFETY: the library is there, and all versions have this call.
         let version = unsafe { sys::cudnnGetVersion() };
         if !KNOWN.contains(&version) {
-            let found = version_name(version);
-            return Err(CudaError::WrongLibrary { library: "cuDNN", found, needed: NEEDED, install: INSTALL });
+            return Err(CUDNN.wrong(version_name(version)));
         }
-        let library = Library::load()?;
-        Ok(LIBRARY.get_or_init(|| library))
+        // SAFETY: it is there; cudarc keeps it, and the types are those of the header cudnn_graph.h.
+        unsafe { Library::find(sys::culib()) }
     }
 
     /// `9.10.2`

@@ -12,7 +12,7 @@ mod plan;
 mod sample;
 mod search;
 
-pub use engine::{EngineChoice, Knob};
+pub use engine::{EngineChoice, EngineNotes, Knob};
 pub use form::{Form, Rest};
 pub use plan::{ConvolutionAddresses, ConvolutionPlan, PlanChoice, PreparedConvolution};
 
@@ -26,9 +26,6 @@ use std::cell::Cell;
 use std::collections::HashSet;
 use std::marker::PhantomData;
 use std::sync::Arc;
-
-/// Most bytes of workspace that a plan may need, unless the caller knows better: plans that are faster rarely need more.
-pub const WORKSPACE_LIMIT: usize = 256 << 20;
 
 /// cuDNN on one GPU, whose stream it uses.
 pub struct Dnn {
@@ -96,12 +93,35 @@ impl Dnn {
     /// There is none, or cuDNN fails.
     pub fn plan(&self, shape: &ConvolutionShape, limit: usize) -> Result<ConvolutionPlan, CudaError> {
         let mut refusals = Vec::new();
-        for form in Form::all(shape) {
+        for form in Form::all(shape).concat() {
             if let Some(plan) = self.plans(shape, form, limit, 1, &mut refusals)?.pop() {
                 return Ok(plan);
             }
         }
         Err(self.no_plan(shape, refusals))
+    }
+
+    /// What each engine says of itself that cuDNN proposes for a convolution as a whole, in the order in which it does.
+    ///
+    /// # Errors
+    /// cuDNN's.
+    pub fn engine_notes(&self, shape: &ConvolutionShape) -> Result<Vec<EngineNotes>, CudaError> {
+        self.handle.bind()?;
+        let library = self.handle.library;
+        let graph = Graph::new(library, self.handle.raw, shape, Form::Whole)?;
+        let mut notes: Vec<EngineNotes> = Vec::new();
+        for mode in MODES {
+            let configs = match proposed(library, &graph, mode) {
+                Err(refusal) if is_unsupported(refusal.status) => continue,
+                other => other?,
+            };
+            for config in configs {
+                if notes.iter().all(|known| known.engine != config.choice.engine) {
+                    notes.push(config.engine_notes(shape.precision)?);
+                }
+            }
+        }
+        Ok(notes)
     }
 
     /// The plan that was chosen before, by the same cuDNN on such a GPU.
@@ -116,7 +136,7 @@ impl Dnn {
             true => refused(refusal.error.to_string()),
             false => refusal.error,
         };
-        if !Form::all(shape).contains(&choice.form) {
+        if !Form::all(shape).concat().contains(&choice.form) {
             return Err(refused(format!("it cannot be computed {}", choice.form)));
         }
         let graph = Graph::new(self.handle.library, self.handle.raw, shape, choice.form).map_err(said)?;

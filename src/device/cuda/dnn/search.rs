@@ -3,18 +3,12 @@
 use super::Dnn;
 use super::form::{Form, Tensor, elements, output_of};
 use super::plan::{ConvolutionAddresses, ConvolutionPlan, PlanChoice, PreparedConvolution};
-use super::sample::{Patterns, fault, precision_of};
+use super::sample::{Patterns, Scrutiny, fault, precision_of};
 use crate::device::cuda::{ConvolutionShape, CudaError, Gpu, Memory};
 use std::time::Duration;
 
-/// Plans that are timed, at most.
-const MOST: usize = 24;
-/// Runs of a plan that are timed; their median counts.
-const RUNS: usize = 5;
-/// Elements that are compared with what they should be, of a plan that is new …
-const SAMPLES: u64 = 512;
-/// … and of one that was tested when it was found: what it gives where libraries were exchanged or a file was damaged is wrong all over.
-const SAMPLES_AGAIN: u64 = 64;
+/// Plans of a form that are timed, at most: cuDNN proposes dozens, and the fastest is among its first.
+const MOST: usize = 10;
 
 impl Dnn {
     /// The fastest plan that may be used, needs at most `limit` bytes of workspace and gives the right result, twice the same bits. Takes
@@ -24,21 +18,37 @@ impl Dnn {
     /// There is none, too little memory, or cuDNN fails.
     pub fn search(&self, gpu: &mut Gpu, shape: &ConvolutionShape, limit: usize) -> Result<ConvolutionPlan, CudaError> {
         let mut refusals = Vec::new();
-        for form in Form::all(shape) {
-            let plans = self.plans(shape, form, limit, MOST, &mut refusals)?;
-            if plans.is_empty() {
-                continue;
+        for forms in Form::all(shape) {
+            let mut found = Vec::new();
+            for form in forms {
+                found.extend(self.fastest(gpu, shape, form, limit, &mut refusals)?);
             }
-            let mut bench = Bench::new(shape, form);
-            let found = bench.fastest(gpu, plans, &mut refusals);
-            // Both errors are the GPU's; the first says more.
-            let given_back = bench.give_back(gpu);
-            if let Some(plan) = found? {
+            if let Some(plan) = found.into_iter().min_by_key(ConvolutionPlan::time) {
                 return Ok(plan);
             }
-            given_back?;
         }
         Err(self.no_plan(shape, refusals))
+    }
+
+    fn fastest(
+        &self,
+        gpu: &mut Gpu,
+        shape: &ConvolutionShape,
+        form: Form,
+        limit: usize,
+        refusals: &mut Vec<String>,
+    ) -> Result<Option<ConvolutionPlan>, CudaError> {
+        let plans = self.plans(shape, form, limit, MOST, refusals)?;
+        if plans.is_empty() {
+            return Ok(None);
+        }
+        let mut bench = Bench::new(shape, form);
+        let found = bench.fastest(gpu, plans, refusals);
+        // Both errors are the GPU's; the first says more.
+        let given_back = bench.give_back(gpu);
+        let found = found?;
+        given_back?;
+        Ok(found)
     }
 
     /// What is wrong with a plan that was found before: it does not run, or computes something else.
@@ -153,7 +163,7 @@ impl Bench {
         let prepared = unsafe { plan.prepare(&tensors, workspace) }?;
         match self.result(gpu, &prepared, output) {
             Ok(result) => {
-                let fault = fault(&self.shape, self.form, &self.patterns, &result, SAMPLES_AGAIN);
+                let fault = fault(&self.shape, self.form, &self.patterns, &result, Scrutiny::Again);
                 Ok(fault.map(|fault| format!("it computes something else: {fault}")))
             }
             Err(error @ CudaError::Library { .. }) => Ok(Some(error.to_string())),
@@ -180,7 +190,7 @@ impl Bench {
         if first != second {
             return Ok(Some("two runs give other bits".into()));
         }
-        let fault = fault(&self.shape, self.form, &self.patterns, &first, SAMPLES);
+        let fault = fault(&self.shape, self.form, &self.patterns, &first, Scrutiny::New);
         Ok(fault.map(|fault| format!("it computes something else: {fault}")))
     }
 
@@ -201,7 +211,5 @@ fn time(gpu: &mut Gpu, prepared: &PreparedConvolution) -> Result<Result<Duration
             other => Err(other),
         };
     }
-    let mut times = (0..RUNS).map(|_| gpu.time(|_| prepared.run())).collect::<Result<Vec<Duration>, CudaError>>()?;
-    times.sort();
-    Ok(Ok(times[RUNS / 2]))
+    Ok(Ok(gpu.median_time(|| prepared.run())?))
 }

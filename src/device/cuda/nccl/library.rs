@@ -1,6 +1,7 @@
 //! libnccl.so.2: its entry points, and what it says when it refuses.
 
-use super::super::CudaError;
+use crate::device::cuda::CudaError;
+use crate::device::cuda::library::{Named, entry_points, once};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
@@ -10,9 +11,12 @@ const FILES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 const KNOWN: std::ops::Range<c_int> = 21_800..30_000;
 /// Some in between lose data.
 const BROKEN: std::ops::RangeInclusive<c_int> = 22_803..=22_808;
-const NEEDED: &str = "2.18 or a later 2 but 2.28.3 to 2.28.8";
-const INSTALL: &str = "`pip install nvidia-nccl-cu13`, and add its folder site-packages/nvidia/nccl/lib to LD_LIBRARY_PATH, as \
-                       launch/ddpm-dist does";
+const NCCL: Named = Named {
+    library: "NCCL",
+    needed: "2.18 or a later 2 but 2.28.3 to 2.28.8",
+    install: "`pip install nvidia-nccl-cu13`, and add its folder site-packages/nvidia/nccl/lib to LD_LIBRARY_PATH, as launch/ddpm-dist \
+              does",
+};
 
 /// `ncclResult_t`; a number, as later versions have results that this program does not know.
 pub(super) type Status = c_int;
@@ -21,6 +25,7 @@ pub(super) const SUCCESS: Status = 0;
 pub(super) const IN_PROGRESS: Status = 7;
 
 /// `ncclDataType_t` and `ncclRedOp_t`.
+pub(super) const UINT8: c_int = 1;
 pub(super) const FLOAT32: c_int = 7;
 pub(super) const BFLOAT16: c_int = 9;
 pub(super) const SUM: c_int = 0;
@@ -66,43 +71,17 @@ impl Config {
     }
 }
 
-/// Declares the entry points, and finds them: cudarc's own calls would panic where one is missing, and never look for `libnccl.so.2`.
-macro_rules! entry_points {
-    ($($field:ident = $symbol:literal: fn($($argument:ty),*) -> $result:ty;)*) => {
-        /// The library's entry points.
-        #[derive(Debug)]
-        pub(super) struct Library {
-            number: c_int,
-            $(pub $field: unsafe extern "C" fn($($argument),*) -> $result,)*
-        }
-
-        impl Library {
-            fn find(library: &libloading::Library, number: c_int) -> Result<Library, CudaError> {
-                Ok(Library {
-                    number,
-                    // SAFETY: the type is that of the header nccl.h, and the library is never unloaded.
-                    $($field: *unsafe { library.get(concat!($symbol, "\0").as_bytes()) }.map_err(|_| missing($symbol))?,)*
-                })
-            }
-        }
-    };
-}
-
-fn missing(symbol: &str) -> CudaError {
-    wrong(format!("without `{symbol}`"))
-}
-
-fn wrong(found: String) -> CudaError {
-    CudaError::WrongLibrary { library: "NCCL", found, needed: NEEDED, install: INSTALL }
-}
-
 entry_points! {
+    NCCL;
+    version = "ncclGetVersion": fn(*mut c_int) -> Status;
     error_string = "ncclGetErrorString": fn(Status) -> *const c_char;
     last_error = "ncclGetLastError": fn(Handle) -> *const c_char;
     unique_id = "ncclGetUniqueId": fn(*mut UniqueId) -> Status;
     init = "ncclCommInitRankConfig": fn(*mut Handle, c_int, UniqueId, c_int, *mut Config) -> Status;
     async_error = "ncclCommGetAsyncError": fn(Handle, *mut Status) -> Status;
     all_reduce = "ncclAllReduce": fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> Status;
+    reduce_scatter = "ncclReduceScatter": fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> Status;
+    all_gather = "ncclAllGather": fn(*const c_void, *mut c_void, usize, c_int, Handle, *mut c_void) -> Status;
     send = "ncclSend": fn(*const c_void, usize, c_int, c_int, Handle, *mut c_void) -> Status;
     receive = "ncclRecv": fn(*mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> Status;
     group_start = "ncclGroupStart": fn() -> Status;
@@ -119,32 +98,29 @@ impl Library {
     /// None, or one that this program does not use.
     pub fn get() -> Result<&'static Library, CudaError> {
         static LIBRARY: OnceLock<Library> = OnceLock::new();
-        if let Some(library) = LIBRARY.get() {
-            return Ok(library);
-        }
-        let library = Library::load()?;
-        Ok(LIBRARY.get_or_init(|| library))
+        once(&LIBRARY, Library::load)
     }
 
     fn load() -> Result<Library, CudaError> {
         // SAFETY: it loads a library that has no requirements at loading.
         let found = FILES.iter().find_map(|file| unsafe { libloading::Library::new(*file) }.ok());
         let Some(library) = found else {
-            return Err(CudaError::NoLibrary { library: "NCCL 2", file: FILES[0], install: INSTALL });
+            return Err(CudaError::NoLibrary { library: "NCCL 2", file: FILES[0], install: NCCL.install });
         };
         let mut number = 0;
         {
             // Before the other entry points: an old library has not all of them.
             let version: libloading::Symbol<'_, unsafe extern "C" fn(*mut c_int) -> Status> =
                 // SAFETY: all versions have this call, and it is of this type.
-                unsafe { library.get(b"ncclGetVersion\0") }.map_err(|_| missing("ncclGetVersion"))?;
+                unsafe { library.get(b"ncclGetVersion\0") }.map_err(|_| NCCL.without("ncclGetVersion"))?;
             // SAFETY: it writes to a number that lives.
             unsafe { version(&mut number) };
         }
         if !KNOWN.contains(&number) || BROKEN.contains(&number) {
-            return Err(wrong(version_name(number)));
+            return Err(NCCL.wrong(version_name(number)));
         }
-        let found = Library::find(&library, number)?;
+        // SAFETY: the types are those of the header nccl.h, and it is not unloaded.
+        let found = unsafe { Library::find(&library) }?;
         // It has threads of its own, and its entry points are kept.
         std::mem::forget(library);
         Ok(found)
@@ -152,7 +128,10 @@ impl Library {
 
     /// `2.28.9`
     pub fn version_name(&self) -> String {
-        version_name(self.number)
+        let mut number = 0;
+        // SAFETY: it writes to a number that lives.
+        unsafe { (self.version)(&mut number) };
+        version_name(number)
     }
 
     /// Whether it is done, where it is not refused.

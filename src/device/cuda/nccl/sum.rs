@@ -1,8 +1,8 @@
-//! Sums of floats between GPUs: the ways to add them up, and what each begins.
+//! Sums of floats between GPUs, of which each gets all or its slice: the ways to add them up, and what each begins.
 
 use super::super::{Argument, CudaError, Gpu, Launch, Memory, Precision};
 use super::Communicator;
-use super::library::{BFLOAT16, FLOAT32, SUM};
+use super::library::{BFLOAT16, FLOAT32, SUM, UINT8};
 use super::tree::{Slices, tree_sum};
 use std::ffi::{c_int, c_void};
 
@@ -28,10 +28,18 @@ pub enum Stage {
     ReduceInBf16,
     /// … and the sums brought back.
     Widen,
+    /// All of the sum, of which each GPU gets its slice.
+    ReduceSlices,
+    /// The floats are rounded to bf16 beside their place, and each GPU gets the sum of its slice there …
+    ReduceSlicesInBf16,
+    /// … and brings it back.
+    WidenSlice,
     /// Everybody's slices go to those that add them up …
     Scatter,
-    /// … which give the sums to all.
+    /// … which give the sums to all …
     Gather,
+    /// … or keep them.
+    Keep,
 }
 
 impl Adding {
@@ -44,7 +52,16 @@ impl Adding {
         }
     }
 
-    /// Bytes of memory that it needs beside `len` floats which `size` GPUs add up.
+    /// The same where each GPU gets its slice of the sum.
+    pub fn stages_for_slices(self) -> &'static [Stage] {
+        match self {
+            Adding::Fast => &[Stage::ReduceSlices],
+            Adding::FastInBf16 => &[Stage::ReduceSlicesInBf16, Stage::WidenSlice],
+            Adding::Tree => &[Stage::Scatter, Stage::Keep],
+        }
+    }
+
+    /// Bytes of memory that it needs beside `len` floats which `size` GPUs add up, for all of the sum or for slices.
     pub fn scratch(self, len: usize, size: usize) -> usize {
         match self {
             Adding::Fast => 0,
@@ -70,29 +87,63 @@ impl Communicator {
         let own = slices.of(self.rank).len();
         let part = |rank: usize| floats_of(scratch, rank * slices.stride..rank * slices.stride + own);
         match stage {
-            Stage::Reduce => {
+            Stage::Reduce | Stage::ReduceSlices | Stage::ReduceInBf16 | Stage::ReduceSlicesInBf16 | Stage::Scatter => {
                 self.lane.follow()?;
-                self.reduce(floats, len, FLOAT32)
             }
+            Stage::Widen | Stage::WidenSlice | Stage::Gather | Stage::Keep => {}
+        }
+        let halves = || first_bytes(scratch, Adding::FastInBf16.scratch(len, self.size));
+        let parts = || first_bytes(scratch, Adding::Tree.scratch(len, self.size));
+        match stage {
+            Stage::Reduce => self.reduce(floats, len, FLOAT32),
+            Stage::ReduceSlices => self.reduce_slices(floats, len, FLOAT32),
             Stage::ReduceInBf16 => {
-                self.lane.follow()?;
-                let rounded = first_bytes(scratch, Adding::FastInBf16.scratch(len, self.size));
-                self.launch(gpu, &Launch::cast(len, Precision::Bf16), floats, rounded)?;
-                self.reduce(rounded, len, BFLOAT16)
+                self.launch(gpu, &Launch::cast(len, Precision::Bf16), floats, halves())?;
+                self.reduce(halves(), len, BFLOAT16)
             }
-            Stage::Widen => self.launch(gpu, &Launch::cast(len, Precision::F32), scratch, floats),
-            Stage::Scatter => {
-                self.lane.follow()?;
-                self.exchange(slice, part)
+            Stage::ReduceSlicesInBf16 => {
+                self.launch(gpu, &Launch::cast(len, Precision::Bf16), floats, halves())?;
+                self.reduce_slices(halves(), len, BFLOAT16)
             }
+            Stage::Widen => self.launch(gpu, &Launch::cast(len, Precision::F32), halves(), floats),
+            Stage::WidenSlice => {
+                let sum = self.slice_of(halves());
+                self.launch(gpu, &Launch::cast(own, Precision::F32), sum, slice(self.rank))
+            }
+            Stage::Scatter => self.exchange(slice, part),
             Stage::Gather => {
-                let parts = first_bytes(scratch, Adding::Tree.scratch(len, self.size));
-                for launch in tree_sum(self.size, slices.stride, own) {
-                    self.launch(gpu, &launch, parts, parts)?;
-                }
+                self.add_up(gpu, &slices, parts())?;
                 self.exchange(|_| part(0), slice)
             }
+            Stage::Keep => {
+                self.add_up(gpu, &slices, parts())?;
+                self.lane.copy(part(0), slice(self.rank))
+            }
         }
+    }
+
+    /// Begins to give all GPUs each one's slice of a memory, when what was begun on this GPU before has ended. After it comes
+    /// [`Communicator::sum_is_begun`].
+    ///
+    /// # Errors
+    /// What the library or the driver refuses.
+    ///
+    /// # Panics
+    /// If the GPUs cannot have equal parts of the memory.
+    pub fn begin_gather(&mut self, memory: Memory) -> Result<(), CudaError> {
+        self.lane.follow()?;
+        let own = self.slice_of(memory);
+        let [from, to] = [own, memory].map(|memory| memory.address as *mut c_void);
+        // SAFETY: as in `reduce`; the slice is where the library looks for it.
+        let status = unsafe { (self.library.all_gather)(from, to, own.bytes, UINT8, self.handle, self.stream()) };
+        self.checked(status, &format!("gather {} bytes", memory.bytes)).map(drop)
+    }
+
+    /// This GPU's of the equal parts of a memory.
+    fn slice_of(&self, memory: Memory) -> Memory {
+        assert!(memory.bytes.is_multiple_of(self.size), "{} bytes for {} GPUs", memory.bytes, self.size);
+        let bytes = memory.bytes / self.size;
+        Memory { address: memory.address + (self.rank * bytes) as u64, bytes }
     }
 
     fn reduce(&mut self, numbers: Memory, count: usize, kind: c_int) -> Result<(), CudaError> {
@@ -100,6 +151,21 @@ impl Communicator {
         // SAFETY: a memory lives as long as its GPU, whose queue ends before it, and it is that long.
         let status = unsafe { (self.library.all_reduce)(at, at, count, kind, SUM, self.handle, self.stream()) };
         self.checked(status, &format!("sum up {count} floats")).map(drop)
+    }
+
+    fn reduce_slices(&mut self, numbers: Memory, count: usize, kind: c_int) -> Result<(), CudaError> {
+        let [from, to] = [numbers, self.slice_of(numbers)].map(|memory| memory.address as *mut c_void);
+        let own = count / self.size;
+        // SAFETY: as in `reduce`; the slice is where the library looks for it.
+        let status = unsafe { (self.library.reduce_scatter)(from, to, own, kind, SUM, self.handle, self.stream()) };
+        self.checked(status, &format!("sum up {count} floats")).map(drop)
+    }
+
+    /// Adds up everybody's parts of this GPU's slice.
+    fn add_up(&self, gpu: &mut Gpu, slices: &Slices, parts: Memory) -> Result<(), CudaError> {
+        let own = slices.of(self.rank).len();
+        let mut launches = tree_sum(self.size, slices.stride, own).into_iter();
+        launches.try_for_each(|launch| self.launch(gpu, &launch, parts, parts))
     }
 
     /// Begins to send a memory to each GPU and to receive one from each, this one included; empty ones are left out.

@@ -6,27 +6,31 @@ use std::ops::Range;
 /// Parts that a block adds up, and its threads, which have four floats of each.
 const PARTS: usize = 8;
 const THREADS: usize = 256;
-/// Slices begin at multiples of this many floats.
+/// Parts in scratch memory, and slices that are not all as long, begin at multiples of this many floats.
 const SLICE: usize = 16;
 
-/// How `len` floats are divided among GPUs: each adds up a slice, all as long but for the last ones.
+/// How `len` floats are divided among GPUs: each adds up a slice, all as long where their number divides `len`, else all but the last ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Slices {
     len: usize,
     /// Number of GPUs.
     pub size: usize,
-    /// Floats from one slice to the next.
+    /// Floats of a slice.
+    pub slice: usize,
+    /// Floats from one to the next where one GPU has everybody's.
     pub stride: usize,
 }
 
 impl Slices {
     pub fn new(len: usize, size: usize) -> Slices {
-        Slices { len, size, stride: len.div_ceil(size).next_multiple_of(SLICE) }
+        let stride = len.div_ceil(size).next_multiple_of(SLICE);
+        let slice = if len.is_multiple_of(size) { len / size } else { stride };
+        Slices { len, size, slice, stride }
     }
 
     /// The slice of that GPU, which may be empty.
     pub fn of(&self, rank: usize) -> Range<usize> {
-        let cut = |rank: usize| (rank * self.stride).min(self.len);
+        let cut = |rank: usize| (rank * self.slice).min(self.len);
         cut(rank)..cut(rank + 1)
     }
 
@@ -64,13 +68,16 @@ mod tests {
 
     #[test]
     fn slices_make_up_the_whole() {
-        for (len, size) in [(0, 2), (1, 4), (16, 3), (17, 2), (100_003, 8), (64, 4)] {
+        for (len, size) in [(0, 2), (1, 4), (16, 3), (17, 2), (100_003, 8), (64, 4), (24, 4), (21, 3)] {
             let slices = Slices::new(len, size);
             let mut end = 0;
             for rank in 0..size {
                 let slice = slices.of(rank);
                 assert_eq!(slice.start, end);
-                assert!(slice.len() <= slices.stride && slice.start.is_multiple_of(SLICE) || slice.is_empty());
+                let is_equal = slice.len() * size == len;
+                assert!(is_equal || !len.is_multiple_of(size), "{len} floats of {size}: {slice:?}");
+                assert!(is_equal || slice.start.is_multiple_of(SLICE) || slice.is_empty());
+                assert!(slice.len() <= slices.stride);
                 end = slice.end;
             }
             assert_eq!(end, len);

@@ -1,11 +1,12 @@
 //! Plans on disk: a file for each GPU and its libraries in the user's cache, so that a search is made once.
 //!
-//! Several processes may write a file: each reads what is there and puts a whole file in its place. Where two do so at a time, the later one
-//! takes its place, and what the other had found is searched again some day.
+//! Several processes may write a file, each whenever it has found a plan: it reads what is there, adds all that it has found itself, and puts
+//! a whole file in its place. Where two do so at a time, the later one takes its place; the other adds what it had found again with its next
+//! plan, and what two have found last at one time is searched again some day.
 
 use super::table::{Card, PlanTable};
 use crate::device::cuda::CudaError;
-use crate::files::{open_regular, parent, user_cache_dir, write_synced};
+use crate::files::{Durability, open_regular, parent, user_cache_dir, write};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, ErrorKind, Read};
@@ -57,13 +58,13 @@ impl PlanCache {
     }
 
     /// Adds plans to those that are there. What stands in the way is a notice.
-    pub fn add(&self, found: &PlanTable) -> Option<String> {
+    pub fn add(&self, found: &PlanTable, durability: Durability) -> Option<String> {
         let path = self.0.as_ref()?;
         let (mut table, notice) = self.read(&found.card);
         found.choices().iter().for_each(|timed| table.put(timed.clone()));
         let written = fs::create_dir_all(parent(path))
             .and_then(|()| table.encode().map_err(io::Error::other))
-            .and_then(|text| write_synced(path, text.as_bytes()));
+            .and_then(|text| write(path, text.as_bytes(), durability));
         let failure = written.err().map(|error| {
             format!(
                 "the plans of a GPU cannot be kept in {}, so that the next run searches them again: {error}; \
@@ -122,12 +123,15 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = cache_in(folder.path());
         assert_eq!(cache.read(&card()), (table(&[]), None));
-        assert_eq!(cache.add(&table(&[(1, 4), (2, 4)])), None);
-        assert_eq!(cache_in(folder.path()).add(&table(&[(2, 6), (3, 8)])), None);
+        assert_eq!(cache.add(&table(&[(1, 4), (2, 4)]), Durability::Kill), None);
+        assert_eq!(cache_in(folder.path()).add(&table(&[(2, 6), (3, 8)]), Durability::PowerFailure), None);
         assert_eq!(cache.read(&card()), (table(&[(1, 4), (2, 6), (3, 8)]), None));
         assert_eq!(fs::read_dir(folder.path().join("plans")).unwrap().count(), 1, "nothing else is left there");
         let nowhere = PlanCache(None);
-        assert_eq!((nowhere.add(&table(&[(1, 4)])), nowhere.read(&card())), (None, (table(&[]), None)));
+        assert_eq!(
+            (nowhere.add(&table(&[(1, 4)]), Durability::Kill), nowhere.read(&card())),
+            (None, (table(&[]), None))
+        );
     }
 
     #[test]
@@ -159,7 +163,7 @@ mod tests {
     fn where_nothing_can_be_written_there_is_a_notice() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("plans"), "a file").unwrap();
-        let notice = cache_in(folder.path()).add(&table(&[(1, 4)])).unwrap();
+        let notice = cache_in(folder.path()).add(&table(&[(1, 4)]), Durability::Kill).unwrap();
         assert!(notice.contains("cannot be kept in") && notice.contains(VARIABLE), "{notice}");
         // What should be a file and is a folder is neither read nor moved.
         let folder = tempfile::tempdir().unwrap();

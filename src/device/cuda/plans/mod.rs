@@ -9,6 +9,7 @@ pub use table::{Card, Choice, Piece, PlanTable, TimedChoice};
 use super::blas::{Blas, ProductChoice};
 use super::dnn::{ConvolutionPlan, Dnn};
 use super::{AlignedProduct, ConvolutionShape, CudaError, Gpu};
+use crate::files::Durability;
 use cache::PlanCache;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -59,10 +60,9 @@ pub(super) struct Plans {
 }
 
 /// What became of pieces that needed plans.
-#[derive(Default)]
 struct Finding {
     /// Found by a search.
-    new: Vec<TimedChoice>,
+    new: PlanTable,
     /// Why others could not be used any more.
     refusals: Vec<String>,
 }
@@ -134,22 +134,29 @@ impl Plans {
         pieces: &[Piece],
         goes_on: &dyn Fn() -> bool,
     ) -> Result<bool, CudaError> {
-        let mut finding = Finding::default();
+        let mut finding = Finding { new: PlanTable::new(self.card().clone()), refusals: Vec::new() };
         let mut find = || {
             for piece in pieces {
                 if !goes_on() {
                     return Ok(false);
                 }
                 if self.get(piece).is_none() {
+                    let before = finding.new.choices().len();
                     let plan = self.plan(libraries, piece, &mut finding)?;
                     self.ready.push(plan);
+                    if finding.new.choices().len() > before {
+                        // A search of minutes may be killed.
+                        self.keep(&finding.new, Durability::Kill);
+                    }
                 }
             }
             Ok(true)
         };
         let found = find();
-        // What a search that ended early has found is found.
-        self.keep(finding);
+        if !finding.new.choices().is_empty() {
+            self.keep(&finding.new, Durability::PowerFailure);
+        }
+        self.tell_of(&finding.refusals);
         found
     }
 
@@ -168,7 +175,7 @@ impl Plans {
                 Plan::Product(choice, time)
             }
         };
-        finding.new.push(plan.timed());
+        finding.new.put(plan.timed());
         Ok(plan)
     }
 
@@ -195,19 +202,19 @@ impl Plans {
         Ok(dnn.fault_of(gpu, &plan)?.map_or(Ok(Plan::Convolution(plan)), |why| Err(about(why))))
     }
 
-    fn keep(&mut self, Finding { new, refusals }: Finding) {
-        if let Some(first) = refusals.first() {
-            self.notices.push_back(format!(
-                "{} of the plans that were chosen before cannot be used any more, and others were searched, which may \
-                 give other last bits: {first}",
-                refusals.len()
-            ));
-        }
-        if !new.is_empty() {
-            let mut found = PlanTable::new(self.card().clone());
-            new.into_iter().for_each(|timed| found.put(timed));
-            self.notices.extend(self.cache.add(&found));
-        }
+    fn keep(&mut self, found: &PlanTable, durability: Durability) {
+        let notice = self.cache.add(found, durability);
+        // What stands in the way is the same for each plan.
+        self.notices.extend(notice.filter(|notice| !self.notices.contains(notice)));
+    }
+
+    fn tell_of(&mut self, refusals: &[String]) {
+        let Some(first) = refusals.first() else { return };
+        self.notices.push_back(format!(
+            "{} of the plans that were chosen before cannot be used any more, and others were searched, which may give other last bits: \
+             {first}",
+            refusals.len()
+        ));
     }
 
     /// Has the user told something.

@@ -1,0 +1,80 @@
+"""Draws the losses of runs, for example in two precisions, over those of runs that differ in the seed alone.
+
+    python benches/loss_curves.py curves.png f32=runs/f32-0 f32=runs/f32-1 f32=runs/f32-2 bf16=runs/bf16-0
+
+Runs of the first name are the yardstick. For each other run it prints how far its smoothed loss is from that of the yardstick's run of the same
+seed, beside how far the yardstick's runs are from their mean: medians and maxima over the steps. Takes matplotlib (`pip install matplotlib`)."""
+
+import argparse
+import json
+import statistics
+import sys
+import tomllib
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Each point is the mean of so many logged losses: one loss is that of one batch, and noisy.
+WINDOW = 20
+
+
+def read(run):
+    """Seed of a run, its steps, and its smoothed losses."""
+    config = tomllib.loads((run / "config.toml").read_text())
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line["loss"] for line in lines if "loss" in line}  # what a resume did again counts once
+    steps = sorted(logged)
+    losses = [logged[step] for step in steps]
+    smooth = [statistics.fmean(losses[i - WINDOW + 1 : i + 1]) for i in range(WINDOW - 1, len(losses))]
+    if not smooth:
+        sys.exit(f"{run}: {len(losses)} losses are logged, and {WINDOW} make one point: let it run on, or set log.every")
+    return config["train"]["seed"], steps[WINDOW - 1 :], smooth
+
+
+def distances(ours, theirs):
+    return [abs(a - b) for a, b in zip(ours, theirs)]
+
+
+def told(what, values):
+    print(f"{what}: median {statistics.median(values):.4f}, at most {max(values):.4f}")
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("picture", type=Path)
+    arguments.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    arguments = arguments.parse_args()
+    named = [run.partition("=") for run in arguments.runs]
+    runs = [(name, *read(Path(folder))) for name, _, folder in named]
+    if any(steps != runs[0][2] for _, _, steps, _ in runs):
+        sys.exit("the runs have logged different steps: give all of them the same train.steps and log.every, and let them finish")
+
+    yardstick, steps = runs[0][0], runs[0][2]
+    of_seed = {seed: losses for name, seed, _, losses in runs if name == yardstick}
+    mean = [statistics.fmean(at) for at in zip(*of_seed.values())]
+    told(f"{yardstick}, {len(of_seed)} seeds, from their mean", [d for losses in of_seed.values() for d in distances(losses, mean)])
+
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    axes.fill_between(steps, [min(at) for at in zip(*of_seed.values())], [max(at) for at in zip(*of_seed.values())], color="0.85",
+                      label=f"{yardstick}, {len(of_seed)} seeds")  # fmt: skip
+    for name, seed, _, losses in runs:
+        if name == yardstick:
+            continue
+        if seed not in of_seed:
+            sys.exit(f"there is no run of {yardstick} with seed {seed}")
+        told(f"{name}, seed {seed}, from {yardstick} of that seed", distances(losses, of_seed[seed]))
+        axes.plot(steps, of_seed[seed], color="tab:blue", linewidth=1.5, label=f"{yardstick}, seed {seed}")
+        axes.plot(steps, losses, color="tab:orange", linewidth=1.5, linestyle="--", label=f"{name}, seed {seed}")
+    axes.set(xlabel="step", ylabel=f"loss, mean of {WINDOW} logged", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
