@@ -91,6 +91,18 @@ fn may_trace() -> Result<(), String> {
 /// Ends with its tracing.
 struct Strace(std::process::Child);
 
+impl Strace {
+    /// Lets go of a process that goes on: threads that are stopped at a call go on too, which those of a killed strace need not.
+    fn let_go(&mut self) {
+        send(Pid::from_child(&self.0), Signal::INT);
+        let start = Instant::now();
+        // One that is killed just now may keep strace 6.1 for ever.
+        while self.0.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
 impl Drop for Strace {
     fn drop(&mut self) {
         let _ = self.0.kill();
@@ -130,10 +142,12 @@ fn killed_at(project: &Project, victim: Victim, kind: &str, n: usize) -> Outcome
     let checkpoints = project.path(run_dir).join("checkpoints");
     stop_between_saves(processes[victim.rank]);
     let before = newest(&checkpoints);
-    let strace = attach(processes[victim.rank], kind, n).unwrap();
+    let mut strace = attach(processes[victim.rank], kind, n).unwrap();
     send(processes[victim.rank], Signal::CONT);
     until_killed_or_saved_twice(processes[victim.rank], &checkpoints);
     if lives(processes[victim.rank]) {
+        // The calls of a rank that leaves are none of the save's.
+        strace.let_go();
         running.signal(Signal::TERM);
     }
     let (code, stderr) = running.wait();

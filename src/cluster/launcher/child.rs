@@ -87,6 +87,8 @@ pub(super) struct Rank {
     child: Child,
     is_reaped: bool,
     asked: Asked,
+    /// Whether it has been sent SIGKILL.
+    is_killed: bool,
     error_file: PathBuf,
     output: Vec<Receiver<()>>,
 }
@@ -169,7 +171,8 @@ impl Site<'_> {
         let mut child = command.spawn()?;
         let pipes = (child.stdout.take(), child.stderr.take());
         let (asked, host) = (Asked::No, self.host.to_string());
-        let mut started = Rank { rank, place, host, child, is_reaped: false, asked, error_file, output: Vec::new() };
+        let (is_reaped, is_killed, output) = (false, false, Vec::new());
+        let mut started = Rank { rank, place, host, child, is_reaped, asked, is_killed, error_file, output };
         let [to_stdout, to_stderr] = match rank {
             0 => [Target::Stdout, Target::Stderr],
             // Alarms must be seen; results are those of rank 0.
@@ -211,7 +214,12 @@ impl Rank {
             let _ = end.recv_timeout(deadline.saturating_duration_since(Instant::now()));
         }
         let message = (status != How::Exit(0)).then(|| error_file::read(&self.error_file)).flatten();
-        let (rank, place, asked) = (self.rank, self.place, self.asked);
+        let (rank, place) = (self.rank, self.place);
+        // Who is told to leave and falls, or is killed by someone else, has not left.
+        let asked = match status {
+            How::Signal(signal) if !self.may_end_by(signal) => Asked::No,
+            _ => self.asked,
+        };
         Some(RankEnd { rank, place, host: self.host.clone(), how: status, asked, at, message })
     }
 
@@ -226,8 +234,18 @@ impl Rank {
             }
             Act::Kill(asked) => {
                 self.asked = asked;
+                self.is_killed = true;
                 self.signal_group(Signal::KILL);
             }
+        }
+    }
+
+    /// Whether a rank that is told to end may end by this signal: it need not know what to do with the one that tells it.
+    fn may_end_by(&self, signal: i32) -> bool {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2};
+        match signal {
+            SIGKILL => self.is_killed,
+            signal => [SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2].contains(&signal),
         }
     }
 

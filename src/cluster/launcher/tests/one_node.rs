@@ -176,6 +176,20 @@ fn ranks_without_a_state_end_as_the_signal_says() {
     assert_eq!(running.ended(), (143, String::new()));
 }
 
+/// It has saved nothing, whoever it was that wanted the run to leave; its peer only misses it.
+#[test]
+fn a_rank_that_is_killed_while_it_leaves_is_the_cause() {
+    let killed = "[ $RANK = 1 ] || { trap 'kill -9 $$' TERM; : > $DIR/ready0; while :; do sleep 0.05; done; }";
+    let misses = "trap 'exit 6' TERM; : > $DIR/ready1; while :; do sleep 0.05; done";
+    let script = Script::new(2, &format!("{killed}; {misses}"));
+    let running = script.start();
+    script.until(&["ready0", "ready1"]);
+    running.doorbell.signal(SIGTERM);
+    let (code, message) = running.ended();
+    assert_eq!(code, 137, "{message}");
+    assert!(message.contains("rank 0") && message.contains("SIGKILL"), "{message}");
+}
+
 #[test]
 fn a_second_ctrl_c_ends_all_at_once() {
     let script = Script::new(2, &format!("trap '' INT TERM; echo $$ > $DIR/pid$RANK; : > $DIR/ready$RANK; {LIVES}"));
