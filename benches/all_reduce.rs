@@ -6,8 +6,8 @@
 //! A round's time is that of its slowest rank; GB/s are bytes of gradients over its median. The time a rank's threads computed (cpu) is
 //! what it would take where nothing else runs and each rank has a core, and says most on a busy machine.
 
-use ddpm_dist::collective::Collective;
 use ddpm_dist::collective::host::{Host, Meeting};
+use ddpm_dist::collective::{Collective, Exchange};
 use ddpm_dist::device::cpu::Cpu;
 use ddpm_dist::device::{BufferId, Device};
 use ddpm_dist::rendezvous::store::{Client, Server};
@@ -124,10 +124,10 @@ fn once(
     host.barrier()?;
     let start = Instant::now();
     for range in ranges {
-        host.all_reduce_start(device, buffer, range.clone())?;
+        host.start(Exchange::AllReduce, device, buffer, range.clone())?;
     }
     for range in ranges {
-        host.all_reduce_wait(device, buffer, range.clone())?;
+        host.wait(Exchange::AllReduce, device, buffer, range.clone())?;
     }
     Ok(start.elapsed().as_secs_f64())
 }

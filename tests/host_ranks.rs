@@ -4,7 +4,7 @@
 
 use ddpm_dist::cluster::watchdog::Watchdog;
 use ddpm_dist::collective::host::{Host, Meeting};
-use ddpm_dist::collective::{Collective, Record};
+use ddpm_dist::collective::{Collective, Exchange, Record};
 use ddpm_dist::device::{Device, cpu::Cpu};
 use ddpm_dist::rendezvous::store::{Client, Server};
 use rustix::process::{Pid, Signal, kill_process};
@@ -106,10 +106,10 @@ fn a_rank() {
     let error = loop {
         step += 1;
         activity.note(step, "sums");
-        let result = host.all_reduce_start(&mut device, buffer, 0..FLOATS).and_then(|()| {
-            host.all_reduce_start(&mut device, buffer, 0..1000)?;
-            host.all_reduce_wait(&mut device, buffer, 0..FLOATS)?;
-            host.all_reduce_wait(&mut device, buffer, 0..1000)
+        let result = host.start(Exchange::AllReduce, &mut device, buffer, 0..FLOATS).and_then(|()| {
+            host.start(Exchange::AllReduce, &mut device, buffer, 0..1000)?;
+            host.wait(Exchange::AllReduce, &mut device, buffer, 0..FLOATS)?;
+            host.wait(Exchange::AllReduce, &mut device, buffer, 0..1000)
         });
         match result {
             Err(error) => break error,

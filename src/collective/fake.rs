@@ -2,7 +2,7 @@
 //!
 //! For plans and tests: what a step waits for its sums can be read off the events, on any machine and whatever else it does meanwhile.
 
-use super::{Collective, CollectiveError, slice_of};
+use super::{Collective, CollectiveError, Exchange, slice_of};
 use crate::device::{BufferId, Device};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -109,19 +109,6 @@ impl Fake {
 }
 
 impl Fake {
-    fn begin(&mut self, operation: &str, range: Range<usize>, bytes: usize) -> Result<(), CollectiveError> {
-        let number = self.begun().len();
-        if let Some((rank, _)) = self.lost.filter(|(_, sum)| *sum == number) {
-            return Err(CollectiveError::PeerLost { rank, operation: format!("{operation} {number}") });
-        }
-        let at = self.clock.now();
-        let takes = self.cost.each + Duration::from_secs_f64(self.cost.per_byte * bytes as f64);
-        self.free = self.free.max(at) + takes;
-        self.under_way.push_back((range.clone(), self.free));
-        self.events.push(Event::Begun { range, at });
-        Ok(())
-    }
-
     fn end(&mut self, range: &Range<usize>) {
         let done = self.under_way.pop_front();
         let Some((_, done)) = done.filter(|(begun, _)| begun == range) else {
@@ -149,51 +136,43 @@ impl Collective for Fake {
         self.size
     }
 
-    fn all_reduce_start(&mut self, _: &mut Device, _: BufferId, range: Range<usize>) -> Result<(), CollectiveError> {
-        let bytes = range.len() * size_of::<f32>();
-        self.begin("all-reduce", range, bytes)
-    }
-
-    fn all_reduce_wait(
+    fn start(
         &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        self.end(&range);
-        self.multiply(device, buffer, range)
-    }
-
-    fn reduce_scatter_start(
-        &mut self,
+        exchange: Exchange,
         _: &mut Device,
         _: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        // Half of what moves in a sum that all get.
-        let bytes = range.len() * size_of::<f32>() / 2;
-        self.begin("reduce-scatter", range, bytes)
+        let number = self.begun().len();
+        if let Some((rank, _)) = self.lost.filter(|(_, sum)| *sum == number) {
+            return Err(CollectiveError::PeerLost { rank, operation: format!("{} {number}", exchange.name()) });
+        }
+        // What moves in a sum that all get is twice what moves in its halves.
+        let moves = match exchange {
+            Exchange::AllReduce => exchange.in_bytes(&range).len(),
+            Exchange::ReduceScatter | Exchange::AllGather => exchange.in_bytes(&range).len() / 2,
+        };
+        let at = self.clock.now();
+        let takes = self.cost.each + Duration::from_secs_f64(self.cost.per_byte * moves as f64);
+        self.free = self.free.max(at) + takes;
+        self.under_way.push_back((range.clone(), self.free));
+        self.events.push(Event::Begun { range, at });
+        Ok(())
     }
 
-    fn reduce_scatter_wait(
+    fn wait(
         &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
         self.end(&range);
-        let own = slice_of(&range, self.rank, self.size);
-        self.multiply(device, buffer, own)
-    }
-
-    fn all_gather_start(&mut self, _: &mut Device, _: BufferId, range: Range<usize>) -> Result<(), CollectiveError> {
-        let bytes = range.len() / 2;
-        self.begin("all-gather", range, bytes)
-    }
-
-    fn all_gather_wait(&mut self, _: &mut Device, _: BufferId, range: Range<usize>) -> Result<(), CollectiveError> {
-        self.end(&range);
-        Ok(())
+        match exchange {
+            Exchange::AllReduce => self.multiply(device, buffer, range),
+            Exchange::ReduceScatter => self.multiply(device, buffer, slice_of(&range, self.rank, self.size)),
+            Exchange::AllGather => Ok(()),
+        }
     }
 
     fn all_gather(&mut self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {

@@ -3,10 +3,10 @@
 
 mod activity;
 mod beside;
+mod exchange;
 pub mod fake;
 pub mod host;
 pub mod nccl;
-mod slices;
 #[cfg(test)]
 pub(crate) mod testing;
 mod timed;
@@ -14,7 +14,7 @@ mod tree;
 
 pub use activity::{Activity, Operation, Progress, Record};
 pub use beside::beside;
-pub use slices::slice_of;
+pub use exchange::{Exchange, slice_of};
 pub use timed::Timed;
 pub use tree::sum_along_tree;
 
@@ -100,9 +100,9 @@ pub enum CollectiveError {
 
 /// The ranks of a run, which add up their gradients bucket by bucket.
 ///
-/// A sum is begun and waited for separately, so that it can run while the backward pass computes the next gradients. Between the two,
-/// the program leaves the range alone, and the collective keeps no reference to it: on host memory it works on a copy, on an accelerator
-/// on the device's own queues.
+/// A sum is begun and waited for separately, so that it can run while the backward pass computes the next gradients; so is what else they
+/// [exchange](Exchange). Between the two, the program leaves the range alone, and the collective keeps no reference to it: on host memory it
+/// works on a copy, on an accelerator on the device's own queues.
 pub trait Collective: fmt::Debug {
     /// This process's number, from 0.
     fn rank(&self) -> usize;
@@ -118,68 +118,26 @@ pub trait Collective: fmt::Debug {
         Ok(())
     }
 
-    /// Begins to replace `range` of `buffer` (f32) by its sum over all ranks.
+    /// Begins an exchange of `range` of `buffer`, in elements: floats (f32) of a sum, bytes otherwise.
     ///
     /// # Errors
     /// A rank that does not take part.
-    fn all_reduce_start(
+    fn start(
         &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError>;
 
-    /// Returns when the sum stands in `range` of `buffer`, or, on a device with queues, when what is launched next will find it there.
+    /// Returns when the result of the exchange that was begun first stands there, or, on a device with queues, when what is launched next
+    /// will find it there.
     ///
     /// # Errors
     /// A rank that does not take part.
-    fn all_reduce_wait(
+    fn wait(
         &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError>;
-
-    /// Begins to sum each rank's slice of `range` of `buffer` (f32) over all ranks: of its `world_size` equal parts, in the order of the ranks.
-    /// A rank has the sum of its own slice then; what stands in the others is not defined.
-    ///
-    /// # Errors
-    /// A rank that does not take part.
-    fn reduce_scatter_start(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError>;
-
-    /// Returns when this rank's sum stands in its slice, or, on a device with queues, when what is launched next will find it there.
-    ///
-    /// # Errors
-    /// A rank that does not take part.
-    fn reduce_scatter_wait(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError>;
-
-    /// Begins to give all ranks each rank's slice of the bytes `range` of `buffer`: of its `world_size` equal parts, in the order of the ranks.
-    ///
-    /// # Errors
-    /// A rank that does not take part.
-    fn all_gather_start(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError>;
-
-    /// Returns when all slices stand there, or, on a device with queues, when what is launched next will find them there.
-    ///
-    /// # Errors
-    /// A rank that does not take part.
-    fn all_gather_wait(
-        &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
@@ -269,27 +227,11 @@ impl Collective for Solo {
         1
     }
 
-    fn all_reduce_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+    fn start(&mut self, _: Exchange, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
         Ok(())
     }
 
-    fn all_reduce_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
-        Ok(())
-    }
-
-    fn reduce_scatter_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
-        Ok(())
-    }
-
-    fn reduce_scatter_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
-        Ok(())
-    }
-
-    fn all_gather_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
-        Ok(())
-    }
-
-    fn all_gather_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+    fn wait(&mut self, _: Exchange, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! A collective that knows how long it was waited for.
 
-use super::{Adding, Collective, CollectiveError};
+use super::{Adding, Collective, CollectiveError, Exchange};
 use crate::device::{BufferId, Device};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -40,58 +40,24 @@ impl Collective for Timed<'_> {
         self.inner.reserve(device, longest)
     }
 
-    fn all_reduce_start(
+    fn start(
         &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        self.time(|inner| inner.all_reduce_start(device, buffer, range))
+        self.time(|inner| inner.start(exchange, device, buffer, range))
     }
 
-    fn all_reduce_wait(
+    fn wait(
         &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        self.time(|inner| inner.all_reduce_wait(device, buffer, range))
-    }
-
-    fn reduce_scatter_start(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        self.time(|inner| inner.reduce_scatter_start(device, buffer, range))
-    }
-
-    fn reduce_scatter_wait(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        self.time(|inner| inner.reduce_scatter_wait(device, buffer, range))
-    }
-
-    fn all_gather_start(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        self.time(|inner| inner.all_gather_start(device, buffer, range))
-    }
-
-    fn all_gather_wait(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        self.time(|inner| inner.all_gather_wait(device, buffer, range))
+        self.time(|inner| inner.wait(exchange, device, buffer, range))
     }
 
     fn needs_the_host(&self) -> bool {
@@ -155,32 +121,11 @@ mod tests {
             2
         }
 
-        fn all_reduce_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+        fn start(&mut self, _: Exchange, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
             Ok(())
         }
 
-        fn all_reduce_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
-            Ok(())
-        }
-
-        fn reduce_scatter_start(
-            &mut self,
-            _: &mut Device,
-            _: BufferId,
-            _: Range<usize>,
-        ) -> Result<(), CollectiveError> {
-            Ok(())
-        }
-
-        fn reduce_scatter_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
-            Ok(())
-        }
-
-        fn all_gather_start(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
-            Ok(())
-        }
-
-        fn all_gather_wait(&mut self, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
+        fn wait(&mut self, _: Exchange, _: &mut Device, _: BufferId, _: Range<usize>) -> Result<(), CollectiveError> {
             Ok(())
         }
 

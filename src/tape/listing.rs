@@ -1,6 +1,7 @@
 //! A program as something a person can read.
 
-use super::{Instruction, Kind, Phase, Program};
+use super::{Bucket, Instruction, Kind, Phase, Program};
+use crate::collective::Exchange;
 use crate::device::{DType, Slot};
 use std::fmt::Write;
 
@@ -90,14 +91,11 @@ impl Program {
         for (number, instruction) in self.instructions.iter().enumerate() {
             let places = |slots: &[Slot]| slots.iter().map(place).collect::<Vec<_>>().join(" ");
             let operands = match &instruction.kind {
-                Kind::ReduceStart { bucket, range }
-                | Kind::ReduceWait { bucket, range }
-                | Kind::ScatterStart { bucket, range }
-                | Kind::ScatterWait { bucket, range } => {
-                    format!("bucket {bucket}, gradients:{:#x}+{}f32", range.start * DType::F32.size(), range.len())
-                }
-                Kind::GatherStart { region, range } | Kind::GatherWait { region, range } => {
-                    format!("{}:{:#x}+{}B", region.name(), range.start, range.len())
+                Kind::Start(bucket) | Kind::Wait(bucket) => {
+                    let Bucket { number, exchange, region, range } = bucket;
+                    let unit = if exchange.is_sum() { DType::F32.name() } else { "B" };
+                    let start = exchange.in_bytes(range).start;
+                    format!("bucket {number}, {}:{start:#x}+{}{unit}", region.name(), range.len())
                 }
                 Kind::Launch(_) => {
                     let adds = if instruction.updates != 0 { "+" } else { "" };
@@ -124,12 +122,16 @@ impl Instruction {
     pub fn name(&self) -> &'static str {
         match &self.kind {
             Kind::Launch(op) => op.name(),
-            Kind::ReduceStart { .. } => "all_reduce_start",
-            Kind::ReduceWait { .. } => "all_reduce_wait",
-            Kind::ScatterStart { .. } => "reduce_scatter_start",
-            Kind::ScatterWait { .. } => "reduce_scatter_wait",
-            Kind::GatherStart { .. } => "all_gather_start",
-            Kind::GatherWait { .. } => "all_gather_wait",
+            Kind::Start(bucket) => match bucket.exchange {
+                Exchange::AllReduce => "all_reduce_start",
+                Exchange::ReduceScatter => "reduce_scatter_start",
+                Exchange::AllGather => "all_gather_start",
+            },
+            Kind::Wait(bucket) => match bucket.exchange {
+                Exchange::AllReduce => "all_reduce_wait",
+                Exchange::ReduceScatter => "reduce_scatter_wait",
+                Exchange::AllGather => "all_gather_wait",
+            },
         }
     }
 
@@ -149,11 +151,7 @@ impl Instruction {
                 let output = |(i, slot): (usize, &Slot)| slot.bytes() * (1 + (self.updates >> i & 1) as usize);
                 (inputs + self.outputs.iter().enumerate().map(output).sum::<usize>()) as u64
             }
-            Kind::ReduceStart { range, .. }
-            | Kind::ReduceWait { range, .. }
-            | Kind::ScatterStart { range, .. }
-            | Kind::ScatterWait { range, .. } => (range.len() * DType::F32.size()) as u64,
-            Kind::GatherStart { range, .. } | Kind::GatherWait { range, .. } => range.len() as u64,
+            Kind::Start(bucket) | Kind::Wait(bucket) => bucket.bytes() as u64,
         }
     }
 }

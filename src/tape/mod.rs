@@ -25,7 +25,7 @@ pub use listing::{OpGroup, Summary, human_bytes, human_flops};
 pub use op::{Elements, Op, Scratch, Signature, Spec};
 pub use plan::{Buckets, Reduction, plan};
 pub use plans::{agree_on_plans, pieces};
-pub use program::{Instruction, IoSlot, Kind, Lane, Loaded, Program, RunError};
+pub use program::{Bucket, Instruction, IoSlot, Kind, Lane, Loaded, Program, RunError};
 pub use record::{Phase, Tape, Var};
 pub use shape::Shape;
 pub use slices::{Slices, in_slices};

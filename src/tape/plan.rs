@@ -1,8 +1,9 @@
 //! From a tape to a program: the layout of parameters, the lifetimes of temporaries, their places in the arena.
 
-use super::program::{Instruction, IoSlot, Kind, Lane, Program};
+use super::program::{Bucket, Instruction, IoSlot, Kind, Lane, Program};
 use super::record::{Home, Node, Tape};
 use super::{Op, ParamLayout, Phase, Spec};
+use crate::collective::Exchange;
 use crate::device::{ALIGNMENT, DType, DeviceKind, Region, Slot, cuda};
 use std::ops::Range;
 use std::sync::Arc;
@@ -91,9 +92,7 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
     let comm = |kind| Instruction::communication(kind, Phase::Backward);
     for (id, node) in tape.nodes.iter().enumerate() {
         if node.phase == Phase::Update {
-            for (bucket, range) in started.drain(..) {
-                instructions.push(comm(Kind::ReduceWait { bucket, range }));
-            }
+            instructions.extend(started.drain(..).map(|bucket| comm(Kind::Wait(bucket))));
         }
         let signature = node.op.signature();
         instructions.push(Instruction {
@@ -110,14 +109,13 @@ pub fn plan(tape: &Tape, layout: Option<&ParamLayout>, reduction: Option<Reducti
             if let Some(before) = reduction.and_then(|how| how.before) {
                 instructions.push(in_place(before(bucket.range.len()), &bucket.range, &layout));
             }
-            let number = started.len();
-            instructions.push(comm(Kind::ReduceStart { bucket: number, range: bucket.range.clone() }));
-            started.push((number, bucket.range));
+            let (number, exchange, region) = (started.len(), Exchange::AllReduce, Region::Gradients);
+            let bucket = Bucket { number, exchange, region, range: bucket.range };
+            instructions.push(comm(Kind::Start(bucket.clone())));
+            started.push(bucket);
         }
     }
-    for (bucket, range) in started {
-        instructions.push(comm(Kind::ReduceWait { bucket, range }));
-    }
+    instructions.extend(started.into_iter().map(|bucket| comm(Kind::Wait(bucket))));
     let thread_scratch = tape.nodes.iter().map(|n| n.op.scratch().thread).max().unwrap_or(0);
     Program { instructions, layout, io, io_bytes, arena_bytes, thread_scratch, target: tape.target }
 }
@@ -155,7 +153,7 @@ fn gradient_completion(tape: &Tape) -> Vec<Option<usize>> {
     completed
 }
 
-struct Bucket {
+struct Cut {
     range: Range<usize>,
     complete_at: usize,
 }
@@ -167,11 +165,11 @@ fn cut_buckets(
     completed: &[Option<usize>],
     sizes: Buckets,
     granule: usize,
-) -> Vec<Bucket> {
+) -> Vec<Cut> {
     let mut params: Vec<(usize, usize)> =
         (0..tape.params.len()).filter_map(|p| Some((layout.offset_of(&tape.params[p])?, completed[p]?))).collect();
     params.sort();
-    let mut buckets: Vec<Bucket> = Vec::new();
+    let mut buckets: Vec<Cut> = Vec::new();
     let mut start = 0;
     let mut complete_at = 0;
     for (i, &(_, at)) in params.iter().enumerate() {
@@ -184,7 +182,7 @@ fn cut_buckets(
             // A bucket starts after the one before it, so that every rank reduces in the same order.
             let after = buckets.last().map_or(0, |b| b.complete_at);
             complete_at = complete_at.max(after);
-            buckets.push(Bucket { range: start..end, complete_at });
+            buckets.push(Cut { range: start..end, complete_at });
             start = end;
         }
     }

@@ -1,5 +1,5 @@
 use super::{Op, ParamLayout, Phase};
-use crate::collective::{Collective, CollectiveError};
+use crate::collective::{Collective, CollectiveError, Exchange};
 use crate::device::{Binding, Device, DeviceError, Precision, Region, Slot, Target, Tick, cuda};
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,48 +31,30 @@ impl Lane {
 pub enum Kind {
     /// Runs an op.
     Launch(Arc<dyn Op>),
-    /// Begins the sum over ranks of a range of the gradient buffer.
-    ReduceStart {
-        /// Number of the bucket.
-        bucket: usize,
-        /// Elements of the flat buffer.
-        range: Range<usize>,
-    },
-    /// Waits for that sum.
-    ReduceWait {
-        /// Number of the bucket.
-        bucket: usize,
-        /// Elements of the flat buffer.
-        range: Range<usize>,
-    },
-    /// Begins such a sum of which each rank gets its slice.
-    ScatterStart {
-        /// Number of the bucket.
-        bucket: usize,
-        /// Elements of the flat buffer.
-        range: Range<usize>,
-    },
-    /// Waits for that slice.
-    ScatterWait {
-        /// Number of the bucket.
-        bucket: usize,
-        /// Elements of the flat buffer.
-        range: Range<usize>,
-    },
-    /// Begins to give all ranks each rank's slice of a part of a region.
-    GatherStart {
-        /// Where it is.
-        region: Region,
-        /// Bytes of the region.
-        range: Range<usize>,
-    },
-    /// Waits for those slices.
-    GatherWait {
-        /// Where they are.
-        region: Region,
-        /// Bytes of the region.
-        range: Range<usize>,
-    },
+    /// Begins an exchange between ranks.
+    Start(Bucket),
+    /// Waits for it.
+    Wait(Bucket),
+}
+
+/// A part of a region that ranks exchange at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bucket {
+    /// Its number, from 0, in the order in which gradients are complete.
+    pub number: usize,
+    /// What becomes of it.
+    pub exchange: Exchange,
+    /// Where it is.
+    pub region: Region,
+    /// Elements there: floats of a sum, bytes otherwise.
+    pub range: Range<usize>,
+}
+
+impl Bucket {
+    /// Bytes of it.
+    pub fn bytes(&self) -> usize {
+        self.exchange.in_bytes(&self.range).len()
+    }
 }
 
 /// One instruction of a program; all places are known.
@@ -159,11 +141,16 @@ impl Program {
 
     /// Floats of the longest of its sums over ranks; 0 if it has none.
     pub fn longest_sum(&self) -> usize {
-        let len = |instruction: &Instruction| match &instruction.kind {
-            Kind::ReduceStart { range, .. } | Kind::ScatterStart { range, .. } => range.len(),
-            _ => 0,
-        };
-        self.instructions.iter().map(len).max().unwrap_or(0)
+        let sums = self.exchanges().filter(|(_, bucket)| bucket.exchange.is_sum());
+        sums.map(|(_, bucket)| bucket.range.len()).max().unwrap_or(0)
+    }
+
+    /// What ranks exchange, in the order in which it is begun, with the numbers of the instructions that begin it.
+    pub fn exchanges(&self) -> impl Iterator<Item = (usize, &Bucket)> {
+        self.instructions.iter().enumerate().filter_map(|(number, instruction)| match &instruction.kind {
+            Kind::Start(bucket) => Some((number, bucket)),
+            Kind::Launch(_) | Kind::Wait(_) => None,
+        })
     }
 
     /// Readies the program for runs with these buffers: all that can be known before the first one.
@@ -388,7 +375,6 @@ impl Loaded {
             Some(buffer) => buffer,
             None => panic!("no buffer for region {}", region.name()),
         };
-        let gradients = || buffer_of(Region::Gradients);
         for (number, instruction) in program.instructions.iter().enumerate() {
             match (&instruction.kind, &mut *device) {
                 (Kind::Launch(op), Device::Cpu(cpu)) => {
@@ -398,23 +384,11 @@ impl Loaded {
                 (Kind::Launch(_), Device::Cuda(cuda)) => {
                     cuda.run(&commands[number]).map_err(DeviceError::from)?;
                 }
-                (Kind::ReduceStart { range, .. }, device) => {
-                    collective.all_reduce_start(device, gradients(), range.clone())?;
+                (Kind::Start(Bucket { exchange, region, range, .. }), device) => {
+                    collective.start(*exchange, device, buffer_of(*region), range.clone())?;
                 }
-                (Kind::ReduceWait { range, .. }, device) => {
-                    collective.all_reduce_wait(device, gradients(), range.clone())?;
-                }
-                (Kind::ScatterStart { range, .. }, device) => {
-                    collective.reduce_scatter_start(device, gradients(), range.clone())?;
-                }
-                (Kind::ScatterWait { range, .. }, device) => {
-                    collective.reduce_scatter_wait(device, gradients(), range.clone())?;
-                }
-                (Kind::GatherStart { region, range }, device) => {
-                    collective.all_gather_start(device, buffer_of(*region), range.clone())?;
-                }
-                (Kind::GatherWait { region, range }, device) => {
-                    collective.all_gather_wait(device, buffer_of(*region), range.clone())?;
+                (Kind::Wait(Bucket { exchange, region, range, .. }), device) => {
+                    collective.wait(*exchange, device, buffer_of(*region), range.clone())?;
                 }
             }
             then(device, number)?;

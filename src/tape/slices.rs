@@ -6,9 +6,9 @@
 //! what such an op writes and all ranks have is gathered. What only this rank needs, and keeps, stands slice after slice in buffers of the
 //! rank's own: slice [s, e)/n for the bucket [s, e) of n ranks.
 
-use super::program::{Instruction, Kind, Program};
+use super::program::{Bucket, Instruction, Kind, Program};
 use super::{Op, ParamLayout, Phase, Spec};
-use crate::collective::slice_of;
+use crate::collective::{Exchange, slice_of};
 use crate::device::{Region, Slot};
 use std::ops::Range;
 
@@ -45,22 +45,23 @@ struct Divided<'a> {
     /// Elements of the flat buffers, in the order in which they are summed.
     buckets: Vec<Range<usize>>,
     instructions: Vec<Instruction>,
-    /// What is being gathered: where, and bytes there.
-    gathered: Vec<(Region, Range<usize>)>,
+    /// What is being gathered.
+    gathered: Vec<Bucket>,
 }
 
 impl Divided<'_> {
     fn add(&mut self, instruction: Instruction) {
+        let scattered = |bucket| Bucket { exchange: Exchange::ReduceScatter, ..bucket };
         match instruction.kind.clone() {
-            Kind::ReduceStart { bucket, range } => {
-                self.buckets.push(range.clone());
-                self.instructions.push(Instruction { kind: Kind::ScatterStart { bucket, range }, ..instruction });
+            Kind::Start(bucket) => {
+                self.buckets.push(bucket.range.clone());
+                self.instructions.push(Instruction { kind: Kind::Start(scattered(bucket)), ..instruction });
             }
-            Kind::ReduceWait { bucket, range } => {
-                self.instructions.push(Instruction { kind: Kind::ScatterWait { bucket, range }, ..instruction });
+            Kind::Wait(bucket) => {
+                self.instructions.push(Instruction { kind: Kind::Wait(scattered(bucket)), ..instruction });
             }
             Kind::Launch(op) if instruction.phase == Phase::Update => self.divide(&*op, instruction),
-            _ => self.instructions.push(instruction),
+            Kind::Launch(_) => self.instructions.push(instruction),
         }
     }
 
@@ -72,7 +73,7 @@ impl Divided<'_> {
             self.wait();
             return self.instructions.push(instruction);
         }
-        for bucket in self.buckets.clone() {
+        for (number, bucket) in self.buckets.clone().into_iter().enumerate() {
             let own = |slots: &[Slot], specs: &[Spec]| -> Vec<Slot> {
                 slots.iter().zip(specs).map(|(slot, spec)| self.slices.slot(slot, spec, &bucket)).collect()
             };
@@ -84,26 +85,25 @@ impl Divided<'_> {
             self.instructions.push(Instruction { kind, inputs, outputs, ..instruction.clone() });
             for (slot, spec) in instruction.outputs.iter().zip(&signature.outputs) {
                 if spec.shape.is_none() && !self.slices.own.contains(&slot.region) {
-                    self.gather(slot, spec, &bucket);
+                    self.gather(number, slot, spec, &bucket);
                 }
             }
         }
     }
 
     /// Begins to gather what the ranks have written of a bucket.
-    fn gather(&mut self, slot: &Slot, spec: &Spec, bucket: &Range<usize>) {
+    fn gather(&mut self, number: usize, slot: &Slot, spec: &Spec, bucket: &Range<usize>) {
         let byte = |element: usize| slot.offset + element / spec.block * slot.dtype.size();
-        let (region, range) = (slot.region, byte(bucket.start)..byte(bucket.end));
-        let start = Kind::GatherStart { region, range: range.clone() };
-        self.instructions.push(Instruction::communication(start, Phase::Update));
-        self.gathered.push((region, range));
+        let range = byte(bucket.start)..byte(bucket.end);
+        let bucket = Bucket { number, exchange: Exchange::AllGather, region: slot.region, range };
+        self.instructions.push(Instruction::communication(Kind::Start(bucket.clone()), Phase::Update));
+        self.gathered.push(bucket);
     }
 
     /// Waits for all that is being gathered.
     fn wait(&mut self) {
-        for (region, range) in self.gathered.drain(..) {
-            self.instructions.push(Instruction::communication(Kind::GatherWait { region, range }, Phase::Update));
-        }
+        let wait = |bucket| Instruction::communication(Kind::Wait(bucket), Phase::Update);
+        self.instructions.extend(self.gathered.drain(..).map(wait));
     }
 }
 

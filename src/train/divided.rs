@@ -1,9 +1,9 @@
 //! The optimiser's state, divided among the ranks: of each bucket of gradients a rank has the state of its slice, one slice after another.
 
 use super::Share;
-use crate::collective::{Collective, slice_of};
+use crate::collective::{Collective, Exchange, slice_of};
 use crate::device::{BufferId, Device, DeviceError, Region};
-use crate::tape::{Kind, Program, RunError};
+use crate::tape::{Program, RunError};
 use std::ops::Range;
 
 /// What is divided. Weights are not: every rank reads all of them, those of norms and biases in f32 whatever it computes in.
@@ -20,11 +20,8 @@ pub(super) struct Division {
 impl Division {
     /// That of a program, if it divides its update.
     pub fn of(program: &Program, share: &Share) -> Option<Division> {
-        let bucket = |kind: &Kind| match kind {
-            Kind::ScatterStart { range, .. } => Some(range.clone()),
-            _ => None,
-        };
-        let buckets: Vec<_> = program.instructions.iter().filter_map(|i| bucket(&i.kind)).collect();
+        let scattered = program.exchanges().filter(|(_, bucket)| bucket.exchange == Exchange::ReduceScatter);
+        let buckets: Vec<_> = scattered.map(|(_, bucket)| bucket.range.clone()).collect();
         (!buckets.is_empty()).then_some(Division { rank: share.rank, ranks: share.world_size, buckets })
     }
 
@@ -58,10 +55,10 @@ impl Division {
             values.resize(slice.len(), 0.0f32);
             device.download(own, at, &mut values)?;
             device.upload(whole, slice.start, &values)?;
-            collective.all_gather_start(device, whole, in_bytes(bucket))?;
+            collective.start(Exchange::AllGather, device, whole, in_bytes(bucket))?;
         }
         for bucket in &self.buckets {
-            collective.all_gather_wait(device, whole, in_bytes(bucket))?;
+            collective.wait(Exchange::AllGather, device, whole, in_bytes(bucket))?;
         }
         // Before it is read, for a device with queues would wait for ever for a rank that is gone.
         collective.note_sums()?;

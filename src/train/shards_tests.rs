@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::collective::testing::world;
-use crate::collective::{Collective, Solo};
+use crate::collective::{Collective, Exchange, Solo};
 use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::diffusion::Schedule;
@@ -93,8 +93,7 @@ fn divided_state_gives_the_same_bits() {
             let share = Share::new(&divided.train, 0, ranks).unwrap();
             let (programs, _) = step_programs(&divided, SIZE, &share, Default::default());
             let scatters = |program: &crate::tape::Program| {
-                let is_one = |kind: &crate::tape::Kind| matches!(kind, crate::tape::Kind::ScatterStart { .. });
-                program.instructions.iter().filter(|instruction| is_one(&instruction.kind)).count()
+                program.exchanges().filter(|(_, bucket)| bucket.exchange == Exchange::ReduceScatter).count()
             };
             assert!(programs.iter().map(scatters).sum::<usize>() >= least, "buckets of {ranks} ranks");
             let all = world(ranks, |collective| six_steps(&divided, collective).0);

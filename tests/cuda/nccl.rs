@@ -7,7 +7,7 @@ use crate::machine::{library_path, not_tested};
 use crate::values::rounded;
 use ddpm_dist::collective::host::{Host, Meeting};
 use ddpm_dist::collective::nccl::Nccl;
-use ddpm_dist::collective::{Adding, Collective, sum_along_tree};
+use ddpm_dist::collective::{Adding, Collective, Exchange, sum_along_tree};
 use ddpm_dist::device::cuda::{Cuda, Image};
 use ddpm_dist::device::{BufferId, Device, Precision};
 use ddpm_dist::rendezvous::store::{Client, Server};
@@ -161,10 +161,10 @@ fn step(nccl: &mut Nccl, device: &mut Device, buffer: BufferId, mine: &[f32]) ->
     device.upload(buffer, 0, mine).unwrap();
     let buckets = || CUTS.windows(2).map(|cuts| cuts[0]..cuts[1]);
     for bucket in buckets() {
-        nccl.all_reduce_start(device, buffer, bucket).map_err(|error| error.to_string())?;
+        nccl.start(Exchange::AllReduce, device, buffer, bucket).map_err(|error| error.to_string())?;
     }
     for bucket in buckets() {
-        nccl.all_reduce_wait(device, buffer, bucket).map_err(|error| error.to_string())?;
+        nccl.wait(Exchange::AllReduce, device, buffer, bucket).map_err(|error| error.to_string())?;
     }
     nccl.note_sums().map_err(|error| error.to_string())?;
     nccl.settle().map_err(|error| error.to_string())?;

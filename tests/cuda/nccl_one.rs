@@ -50,8 +50,8 @@ impl Alone {
             self.gpus.begin(*stage, cuda.gpu_mut(), self.floats, self.scratch)?;
             until_ready(&mut self.gpus);
         }
-        self.gpus.sum_is_begun(self.floats)?;
-        self.gpus.wait_for_sum(self.floats)
+        self.gpus.is_begun(self.floats)?;
+        self.gpus.wait_for(self.floats)
     }
 
     /// Whether `begin` leaves the sum of one rank's numbers: themselves, as far as they are kept on the way.

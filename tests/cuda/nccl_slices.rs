@@ -3,7 +3,7 @@
 use crate::machine::not_tested;
 use crate::nccl::{FINE, Place, WITH_KERNELS, World, tell, value};
 use ddpm_dist::collective::nccl::Nccl;
-use ddpm_dist::collective::{Adding, Collective, CollectiveError};
+use ddpm_dist::collective::{Adding, Collective, CollectiveError, Exchange};
 use ddpm_dist::device::cuda::{Cuda, Image};
 use ddpm_dist::device::{BufferId, Device, DeviceError};
 use std::ops::Range;
@@ -18,26 +18,26 @@ fn buckets() -> impl Iterator<Item = Range<usize>> {
 
 /// All of each sum at once.
 fn reduce(nccl: &mut Nccl, device: &mut Device, buffer: BufferId) -> Result<(), CollectiveError> {
-    buckets().try_for_each(|bucket| nccl.all_reduce_start(device, buffer, bucket))?;
-    buckets().try_for_each(|bucket| nccl.all_reduce_wait(device, buffer, bucket))
+    buckets().try_for_each(|bucket| nccl.start(Exchange::AllReduce, device, buffer, bucket))?;
+    buckets().try_for_each(|bucket| nccl.wait(Exchange::AllReduce, device, buffer, bucket))
 }
 
 /// The same by slices. Between the two, nothing is left of the slices of others.
 fn reduce_by_slices(nccl: &mut Nccl, device: &mut Device, buffer: BufferId) -> Result<(), CollectiveError> {
     let (rank, size) = (nccl.rank(), nccl.world_size());
-    buckets().try_for_each(|bucket| nccl.reduce_scatter_start(device, buffer, bucket))?;
-    buckets().try_for_each(|bucket| nccl.reduce_scatter_wait(device, buffer, bucket))?;
+    buckets().try_for_each(|bucket| nccl.start(Exchange::ReduceScatter, device, buffer, bucket))?;
+    buckets().try_for_each(|bucket| nccl.wait(Exchange::ReduceScatter, device, buffer, bucket))?;
     let Device::Cuda(cuda) = &*device else { unreachable!("it is a GPU") };
     for bucket in buckets() {
         let slice =
             |rank: usize| bucket.start + rank * bucket.len() / size..bucket.start + (rank + 1) * bucket.len() / size;
         for other in (0..size).filter(|other| *other != rank) {
-            cuda.gpu().clear(cuda.floats(buffer, &slice(other))).unwrap();
+            cuda.gpu().clear(cuda.bytes(buffer, &Exchange::AllReduce.in_bytes(&slice(other)))).unwrap();
         }
     }
     let bytes = |bucket: Range<usize>| 4 * bucket.start..4 * bucket.end;
-    buckets().try_for_each(|bucket| nccl.all_gather_start(device, buffer, bytes(bucket)))?;
-    buckets().try_for_each(|bucket| nccl.all_gather_wait(device, buffer, bytes(bucket)))
+    buckets().try_for_each(|bucket| nccl.start(Exchange::AllGather, device, buffer, bytes(bucket)))?;
+    buckets().try_for_each(|bucket| nccl.wait(Exchange::AllGather, device, buffer, bytes(bucket)))
 }
 
 /// What `work` makes of `mine`.

@@ -4,6 +4,7 @@ use super::super::exit::{Code, Failure, OrFail};
 use super::super::stdout::{grouped, table};
 use crate::cluster::Interconnect;
 use crate::cluster::scaling::{Bucket, Hardware, JITTER, Pace, Portion, Prediction, Work, ladder, predict};
+use crate::collective::Exchange;
 use crate::device::{DType, Precision};
 use crate::tape::{Kind, Phase, Program, human_bytes};
 use crate::train::{Config, Share};
@@ -258,18 +259,17 @@ fn work(subject: &Subject<'_>, gradients: Gradients) -> Work {
     for instruction in &subject.program.instructions {
         match &instruction.kind {
             // For now the FLOPs of the backward pass until here.
-            Kind::ReduceStart { range, .. } => {
-                work.buckets.push(Bucket { bytes: (range.len() * element) as f64, ready: backward });
+            Kind::Start(bucket) => {
+                // A sum that slices get and their gathering together move what a sum that all get does.
+                let bytes = match bucket.exchange {
+                    Exchange::AllReduce => (bucket.range.len() * element) as f64,
+                    Exchange::ReduceScatter => (bucket.range.len() * element) as f64 / 2.0,
+                    Exchange::AllGather => bucket.bytes() as f64 / 2.0,
+                };
+                work.is_update_divided |= bucket.exchange == Exchange::ReduceScatter;
+                work.buckets.push(Bucket { bytes, ready: backward });
             }
-            // Both together move what a sum that all get does.
-            Kind::ScatterStart { range, .. } => {
-                work.is_update_divided = true;
-                work.buckets.push(Bucket { bytes: (range.len() * element) as f64 / 2.0, ready: backward });
-            }
-            Kind::GatherStart { range, .. } => {
-                work.buckets.push(Bucket { bytes: range.len() as f64 / 2.0, ready: backward });
-            }
-            Kind::ReduceWait { .. } | Kind::ScatterWait { .. } | Kind::GatherWait { .. } => {}
+            Kind::Wait(_) => {}
             Kind::Launch(_) => {
                 work.launches += 1.0;
                 match instruction.phase {

@@ -17,7 +17,7 @@ mod worker;
 mod tests;
 
 use super::activity::Activity;
-use super::{Collective, CollectiveError, slice_of};
+use super::{Collective, CollectiveError, Exchange, slice_of};
 use crate::device::{BufferId, Device};
 use mesh::Mesh;
 use segment::Span;
@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use worker::{Job, Task, Worker};
+use worker::{Data, Job, Task, Worker};
 
 pub use mesh::{Meeting, MeetingError};
 
@@ -45,6 +45,11 @@ fn slice(len: usize, rank: usize, size: usize) -> Range<usize> {
     }
     let cut = |r: usize| (len.div_ceil(SLICE) * r / size * SLICE).min(len);
     cut(rank)..cut(rank + 1)
+}
+
+/// Where a part of a range stands in it.
+fn within(part: &Range<usize>, whole: &Range<usize>) -> Range<usize> {
+    part.start - whole.start..part.end - whole.start
 }
 
 /// Refuses what the others would not believe.
@@ -73,7 +78,6 @@ pub struct Host {
     taken: Vec<Span>,
     /// Copies that are not in use, where they share none.
     spare: Vec<Vec<f32>>,
-    spare_bytes: Vec<Vec<u8>>,
     /// Deadline of what is begun next.
     patience: Duration,
     activity: Arc<Activity>,
@@ -113,7 +117,6 @@ impl Host {
             under_way: 0,
             taken: Vec::new(),
             spare: Vec::new(),
-            spare_bytes: Vec::new(),
             patience,
             activity,
         })
@@ -146,33 +149,13 @@ impl Host {
         self.done.recv().unwrap_or(Err(CollectiveError::Ended))
     }
 
-    fn begin_one_of_many(&mut self, name: &'static str, bytes: usize, job: Job) -> Result<(), CollectiveError> {
-        self.begin(name, bytes, job)?;
-        self.under_way += 1;
-        Ok(())
-    }
-
-    fn finish_one_of_many(&mut self) -> Result<Task, CollectiveError> {
-        let task = self.finish()?;
-        self.under_way = self.under_way.saturating_sub(1);
-        Ok(task)
-    }
-
-    /// Memory for so many floats that the others can read, where the ranks share any.
-    fn part(&self, floats: usize) -> Result<Option<Part>, CollectiveError> {
+    /// Memory for so many bytes that the others can read, where the ranks share any.
+    fn part(&self, bytes: usize) -> Result<Option<Part>, CollectiveError> {
         let Some(shared) = &self.shared else { return Ok(None) };
-        let operation = || format!("finding {} bytes of shared memory", floats * size_of::<f32>());
-        let span = shared.window.allocate(floats);
+        let operation = || format!("finding {bytes} bytes of shared memory");
+        let span = shared.window.allocate(bytes.div_ceil(size_of::<f32>()));
         let span = span.map_err(|source| CollectiveError::Io { operation: operation(), source })?;
         Ok(Some(Part { span, places: vec![0; self.size] }))
-    }
-
-    /// A copy of floats, where the ranks share none.
-    fn copy(&mut self, device: &Device, buffer: BufferId, range: &Range<usize>) -> Result<Vec<f32>, CollectiveError> {
-        let mut data = self.spare.pop().unwrap_or_default();
-        data.resize(range.len(), 0.0);
-        device.download(buffer, range.start, &mut data)?;
-        Ok(data)
     }
 
     /// Says that what others have given in shared memory has been taken: one word for many, at the same place of every rank's program.
@@ -223,123 +206,81 @@ impl Collective for Host {
         self.size
     }
 
-    fn all_reduce_start(
+    fn start(
         &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        let job = match self.part(range.len())? {
-            Some(mut part) => {
-                device.download(buffer, range.start, part.span.floats_mut())?;
-                Job::SumShared(part)
-            }
-            None => Job::Sum(self.copy(device, buffer, &range)?),
+        let whole = exchange.in_bytes(&range);
+        // What this rank has of it.
+        let mine = match exchange {
+            Exchange::AllReduce | Exchange::ReduceScatter => whole.clone(),
+            Exchange::AllGather => slice_of(&whole, self.rank, self.size),
         };
-        self.begin_one_of_many("all-reduce", range.len() * size_of::<f32>(), job)
-    }
-
-    fn all_reduce_wait(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        let task = self.finish_one_of_many()?;
-        match (task.job, &self.shared) {
-            (Job::Sum(data), _) => {
-                device.upload(buffer, range.start, &data)?;
-                self.spare.push(data);
-                Ok(())
-            }
-            (Job::SumShared(part), Some(shared)) => {
-                let mut result = Ok(());
-                device.upload_with(buffer, range, |out| result = shared.take(&part, out))?;
-                result?;
-                self.note_taken(task.sequence, part.span)
-            }
-            _ => Err(CollectiveError::Ended),
-        }
-    }
-
-    fn reduce_scatter_start(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        let job = match self.part(range.len())? {
-            Some(mut part) => {
-                device.download(buffer, range.start, part.span.floats_mut())?;
-                Job::ScatterShared(part)
-            }
-            None => Job::Scatter(self.copy(device, buffer, &range)?),
-        };
-        self.begin_one_of_many("reduce-scatter", range.len() * size_of::<f32>(), job)
-    }
-
-    fn reduce_scatter_wait(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        let own = slice_of(&range, self.rank, self.size);
-        let here = own.start - range.start..own.end - range.start;
-        match self.finish_one_of_many()?.job {
-            Job::Scatter(data) => {
-                device.upload(buffer, own.start, &data[here])?;
-                self.spare.push(data);
-                Ok(())
-            }
-            Job::ScatterShared(part) => Ok(device.upload(buffer, own.start, &part.span.floats()[here])?),
-            _ => Err(CollectiveError::Ended),
-        }
-    }
-
-    fn all_gather_start(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        let own = slice_of(&range, self.rank, self.size);
-        let job = match self.part(own.len().div_ceil(size_of::<f32>()))? {
+        let data = match self.part(mine.len())? {
             Some(mut part) => {
                 let bytes: &mut [u8] = bytemuck::cast_slice_mut(part.span.floats_mut());
-                device.download(buffer, own.start, &mut bytes[..own.len()])?;
-                Job::SpreadShared(part)
+                device.download(buffer, mine.start, &mut bytes[..mine.len()])?;
+                Data::Shared(part)
             }
             None => {
-                let mut data = self.spare_bytes.pop().unwrap_or_default();
-                data.resize(range.len(), 0);
-                device.download(buffer, own.start, &mut data[own.start - range.start..own.end - range.start])?;
-                Job::Spread(data)
+                let mut data = self.spare.pop().unwrap_or_default();
+                data.resize(whole.len().div_ceil(size_of::<f32>()), 0.0);
+                let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut data);
+                device.download(buffer, mine.start, &mut bytes[within(&mine, &whole)])?;
+                Data::Own { data, bytes: whole.len() }
             }
         };
-        self.begin_one_of_many("all-gather", range.len(), job)
+        self.begin(exchange.name(), whole.len(), Job::Exchange(exchange, data))?;
+        self.under_way += 1;
+        Ok(())
     }
 
-    fn all_gather_wait(
+    fn wait(
         &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
-        let task = self.finish_one_of_many()?;
-        match (task.job, &self.shared) {
-            (Job::Spread(data), _) => {
-                device.upload(buffer, range.start, &data)?;
-                self.spare_bytes.push(data);
+        let Task { sequence, job: Job::Exchange(_, data), .. } = self.finish()? else {
+            return Err(CollectiveError::Ended);
+        };
+        self.under_way = self.under_way.saturating_sub(1);
+        let whole = exchange.in_bytes(&range);
+        // What this rank gets of it.
+        let result = match exchange {
+            Exchange::AllReduce | Exchange::AllGather => whole.clone(),
+            Exchange::ReduceScatter => exchange.in_bytes(&slice_of(&range, self.rank, self.size)),
+        };
+        let here = within(&result, &whole);
+        match (data, &self.shared) {
+            (Data::Own { data, .. }, _) => {
+                device.upload(buffer, result.start, &bytemuck::cast_slice::<f32, u8>(&data)[here])?;
+                self.spare.push(data);
                 Ok(())
             }
-            (Job::SpreadShared(part), Some(shared)) => {
-                let mut result = Ok(());
-                device.upload_with(buffer, range, |out| result = shared.take_slices(&part, out))?;
-                result?;
-                self.note_taken(task.sequence, part.span)
+            (Data::Shared(part), Some(shared)) => {
+                let mut taken = Ok(());
+                match exchange {
+                    // Nobody else reads it any more.
+                    Exchange::ReduceScatter => {
+                        let bytes: &[u8] = bytemuck::cast_slice(part.span.floats());
+                        return Ok(device.upload(buffer, result.start, &bytes[here])?);
+                    }
+                    Exchange::AllReduce => {
+                        device.upload_with(buffer, range, |out| taken = shared.take(&part, out))?;
+                    }
+                    Exchange::AllGather => {
+                        device.upload_with(buffer, range, |out| taken = shared.take_slices(&part, out))?;
+                    }
+                }
+                taken?;
+                self.note_taken(sequence, part.span)
             }
-            _ => Err(CollectiveError::Ended),
+            (Data::Shared(_), None) => Err(CollectiveError::Ended),
         }
     }
 

@@ -1,7 +1,7 @@
 //! The thread that talks with the other ranks.
 
 use super::super::activity::Activity;
-use super::super::{CollectiveError, slice_of, sum_along_tree};
+use super::super::{CollectiveError, Exchange, slice_of, sum_along_tree};
 use super::exchange::{self, Kind, Round};
 use super::mesh::Mesh;
 use super::segment::Span;
@@ -16,22 +16,21 @@ use std::time::Duration;
 /// How long the store may take to say who was lost first: it may be served by the rank that was.
 const AGREEMENT: Duration = Duration::from_secs(1);
 
+/// What ranks exchange.
+#[derive(Debug)]
+pub(super) enum Data {
+    /// A copy of this rank's: so many bytes of all ranks' range.
+    Own { data: Vec<f32>, bytes: usize },
+    /// What this rank has of it, in memory that the ranks share. A sum leaves each rank's slice of it in that rank's part.
+    Shared(Part),
+}
+
 /// What the thread does, with its data; given back when it is done.
 #[derive(Debug)]
 pub(super) enum Job {
-    /// Replaces the floats by their sum over all ranks.
-    Sum(Vec<f32>),
-    /// The same in memory that the ranks share: afterwards each rank's part holds its slice of the sum.
-    SumShared(Part),
-    /// Replaces this rank's slice of the floats by its sum over all ranks.
-    Scatter(Vec<f32>),
-    /// The same in shared memory: nobody reads it any more afterwards.
-    ScatterShared(Part),
-    /// Replaces the other ranks' slices of the bytes by theirs.
-    Spread(Vec<u8>),
-    /// Lets the others read this rank's slice in shared memory, and learns where theirs are.
-    SpreadShared(Part),
-    /// This rank has taken such sums; when all have, the memory is free. Nothing is given back.
+    /// Replaces the data by what comes of the exchange, or lets others find it there.
+    Exchange(Exchange, Data),
+    /// This rank has taken from such parts what it was to get; when all have, the memory is free. Nothing is given back.
     Taken(Vec<Span>),
     /// Replaces this rank's bytes by all ranks' bytes, in the order of the ranks.
     Gather(Vec<Vec<u8>>),
@@ -118,30 +117,9 @@ impl Worker {
 
     fn work(&mut self, job: Job) -> Result<Option<Job>, CollectiveError> {
         Ok(match job {
-            Job::Sum(mut data) => {
-                self.sum(&mut data)?;
-                Some(Job::Sum(data))
-            }
-            Job::SumShared(mut part) => {
-                self.sum_shared(&mut part)?;
-                Some(Job::SumShared(part))
-            }
-            Job::Scatter(mut data) => {
-                self.reduce_scatter(&mut data)?;
-                Some(Job::Scatter(data))
-            }
-            Job::ScatterShared(mut part) => {
-                self.sum_shared(&mut part)?;
-                Some(Job::ScatterShared(part))
-            }
-            Job::Spread(mut data) => {
-                let (all, size) = (0..data.len(), self.mesh.size);
-                self.spread(&mut data, |rank| slice_of(&all, rank, size))?;
-                Some(Job::Spread(data))
-            }
-            Job::SpreadShared(mut part) => {
-                self.offer(Kind::Share, &mut part)?;
-                Some(Job::SpreadShared(part))
+            Job::Exchange(exchange, mut data) => {
+                self.exchange(exchange, &mut data)?;
+                Some(Job::Exchange(exchange, data))
             }
             Job::Taken(spans) => {
                 let floats: usize = spans.iter().map(Span::len).sum();
@@ -156,6 +134,21 @@ impl Worker {
             },
             Job::Gather(mut mine) => Some(Job::Gather(self.gather(mine.pop().unwrap_or_default())?)),
         })
+    }
+
+    fn exchange(&mut self, exchange: Exchange, data: &mut Data) -> Result<(), CollectiveError> {
+        match (exchange, data) {
+            (Exchange::AllReduce | Exchange::ReduceScatter, Data::Shared(part)) => self.sum_shared(part),
+            // Where the others' slices are is enough.
+            (Exchange::AllGather, Data::Shared(part)) => self.offer(Kind::Share, part),
+            (Exchange::AllReduce, Data::Own { data, .. }) => self.sum(data),
+            (Exchange::ReduceScatter, Data::Own { data, .. }) => self.reduce_scatter(data),
+            (Exchange::AllGather, Data::Own { data, bytes }) => {
+                let (all, size) = (0..*bytes, self.mesh.size);
+                let data: &mut [u8] = bytemuck::cast_slice_mut(data);
+                self.spread(&mut data[..*bytes], |rank| slice_of(&all, rank, size))
+            }
+        }
     }
 
     /// The rank that was lost first, as the ranks agree in the store. A rank that finds another gone hangs up on all, and those would take

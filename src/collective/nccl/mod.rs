@@ -14,7 +14,7 @@ mod agreement;
 mod waits;
 
 use super::host::Host;
-use super::{Collective, CollectiveError};
+use super::{Collective, CollectiveError, Exchange};
 use crate::device::cuda::nccl::{self, Adding, Communicator, Stage};
 use crate::device::cuda::{Beacon, Cuda, CudaError, Mark, Memory};
 use crate::device::{BufferId, Device, DeviceError};
@@ -22,7 +22,7 @@ use agreement::Agreed;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
-use waits::{Kind, Waits};
+use waits::Waits;
 
 /// How often is looked whether a rank has hung up.
 const LOOK: Duration = Duration::from_millis(100);
@@ -197,39 +197,37 @@ impl Nccl {
     }
 
     /// Begins a sum, stage by stage.
-    fn begin(
+    fn begin_sum(
         &mut self,
-        operation: &str,
+        exchange: Exchange,
         cuda: &mut Cuda,
-        buffer: BufferId,
-        range: &Range<usize>,
+        floats: Memory,
         stages: &[Stage],
     ) -> Result<(), CollectiveError> {
         let Some((scratch, _)) = self.scratch else { panic!("a sum before `reserve`") };
-        let floats = cuda.floats(buffer, range);
         for stage in stages {
             let begun = self.gpus()?.begin(*stage, cuda.gpu_mut(), floats, scratch);
             self.unless_lost(begun)?;
-            self.until(operation, Communicator::is_ready)?;
+            self.until(exchange.name(), Communicator::is_ready)?;
         }
-        self.gpus()?.sum_is_begun(floats).map_err(device_error)
+        self.gpus()?.is_begun(floats).map_err(device_error)
     }
 
     fn begin_gather(&mut self, memory: Memory) -> Result<(), CollectiveError> {
         let begun = self.gpus()?.begin_gather(memory);
         self.unless_lost(begun)?;
-        self.until("all-gather", Communicator::is_ready)?;
-        self.gpus()?.sum_is_begun(memory).map_err(device_error)
+        self.until(Exchange::AllGather.name(), Communicator::is_ready)?;
+        self.gpus()?.is_begun(memory).map_err(device_error)
     }
 
     /// Lets the GPU wait for what was begun with that memory, and tell so if that is part of a step.
-    fn wait(&mut self, kind: Kind, memory: Memory) -> Result<(), CollectiveError> {
+    fn let_gpu_wait(&mut self, exchange: Exchange, memory: Memory) -> Result<(), CollectiveError> {
         if !self.is_in_step {
-            return self.gpus()?.wait_for_sum(memory).map_err(device_error);
+            return self.gpus()?.wait_for(memory).map_err(device_error);
         }
-        self.waits.note(kind);
+        self.waits.note(exchange);
         self.tell(Beacon::waits)?;
-        self.gpus()?.wait_for_sum(memory).map_err(device_error)?;
+        self.gpus()?.wait_for(memory).map_err(device_error)?;
         self.tell(Beacon::has_sum)
     }
 
@@ -284,79 +282,38 @@ impl Collective for Nccl {
         Ok(())
     }
 
-    fn all_reduce_start(
+    fn start(
         &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
         match device {
             Device::Cuda(cuda) if !self.is_by_host() => {
-                self.begin("all-reduce", cuda, buffer, &range, self.adding.stages())
+                let memory = cuda.bytes(buffer, &exchange.in_bytes(&range));
+                match exchange {
+                    Exchange::AllReduce => self.begin_sum(exchange, cuda, memory, self.adding.stages()),
+                    Exchange::ReduceScatter => self.begin_sum(exchange, cuda, memory, self.adding.stages_for_slices()),
+                    Exchange::AllGather => self.begin_gather(memory),
+                }
             }
-            device => self.host.all_reduce_start(device, buffer, range),
+            device => self.host.start(exchange, device, buffer, range),
         }
     }
 
-    fn all_reduce_wait(
+    fn wait(
         &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        match device {
-            Device::Cuda(cuda) if !self.is_by_host() => self.wait(Kind::Sum, cuda.floats(buffer, &range)),
-            device => self.host.all_reduce_wait(device, buffer, range),
-        }
-    }
-
-    fn reduce_scatter_start(
-        &mut self,
+        exchange: Exchange,
         device: &mut Device,
         buffer: BufferId,
         range: Range<usize>,
     ) -> Result<(), CollectiveError> {
         match device {
             Device::Cuda(cuda) if !self.is_by_host() => {
-                self.begin("reduce-scatter", cuda, buffer, &range, self.adding.stages_for_slices())
+                self.let_gpu_wait(exchange, cuda.bytes(buffer, &exchange.in_bytes(&range)))
             }
-            device => self.host.reduce_scatter_start(device, buffer, range),
-        }
-    }
-
-    fn reduce_scatter_wait(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        match device {
-            Device::Cuda(cuda) if !self.is_by_host() => self.wait(Kind::Sum, cuda.floats(buffer, &range)),
-            device => self.host.reduce_scatter_wait(device, buffer, range),
-        }
-    }
-
-    fn all_gather_start(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        match device {
-            Device::Cuda(cuda) if !self.is_by_host() => self.begin_gather(cuda.bytes(buffer, &range)),
-            device => self.host.all_gather_start(device, buffer, range),
-        }
-    }
-
-    fn all_gather_wait(
-        &mut self,
-        device: &mut Device,
-        buffer: BufferId,
-        range: Range<usize>,
-    ) -> Result<(), CollectiveError> {
-        match device {
-            Device::Cuda(cuda) if !self.is_by_host() => self.wait(Kind::Gather, cuda.bytes(buffer, &range)),
-            device => self.host.all_gather_wait(device, buffer, range),
+            device => self.host.wait(exchange, device, buffer, range),
         }
     }
 

@@ -1,18 +1,12 @@
 //! What a GPU waits for in a step, one after another, as it was begun.
 
+use super::super::Exchange;
 use crate::device::cuda::{At, BeaconPlace};
-
-/// What is waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    Sum,
-    Gather,
-}
 
 /// The waits of a step, in order. A CUDA graph has those with which it was captured.
 #[derive(Debug, Default)]
 pub(super) struct Waits {
-    all: Vec<Kind>,
+    all: Vec<Exchange>,
     is_new: bool,
 }
 
@@ -23,11 +17,11 @@ impl Waits {
     }
 
     /// The next wait is begun.
-    pub fn note(&mut self, kind: Kind) {
+    pub fn note(&mut self, exchange: Exchange) {
         if std::mem::take(&mut self.is_new) {
             self.all.clear();
         }
-        self.all.push(kind);
+        self.all.push(exchange);
     }
 
     /// What a GPU does that is at this place.
@@ -38,12 +32,9 @@ impl Waits {
             At::Computes(number) => (number - 1, "what it computes after "),
             At::Waits(number) => (number, ""),
         };
-        let kind = self.all.get(number).copied().unwrap_or(Kind::Sum);
-        let bucket = self.all.iter().take(number).filter(|before| **before == kind).count();
-        let noun = match kind {
-            Kind::Sum => "sum",
-            Kind::Gather => "gather",
-        };
+        let is_sum = self.all.get(number).is_none_or(|exchange| exchange.is_sum());
+        let bucket = self.all.iter().take(number).filter(|before| before.is_sum() == is_sum).count();
+        let noun = if is_sum { "sum" } else { "gather" };
         format!("{verb}the {noun} of bucket {bucket} of step {step}")
     }
 }
@@ -56,14 +47,14 @@ mod tests {
     fn a_place_is_named_by_its_bucket() {
         let mut waits = Waits::default();
         let said = |waits: &Waits, at| waits.name(BeaconPlace { step: 812, at });
-        for kind in [Kind::Sum, Kind::Sum] {
-            waits.note(kind);
+        for exchange in [Exchange::AllReduce; 2] {
+            waits.note(exchange);
         }
         assert_eq!(said(&waits, At::Waits(1)), "the sum of bucket 1 of step 812");
         waits.begin();
         assert_eq!(said(&waits, At::Waits(1)), "the sum of bucket 1 of step 812", "a graph notes none");
-        for kind in [Kind::Sum, Kind::Gather, Kind::Sum, Kind::Gather] {
-            waits.note(kind);
+        for exchange in [Exchange::ReduceScatter, Exchange::AllGather].repeat(2) {
+            waits.note(exchange);
         }
         assert_eq!(said(&waits, At::Waits(3)), "the gather of bucket 1 of step 812");
         assert_eq!(said(&waits, At::Computes(0)), "what it computes before the sums of step 812");

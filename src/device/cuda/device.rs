@@ -125,14 +125,6 @@ impl Cuda {
         self.buffers[buffer.0]
     }
 
-    /// Floats of a buffer, likewise.
-    ///
-    /// # Panics
-    /// If they lie outside.
-    pub fn floats(&self, buffer: BufferId, range: &Range<usize>) -> Memory {
-        self.part::<f32>(buffer, range.start, range.len())
-    }
-
     /// Bytes of a buffer, likewise.
     ///
     /// # Panics

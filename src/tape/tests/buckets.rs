@@ -2,7 +2,7 @@
 
 use super::super::*;
 use crate::collective::fake::{Clock, Cost, Event, Fake};
-use crate::collective::{Collective, CollectiveError, Solo};
+use crate::collective::{Collective, CollectiveError, Exchange, Solo};
 use crate::device::{ALIGNMENT, Binding, Device, Region, Slot, cpu::Cpu};
 use crate::ops::grad_norm::grad_norm;
 use crate::ops::testing::random;
@@ -83,12 +83,10 @@ fn buckets_cover_the_gradients_and_start_when_they_are_complete() {
         let mut waited = 0;
         for (number, instruction) in program.instructions.iter().enumerate() {
             match &instruction.kind {
-                Kind::ReduceStart { bucket, range } => {
-                    assert_eq!(
-                        (*bucket, range.start),
-                        (started, end),
-                        "buckets are begun in the order of their places"
-                    );
+                Kind::Start(Bucket { number: bucket, exchange, region, range }) => {
+                    assert_eq!((*exchange, *region), (Exchange::AllReduce, Region::Gradients));
+                    let here = (*bucket, range.start);
+                    assert_eq!(here, (started, end), "buckets are begun in the order of their places");
                     assert!(range.start * 4 % ALIGNMENT == 0 && range.end > range.start);
                     assert!(completed(&program, range).unwrap() < number, "bucket {bucket} is reduced too early");
                     let left = (program.layout.len() - range.start) * 4;
@@ -99,15 +97,14 @@ fn buckets_cover_the_gradients_and_start_when_they_are_complete() {
                     end = range.end;
                     started += 1;
                 }
-                Kind::ReduceWait { bucket, .. } => {
-                    assert_eq!(*bucket, waited);
+                Kind::Wait(bucket) => {
+                    assert_eq!(bucket.number, waited);
                     waited += 1;
                 }
                 Kind::Launch(_) if instruction.phase == Phase::Update => {
                     assert_eq!(waited, started, "an update reads gradients that are not summed");
                 }
                 Kind::Launch(_) => assert_eq!(waited, 0, "the backward pass waits for no sum"),
-                other => panic!("{other:?}: nothing is divided"),
             }
         }
         assert_eq!(end, program.layout.len(), "all gradients are summed");
@@ -124,15 +121,7 @@ fn a_program_can_take_the_layout_of_another() {
     let moved = plan(&tape, Some(&layout), Some(Buckets { first: 1 << 10, other: 4 << 10, tail: 2 << 10 }.into()));
     assert_eq!(moved.layout, layout);
     assert_ne!(moved.layout, program.layout);
-    let ranges: Vec<_> = moved
-        .instructions
-        .iter()
-        .enumerate()
-        .filter_map(|(n, i)| match &i.kind {
-            Kind::ReduceStart { range, .. } => Some((n, range.clone())),
-            _ => None,
-        })
-        .collect();
+    let ranges: Vec<_> = moved.exchanges().map(|(number, bucket)| (number, bucket.range.clone())).collect();
     assert_eq!((ranges[0].1.start, ranges[ranges.len() - 1].1.end), (0, layout.len()));
     assert!(ranges.iter().all(|(n, range)| completed(&moved, range).unwrap() < *n));
 }
@@ -238,9 +227,8 @@ fn exposed(program: &Program, gflop: Duration) -> (Duration, Duration, Fake) {
     for (number, instruction) in program.instructions.iter().enumerate() {
         match instruction.kind {
             Kind::Launch(_) => computed += takes(number),
-            Kind::ReduceStart { .. } => summed = summed.max(computed) + BUCKET,
-            Kind::ReduceWait { .. } => late = summed.saturating_sub(computed),
-            ref other => panic!("{other:?}: nothing is divided"),
+            Kind::Start(_) => summed = summed.max(computed) + BUCKET,
+            Kind::Wait(_) => late = summed.saturating_sub(computed),
         }
     }
     (fake.exposed(), late, fake)
@@ -278,10 +266,10 @@ fn the_backward_pass_covers_the_sums_that_it_can() {
 
     // What this test would see if sums were waited for as soon as they are begun.
     let mut eager = program.clone();
-    eager.instructions.retain(|i| !matches!(i.kind, Kind::ReduceWait { .. }));
+    eager.instructions.retain(|i| !matches!(i.kind, Kind::Wait(_)));
     for number in (0..eager.instructions.len()).rev() {
-        if let Kind::ReduceStart { bucket, range } = eager.instructions[number].kind.clone() {
-            let wait = Instruction { kind: Kind::ReduceWait { bucket, range }, ..eager.instructions[number].clone() };
+        if let Kind::Start(bucket) = eager.instructions[number].kind.clone() {
+            let wait = Instruction { kind: Kind::Wait(bucket), ..eager.instructions[number].clone() };
             eager.instructions.insert(number + 1, wait);
         }
     }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::collective::testing::world;
-use crate::collective::{Collective, slice_of};
+use crate::collective::{Collective, Exchange, slice_of};
 use crate::ops::adam_ema::{Hyper, adam_ema, bias_correction};
 use crate::ops::copy::Copy;
 use crate::ops::grad_norm::{BLOCK, grad_norm};
@@ -93,11 +93,9 @@ fn three_steps(collective: &mut dyn Collective, is_divided: bool, bad: Option<f3
         device.download(binding.get(region).unwrap(), 0, &mut values).unwrap();
         values.into_iter().map(f32::to_bits).collect()
     });
-    let scattered = program.instructions.iter().filter_map(|instruction| match &instruction.kind {
-        Kind::ScatterStart { range, .. } => Some(slice_of(range, rank, ranks)),
-        _ => None,
-    });
-    Outcome { state, norms, slices: scattered.collect() }
+    let scattered = program.exchanges().filter(|(_, bucket)| bucket.exchange == Exchange::ReduceScatter);
+    let slices = scattered.map(|(_, bucket)| slice_of(&bucket.range, rank, ranks)).collect();
+    Outcome { state, norms, slices }
 }
 
 #[test]

@@ -58,8 +58,8 @@ fn header(sequence: u64, len: u64, kind: u8) -> Vec<u8> {
 fn sum(host: &mut Host) -> Result<(), CollectiveError> {
     let mut device = Device::Cpu(Cpu::new(1));
     let buffer = device.allocate(400).unwrap();
-    host.all_reduce_start(&mut device, buffer, 0..100)?;
-    host.all_reduce_wait(&mut device, buffer, 0..100)
+    host.start(Exchange::AllReduce, &mut device, buffer, 0..100)?;
+    host.wait(Exchange::AllReduce, &mut device, buffer, 0..100)
 }
 
 proptest! {

@@ -77,10 +77,10 @@ fn sums_are_those_of_the_tree_at_every_rank_through_memory_and_through_sockets()
             for round in 0..3 {
                 device.upload(buffer, 0, &values(host.rank() + round, total)).unwrap();
                 for range in &ranges {
-                    host.all_reduce_start(&mut device, buffer, range.clone()).unwrap();
+                    host.start(Exchange::AllReduce, &mut device, buffer, range.clone()).unwrap();
                 }
                 for range in &ranges {
-                    host.all_reduce_wait(&mut device, buffer, range.clone()).unwrap();
+                    host.wait(Exchange::AllReduce, &mut device, buffer, range.clone()).unwrap();
                 }
             }
             let pages: usize = lens.iter().map(|len: &usize| (4 * len.max(&1)).next_multiple_of(4096)).sum();
@@ -111,12 +111,12 @@ fn slices_are_summed_and_gathered_through_memory_and_through_sockets() {
                 device.upload(floats, 0, &values(host.rank() + round, len)).unwrap();
                 device.upload(bytes, 0, &vec![host.rank() as u8 + 1; len]).unwrap();
                 for range in &ranges {
-                    host.reduce_scatter_start(&mut device, floats, range.clone()).unwrap();
-                    host.all_gather_start(&mut device, bytes, range.clone()).unwrap();
+                    host.start(Exchange::ReduceScatter, &mut device, floats, range.clone()).unwrap();
+                    host.start(Exchange::AllGather, &mut device, bytes, range.clone()).unwrap();
                 }
                 for range in &ranges {
-                    host.reduce_scatter_wait(&mut device, floats, range.clone()).unwrap();
-                    host.all_gather_wait(&mut device, bytes, range.clone()).unwrap();
+                    host.wait(Exchange::ReduceScatter, &mut device, floats, range.clone()).unwrap();
+                    host.wait(Exchange::AllGather, &mut device, bytes, range.clone()).unwrap();
                 }
             }
             let (mut sums, mut given) = (vec![0.0f32; len], vec![0u8; len]);
@@ -147,13 +147,13 @@ fn sums_that_follow_each_other_without_end_take_bounded_memory() {
         let buffer = device.allocate(4 * 2000).unwrap();
         device.upload(buffer, 0, &vec![1.0f32; 2000]).unwrap();
         let half = |i: usize| 1000 * (i % 2)..1000 * (i % 2 + 1);
-        host.all_reduce_start(&mut device, buffer, half(0)).unwrap();
+        host.start(Exchange::AllReduce, &mut device, buffer, half(0)).unwrap();
         for i in 0..200 {
             // There is always one under way.
-            host.all_reduce_start(&mut device, buffer, half(i + 1)).unwrap();
-            host.all_reduce_wait(&mut device, buffer, half(i)).unwrap();
+            host.start(Exchange::AllReduce, &mut device, buffer, half(i + 1)).unwrap();
+            host.wait(Exchange::AllReduce, &mut device, buffer, half(i)).unwrap();
         }
-        host.all_reduce_wait(&mut device, buffer, half(200)).unwrap();
+        host.wait(Exchange::AllReduce, &mut device, buffer, half(200)).unwrap();
         host.shared.as_ref().unwrap().window.taken() / 4096
     });
     assert!(taken.iter().all(|pages| *pages <= 2 * (TAKEN + 1)), "{taken:?}");
@@ -211,8 +211,8 @@ fn ranks_that_do_different_things_are_told_so() {
         let mut device = Device::Cpu(Cpu::new(1));
         let len = 100 + 50 * host.rank();
         let buffer = device.allocate(4 * len).unwrap();
-        host.all_reduce_start(&mut device, buffer, 0..len).unwrap();
-        host.all_reduce_wait(&mut device, buffer, 0..len).unwrap_err()
+        host.start(Exchange::AllReduce, &mut device, buffer, 0..len).unwrap();
+        host.wait(Exchange::AllReduce, &mut device, buffer, 0..len).unwrap_err()
     });
     // Either may hang up on the other first.
     assert!(results.iter().any(|e| matches!(e, CollectiveError::OutOfStep { .. })), "{results:?}");

@@ -96,7 +96,7 @@ impl Communicator {
     ///
     /// # Errors
     /// The driver's.
-    pub fn sum_is_begun(&mut self, floats: Memory) -> Result<(), CudaError> {
+    pub fn is_begun(&mut self, floats: Memory) -> Result<(), CudaError> {
         let end = self.lane.mark()?;
         // One that was never waited for belongs to a capture that failed.
         self.sums.retain(|(address, _)| *address != floats.address);
@@ -111,7 +111,7 @@ impl Communicator {
     ///
     /// # Panics
     /// If it was not begun.
-    pub fn wait_for_sum(&mut self, floats: Memory) -> Result<(), CudaError> {
+    pub fn wait_for(&mut self, floats: Memory) -> Result<(), CudaError> {
         let Some(place) = self.sums.iter().position(|(address, _)| *address == floats.address) else {
             panic!("a sum is waited for that was not begun")
         };

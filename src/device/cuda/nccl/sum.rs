@@ -73,7 +73,7 @@ impl Adding {
 
 impl Communicator {
     /// Begins a stage of the sum of floats over all GPUs, the first one when what was begun on this GPU before has ended; `scratch` is as
-    /// [`Adding::scratch`] says. After the last stage comes [`Communicator::sum_is_begun`].
+    /// [`Adding::scratch`] says. After the last stage comes [`Communicator::is_begun`].
     ///
     /// # Errors
     /// What the library or the driver refuses.
@@ -123,7 +123,7 @@ impl Communicator {
     }
 
     /// Begins to give all GPUs each one's slice of a memory, when what was begun on this GPU before has ended. After it comes
-    /// [`Communicator::sum_is_begun`].
+    /// [`Communicator::is_begun`].
     ///
     /// # Errors
     /// What the library or the driver refuses.
