@@ -15,6 +15,8 @@ pub enum Build {
     BareDriver,
     /// cuDNN's library.
     Cudnn,
+    /// NVIDIA's cuDNN, as far as it needs no GPU.
+    CudnnWithoutGpu,
     /// cuBLASLt's library.
     CublasLt,
     /// NCCL's library, between the processes of this machine.
@@ -29,6 +31,7 @@ impl Build {
             Build::Program => &["sim.cpp", "planted.cu"],
             Build::Driver | Build::BareDriver => &["sim.cpp", "driver.cpp"],
             Build::Cudnn => &["cudnn.cpp"],
+            Build::CudnnWithoutGpu => &["cudnn_without_gpu.cpp"],
             Build::CublasLt => &["cublaslt.cpp"],
             Build::Nccl => &["nccl.cpp"],
         }
@@ -43,7 +46,7 @@ impl Build {
         match self {
             Build::Program => &SANITIZERS,
             Build::Driver | Build::BareDriver => &["-fPIC", "-shared", "-DCUDA_SIM_LIBRARY"],
-            Build::Cudnn | Build::CublasLt | Build::Nccl => &["-fPIC", "-shared", "-O3"],
+            Build::Cudnn | Build::CudnnWithoutGpu | Build::CublasLt | Build::Nccl => &["-fPIC", "-shared", "-O3"],
         }
     }
 
@@ -51,7 +54,7 @@ impl Build {
         match self {
             Build::Program => format!("cuda-sim-{}", std::process::id()),
             Build::Driver | Build::BareDriver => "libcuda.so.1".to_string(),
-            Build::Cudnn => "libcudnn.so.9".to_string(),
+            Build::Cudnn | Build::CudnnWithoutGpu => "libcudnn.so.9".to_string(),
             Build::CublasLt => "libcublasLt.so.13".to_string(),
             Build::Nccl => "libnccl.so.2".to_string(),
         }

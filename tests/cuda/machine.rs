@@ -69,13 +69,14 @@ pub fn say(line: &str) {
 
 /// Where a library of the machine is, under the names that are looked for first.
 fn folder_of(library: Build) -> &'static Path {
-    static BUILT: [OnceLock<PathBuf>; 5] = [const { OnceLock::new() }; 5];
+    static BUILT: [OnceLock<PathBuf>; 6] = [const { OnceLock::new() }; 6];
     let (i, name) = match library {
         Build::BareDriver => (0, "libcuda.so"),
         Build::Driver => (1, "libcuda.so"),
         Build::Cudnn => (2, "libcudnn.so"),
         Build::CublasLt => (3, "libcublasLt.so"),
         Build::Nccl => (4, "libnccl.so.2"),
+        Build::CudnnWithoutGpu => (5, "libcudnn.so"),
         Build::Program => unreachable!("it is no library"),
     };
     BUILT[i].get_or_init(|| {

@@ -11,6 +11,7 @@ mod convolution;
 mod cpu;
 mod cudnn;
 mod cudnn_faults;
+mod cudnn_without_gpu;
 mod faults;
 mod gpus;
 mod graph;
