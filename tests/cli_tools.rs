@@ -376,7 +376,8 @@ fn finding(report: &str, subject: &str) -> (bool, String) {
 #[test]
 fn doctor_looks_at_everything() {
     let report = doctor(&[]);
-    for subject in ["cores", "threads", "SIMD", "memory", "device", "CUDA driver", "cuBLASLt", "cuDNN", "NCCL"] {
+    for subject in ["cores", "threads", "SIMD", "memory", "device", "CUDA driver", "cuBLASLt", "cuDNN", "NVRTC", "NCCL"]
+    {
         finding(&report, subject);
     }
     let kernels = finding(&report, "CUDA kernels").1;

@@ -166,9 +166,14 @@ fn accelerator() -> Vec<Finding> {
             "`pip install nvidia-cudnn-cu13` or install cuDNN 9, and add its folder to LD_LIBRARY_PATH",
         ),
         library(
+            "NVRTC",
+            &["libnvrtc.so.13"],
+            "`pip install nvidia-cuda-nvrtc==13.*`, and add its folder to LD_LIBRARY_PATH; without it cuDNN has fewer engines to choose from",
+        ),
+        library(
             "NCCL",
             &["libnccl.so.2"],
-            "install NCCL 2, and add its folder to LD_LIBRARY_PATH; one GPU works without",
+            "`pip install nvidia-nccl-cu13`, and add its folder to LD_LIBRARY_PATH; one GPU works without",
         ),
         kernels(Image::embedded(), has_gpu),
     ]
@@ -182,9 +187,10 @@ fn device(has_gpu: bool, driver: Option<&str>) -> Finding {
         (true, Some(version)) => format!("; an NVIDIA GPU is there (driver {version})"),
     };
     match Cuda::open(0) {
-        Ok(cuda) => match cuda.untested().unwrap_or_default().join("; ") {
-            nothing if nothing.is_empty() => ok("device", cuda.describe()),
-            untested => warning("device", cuda.describe(), untested),
+        Ok(cuda) => match cuda.untested() {
+            Ok(untested) if untested.is_empty() => ok("device", cuda.describe()),
+            Ok(untested) => warning("device", cuda.describe(), untested.join("; ")),
+            Err(error) => warning("device", cuda.describe(), error.to_string()),
         },
         Err(error) if error.is_absence() && !has_gpu => ok("device", "CPU cores"),
         Err(error) => warning("device", format!("CPU cores{there}"), format!("no GPU is used: {error}")),
