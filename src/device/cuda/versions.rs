@@ -12,13 +12,13 @@ pub struct WrittenFor {
 }
 
 /// As `cuDriverGetVersion` tells of the newest CUDA that a driver knows.
-pub const DRIVER: WrittenFor = WrittenFor { what: "a driver for CUDA", first: Version(13, 0), last: Version(13, 1) };
+pub const DRIVER: WrittenFor = WrittenFor { what: "a driver for CUDA", first: Version(13, 0), last: Version(13, 2) };
 /// Convolutions.
-pub const CUDNN: WrittenFor = WrittenFor { what: "cuDNN", first: Version(9, 10), last: Version(9, 19) };
+pub const CUDNN: WrittenFor = WrittenFor { what: "cuDNN", first: Version(9, 10), last: Version(9, 26) };
 /// Products.
-pub const CUBLASLT: WrittenFor = WrittenFor { what: "cuBLASLt", first: Version(13, 0), last: Version(13, 2) };
+pub const CUBLASLT: WrittenFor = WrittenFor { what: "cuBLASLt", first: Version(13, 0), last: Version(13, 4) };
 /// Sums between GPUs. Of these, 2.28.3 to 2.28.8 lose data and are refused.
-pub const NCCL: WrittenFor = WrittenFor { what: "NCCL", first: Version(2, 27), last: Version(2, 29) };
+pub const NCCL: WrittenFor = WrittenFor { what: "NCCL", first: Version(2, 27), last: Version(2, 30) };
 
 /// Major and minor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,12 +48,12 @@ mod tests {
 
     #[test]
     fn other_versions_are_told() {
-        for version in ["9.10.0", "9.10.2", "9.19.99"] {
+        for version in ["9.10.0", "9.10.2", "9.26.99"] {
             assert_eq!(CUDNN.warning(version), None, "{version}");
         }
-        for version in ["9.9.9", "9.20.0", "10.10.0", "8.9.7"] {
+        for version in ["9.9.9", "9.27.0", "10.10.0", "8.9.7"] {
             let said = CUDNN.warning(version).unwrap();
-            assert!(said.contains(&format!("cuDNN {version}")) && said.contains("9.10 to 9.19"), "{said}");
+            assert!(said.contains(&format!("cuDNN {version}")) && said.contains("9.10 to 9.26"), "{said}");
         }
     }
 }
