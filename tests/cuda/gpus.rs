@@ -110,7 +110,7 @@ fn four_gpus_that_divide_the_optimisers_state_train_as_one() {
 /// What each takes of its GPU's memory is what `plan` says, to 5 %.
 #[test]
 fn gpus_that_divide_the_optimisers_state_take_the_memory_that_was_planned() {
-    const WORKSPACE: u64 = 256 << 20;
+    const WORKSPACE: u64 = ddpm_dist::device::cuda::WORKSPACE as u64;
     let Some(project) = project("gpus::gpus_that_divide_the_optimisers_state_take_the_memory_that_was_planned") else {
         return;
     };
@@ -221,4 +221,19 @@ fn more_gpus_than_there_are_is_said_once() {
     assert_eq!((code, stderr.matches("ddpm-dist: ").count()), (Some(7), 1), "{stderr}");
     assert!(stderr.contains("--gpus 5") && stderr.contains('4'), "{stderr}");
     assert!(!project.path("run").exists());
+}
+
+/// Under a launcher that knows nothing of GPUs.
+#[test]
+fn more_ranks_than_gpus_is_said_by_the_rank_that_has_none() {
+    let Some(project) = project("gpus::more_ranks_than_gpus_is_said_by_the_rank_that_has_none") else { return };
+    let _alone = alone();
+    let mut two = command(&project, &["--ranks", "2", "--device", "cuda"], "run", &[]);
+    two.env("CUDA_SIM_GPUS", "1");
+    let (code, stderr) = project.start("run", two).wait();
+    assert_eq!(code, Some(7), "{stderr}");
+    for words in ["rank 1 (node 0", "there is no GPU 1 here: this machine has 1", "CUDA_VISIBLE_DEVICES"] {
+        assert!(stderr.contains(words), "{words} is not in: {stderr}");
+    }
+    assert!(!project.path("run/checkpoints").exists());
 }

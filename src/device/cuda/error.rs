@@ -55,6 +55,17 @@ pub enum CudaError {
         /// Bytes.
         found: usize,
     },
+    /// More ranks of a machine than it has GPUs.
+    #[error(
+        "there is no GPU {ordinal} here: this machine has {count}, and each of its ranks takes one of its own; start as many ranks as there \
+         are GPUs (CUDA_VISIBLE_DEVICES may hide some)"
+    )]
+    TooFewGpus {
+        /// The number that was asked for, from 0.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
     /// More images at a time than a kernel takes.
     #[error(
         "{kernel} would have a grid of {}×{}×{} blocks, and a GPU has at most {}×{}×{}: lower `train.batch` or `sample.batch`, or divide a \

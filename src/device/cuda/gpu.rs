@@ -92,6 +92,10 @@ impl Gpu {
         if version < OLDEST_DRIVER {
             return Err(CudaError::OldDriver(version));
         }
+        let count = Gpu::count()?;
+        if ordinal >= count {
+            return Err(CudaError::TooFewGpus { ordinal, count });
+        }
         let context = CudaContext::new(ordinal).map_err(cannot(format!("open GPU {ordinal}")))?;
         let stream = context.new_stream().map_err(cannot("make a stream"))?;
         let (functions, allocated) = (HashMap::new(), RefCell::default());
