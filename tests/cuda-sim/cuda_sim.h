@@ -202,7 +202,6 @@ struct Kernel {
     unsigned max_threads;
     /// Bytes of each argument.
     std::vector<size_t> sizes;
-    /// Which of them are addresses.
     /// What must divide an argument that is an address; 0 for the others.
     std::vector<unsigned> alignments;
     /// Refuses arguments of other sizes than the kernel's.

@@ -374,6 +374,8 @@ int cuMemAlloc_v2(uint64_t *address, size_t bytes) {
         void *memory = bytes <= free_memory() ? aligned_alloc(256, (bytes + 255) / 256 * 256) : nullptr;
         if (!memory)
             return OUT_OF_MEMORY;
+        // Nobody may count on what is there; more than this is taken and never used by most programs, and would be the host's memory.
+        memset(memory, 0xA5, std::min(bytes, size_t{64} << 20));
         *address = reinterpret_cast<uint64_t>(memory);
         allocations[*address] = bytes;
         return SUCCESS;
