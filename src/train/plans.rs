@@ -9,6 +9,7 @@ use crate::collective::Collective;
 use crate::device::cuda::Piece;
 use crate::device::{Device, DeviceKind};
 use crate::report::Console;
+use crate::sample::ReverseStep;
 use crate::tape::{agree_on_plans, pieces};
 
 /// Prefers the plans that the checkpoint pins from which a run goes on. Those for another card are of no use, which the resume says in its own words.
@@ -54,16 +55,20 @@ pub(super) fn pieces_of_steps(device: &Device, config: &Config, size: [usize; 2]
     if device.kind() == DeviceKind::Cpu {
         return Vec::new();
     }
-    let (programs, _) = step_programs(config, size, share, device.target(config.train.precision));
-    pieces(&programs)
+    pieces(&step_programs(config, size, share, device.target(config.train.precision)).0)
 }
 
+/// Those of the grids' sampler with them.
 fn pieces_of_run(device: &Device, config: &Config, size: [usize; 2], share: &Share) -> Vec<Piece> {
-    let mut pieces = pieces_of_steps(device, config, size, share);
-    if device.kind() == DeviceKind::Cuda
-        && let Some(step) = reverse_step(config, device.kind(), *share, size)
-    {
-        pieces.extend(step.program(device.target(config.train.precision)).pieces());
+    if device.kind() == DeviceKind::Cpu {
+        return Vec::new();
     }
-    pieces
+    let target = device.target(config.train.precision);
+    let (mut programs, _) = step_programs(config, size, share, target);
+    if let Some(step) = reverse_step(config, device.kind(), *share, size) {
+        // Products depend on what addresses of parameters are multiples of, and so on the places that they have in training.
+        let step = ReverseStep { layout: Some(&programs[0].layout), ..step };
+        programs.push(step.program(target));
+    }
+    pieces(&programs)
 }
