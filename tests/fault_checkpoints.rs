@@ -30,7 +30,7 @@ fn a_damaged_shard_is_named_and_the_checkpoint_before_it_taken() {
     let cut: Damage = |path| File::options().write(true).open(path).unwrap().set_len(1000).unwrap();
     let delete: Damage = |path| std::fs::remove_file(path).unwrap();
     for (name, damage) in [("flip", flip), ("cut", cut), ("delete", delete)] {
-        copy(&project.path("run"), &project.path(name));
+        project.copy("run", name);
         damage(&project.checkpoint(name, 15).join(shard));
         let (code, stderr) = launch(&project, 2, name, &["--set", "train.steps=20"]).wait();
         assert_eq!(code, Some(0), "{stderr}");
@@ -76,19 +76,10 @@ fn a_checkpoint_goes_on_at_any_number_of_ranks() {
     train(4, "run", "train.steps=10");
     for ranks in [1, 2, 8] {
         let run_dir = format!("on-{ranks}");
-        copy(&project.path("run"), &project.path(&run_dir));
+        project.copy("run", &run_dir);
         train(ranks, &run_dir, "train.steps=20");
         assert!(project.state(&run_dir, 20) == project.state("straight", 20), "{ranks} ranks");
         assert_eq!(project.measured(&run_dir), project.measured("straight"), "{ranks} ranks");
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        let target = to.join(path.file_name().unwrap());
-        if path.is_dir() { copy(&path, &target) } else { std::fs::copy(&path, &target).map(drop).unwrap() }
     }
 }
 

@@ -238,6 +238,11 @@ impl Project {
         renameat_with(CWD, self.path(one), CWD, self.path(other), RenameFlags::EXCHANGE).unwrap();
     }
 
+    /// Copies a folder, a run directory for example, to a name that is not there yet.
+    pub fn copy(&self, from: &str, to: &str) {
+        copy(&self.path(from), &self.path(to));
+    }
+
     /// Names and hashes of everything in a folder, to see that nothing changed. Who locked it last may change.
     pub fn content(&self, folder: impl AsRef<Path>) -> Vec<(PathBuf, String)> {
         let mut found = Vec::new();
@@ -255,6 +260,15 @@ impl Project {
         }
         found.sort();
         found
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() { copy(&path, &target) } else { std::fs::copy(&path, &target).map(drop).unwrap() }
     }
 }
 

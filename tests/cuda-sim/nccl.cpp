@@ -5,9 +5,10 @@
 // gone, as between the GPUs of one machine. What the library refuses is refused, with its rule beside it; what it would not survive ends the
 // process. Names in quotation marks are sections of NVIDIA's "NCCL documentation".
 //
-// CUDA_SIM_NCCL_FAIL lists what goes wrong in this process (setting.h): a call; "join", "sum" or "leave" for an error that comes later;
-// "capture" for sums in one; "deaf" for sums that this GPU never takes part in, "deaf-graph" for those of graphs; "abort" for one that never
-// comes back and ends nothing. CUDA_SIM_NCCL_VERSION is its version. It says on standard error how communicators end.
+// CUDA_SIM_NCCL_FAIL lists what goes wrong in this process (setting.h): a call; "join", "sum" or "leave" for an error that comes later,
+// "sum-graph" for one while a graph adds up; "capture" for sums in one; "deaf" for sums that this GPU never takes part in, "deaf-graph" for
+// those of graphs; "abort" for one that never comes back and ends nothing. CUDA_SIM_NCCL_VERSION is its version. It says on standard error
+// how communicators end.
 
 #include "setting.h"
 #include "stream.h"
@@ -466,7 +467,9 @@ int ncclCommInitRankConfig(void **handle, int size, UniqueId id, int rank, Confi
 
 int ncclCommGetAsyncError(void *handle, int *error) {
     Communicator &c = of(handle);
-    if (is_failing("sum") && c.asked > 0 && !c.broken)
+    // What was captured is begun by no request of its own.
+    const bool is_in_graph = c.begun + c.captured > c.asked;
+    if (((is_failing("sum") && c.asked > 0) || (is_failing("sum-graph") && is_in_graph)) && !c.broken)
         c.broken = Result(refuse(REMOTE_ERROR, "NET/IB : Got completion from peer with status=12"));
     *error = state(c);
     return SUCCESS;
