@@ -4,7 +4,7 @@
 use crate::machine::{not_tested, run_cases};
 use crate::nccl::WITH_KERNELS;
 use crate::values::rounded;
-use ddpm_dist::device::cuda::nccl::{self, Adding, Communicator};
+use ddpm_dist::device::cuda::nccl::{self, Adding, Communicator, Stage};
 use ddpm_dist::device::cuda::{Cuda, CudaError, Image, Memory};
 use ddpm_dist::device::{BufferId, Precision};
 use std::time::{Duration, Instant};
@@ -46,7 +46,20 @@ impl Alone {
 
     /// Begins a sum, and lets the GPU wait for it.
     fn sum_up(&mut self, cuda: &mut Cuda) -> Result<(), CudaError> {
-        for stage in self.adding.stages() {
+        self.go_through(cuda, self.adding.stages())
+    }
+
+    /// The same by slices, which are then given to all.
+    fn sum_up_by_slices(&mut self, cuda: &mut Cuda) -> Result<(), CudaError> {
+        self.go_through(cuda, self.adding.stages_for_slices())?;
+        self.gpus.begin_gather(self.floats)?;
+        until_ready(&mut self.gpus);
+        self.gpus.is_begun(self.floats)?;
+        self.gpus.wait_for(self.floats)
+    }
+
+    fn go_through(&mut self, cuda: &mut Cuda, stages: &[Stage]) -> Result<(), CudaError> {
+        for stage in stages {
             self.gpus.begin(*stage, cuda.gpu_mut(), self.floats, self.scratch)?;
             until_ready(&mut self.gpus);
         }
@@ -82,18 +95,20 @@ fn one_rank_adds_up_in_graphs_and_without() {
         for adding in [Adding::Fast, Adding::FastInBf16, Adding::Tree] {
             let mut cuda = Cuda::open(0).unwrap();
             let mut alone = Alone::join(&mut cuda, adding);
-            alone.leaves_the_sum(&mut cuda, 0, |alone, cuda| alone.sum_up(cuda).unwrap());
+            for sum_up in [Alone::sum_up, Alone::sum_up_by_slices] {
+                alone.leaves_the_sum(&mut cuda, 0, |alone, cuda| sum_up(alone, cuda).unwrap());
 
-            let capture = cuda.capture().unwrap();
-            alone.sum_up(&mut cuda).unwrap();
-            let graph = capture.end().unwrap();
-            for round in 1..4 {
-                alone.leaves_the_sum(&mut cuda, round, |_, cuda| cuda.replay(&graph).unwrap());
+                let capture = cuda.capture().unwrap();
+                sum_up(&mut alone, &mut cuda).unwrap();
+                let graph = capture.end().unwrap();
+                for round in 1..4 {
+                    alone.leaves_the_sum(&mut cuda, round, |_, cuda| cuda.replay(&graph).unwrap());
+                }
+                // One that is not captured goes among them.
+                alone.leaves_the_sum(&mut cuda, 4, |alone, cuda| sum_up(alone, cuda).unwrap());
+                alone.leaves_the_sum(&mut cuda, 5, |_, cuda| cuda.replay(&graph).unwrap());
+                drop(graph);
             }
-            // One that is not captured goes among them.
-            alone.leaves_the_sum(&mut cuda, 4, |alone, cuda| alone.sum_up(cuda).unwrap());
-            alone.leaves_the_sum(&mut cuda, 5, |_, cuda| cuda.replay(&graph).unwrap());
-            drop(graph);
         }
     });
 }
