@@ -7,6 +7,7 @@ use crate::common::ranks::{self, alone, is_saved, store};
 use crate::common::{Project, Running};
 use crate::machine::{library_path, not_tested};
 use ddpm_dist::device::cuda::Image;
+use ddpm_dist::report::read_npy;
 use rustix::process::Signal;
 use std::process::Command;
 
@@ -73,6 +74,62 @@ fn four_gpus_train_as_one() {
             // Sums of some thousand terms in another order, which Adam makes larger step by step.
             assert!((found - expected).abs() <= 1e-3 * expected.abs(), "{value}: {found}, on one GPU {expected}");
         }
+    }
+}
+
+/// As many as a machine commonly has.
+#[test]
+fn eight_gpus_train_as_one() {
+    let Some(project) = project("gpus::eight_gpus_train_as_one") else { return };
+    let _alone = alone();
+    let short = ["--set", "train.steps=3", "--set", "train.batch=8", "--set", "train.shards=8"];
+    for (run_dir, gpus) in [("one", &ONE), ("eight", &["--gpus", "8"])] {
+        let mut command = command(&project, gpus, run_dir, &short);
+        command.env("CUDA_SIM_GPUS", "8");
+        let (code, stderr) = project.start(run_dir, command).wait();
+        assert_eq!(code, Some(0), "{stderr}");
+        let left = stderr.matches("has left its communicator").count();
+        assert_eq!(left, if run_dir == "one" { 0 } else { 8 }, "{stderr}");
+    }
+    assert!(project.state("eight", 3) == project.state("one", 3), "other bits");
+    assert_eq!(project.measured("eight"), project.measured("one"));
+}
+
+/// Each rank makes some of the batches, the last of which is not full.
+#[test]
+fn two_gpus_sample_the_images_of_one() {
+    let Some(project) = project("gpus::two_gpus_sample_the_images_of_one") else { return };
+    let _alone = alone();
+    for precision in ["f32", "bf16"] {
+        let precise = format!("train.precision=\"{precision}\"");
+        let (code, stderr) =
+            start(&project, &ONE, precision, &["--set", "train.steps=2", "--set", "optim.lr=1e-2", "--set", &precise])
+                .wait();
+        assert_eq!(code, Some(0), "{stderr}");
+        for form in ["npy", "png"] {
+            let sampled = |name: &str, gpus: &[&str]| {
+                let out = format!("{name}-{precision}.{form}");
+                let mut command = project.program();
+                command.env("LD_LIBRARY_PATH", library_path(&LIBRARIES)).env("CUDA_SIM_GPUS", "2");
+                command.args(gpus).args(["sample", precision, "--out", &out, "--count", "5", "--batch", "2"]);
+                let (code, stderr) = project
+                    .start(name, {
+                        command.args(["--sampler", "ddpm", "--steps", "3", "--seed", "3"]);
+                        command
+                    })
+                    .wait();
+                assert_eq!(code, Some(0), "{stderr}");
+                assert!(!stderr.contains("warning"), "{stderr}");
+                project.read(out)
+            };
+            let one = sampled("one", &ONE);
+            assert!(sampled("gpus", &["--gpus", "2"]) == one, "{precision}, {form}: --gpus 2 makes other images");
+            let ranks = sampled("ranks", &["--ranks", "2", "--device", "cuda"]);
+            assert!(ranks == one, "{precision}, {form}: --ranks 2 makes other images");
+        }
+        let images = read_npy(&project.path(format!("one-{precision}.npy"))).unwrap().0;
+        let image = images.len() / 5;
+        assert!((1..5).all(|i| images[..image] != images[i * image..][..image]), "image 0 comes again");
     }
 }
 
