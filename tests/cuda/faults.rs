@@ -1,5 +1,5 @@
 //! What goes wrong with a GPU while the program trains: each fault ends the run with one message and the exit code of a device, leaves the last
-//! checkpoint whole, and the same command goes on to the bits of a run to which nothing happened.
+//! checkpoint whole, and the same command goes on to the bits of a run to which nothing happened. Sampling and benches end in the same words.
 
 use crate::common::{Ended, Project};
 use crate::machine::{WITH_KERNELS, library_path, not_tested};
@@ -47,8 +47,12 @@ impl Machine {
     }
 
     fn train_with(&self, run_dir: &str, settings: &[(&str, &str)], more: &[&str]) -> Ended {
+        self.run(&[&["train", "config.toml", "--run-dir", run_dir][..], &SMALL, more].concat(), settings)
+    }
+
+    fn run(&self, arguments: &[&str], settings: &[(&str, &str)]) -> Ended {
         let mut command = self.project.program();
-        command.args(["train", "config.toml", "--device", "cuda", "--run-dir", run_dir]).args(SMALL).args(more);
+        command.args(arguments).args(["--device", "cuda"]);
         command.env("LD_LIBRARY_PATH", library_path(&WITH_KERNELS)).env("RUST_BACKTRACE", "0");
         // Each run looks for its plans, which takes kernels and memory.
         command.env("DDPM_DIST_CUDA_PLANS", "off");
@@ -125,6 +129,60 @@ fn a_launch_that_is_refused_ends_a_run_with_its_state_saved() {
         let step = *machine.project.checkpoints(&run_dir).last().unwrap();
         assert!(ended.stderr.contains(&format!("warning: step {step} is saved")), "{fault}: {}", ended.stderr);
         machine.goes_on(&run_dir, &fault);
+    }
+}
+
+/// Kernels that are launched one by one, as they are where no graphs are wanted: the first, others of all steps, and of pictures.
+#[test]
+fn a_kernel_that_is_refused_ends_a_run_with_its_state_saved() {
+    let Some(machine) = Machine::new("faults::a_kernel_that_is_refused_ends_a_run_with_its_state_saved") else {
+        return;
+    };
+    let mut saved = Vec::new();
+    for number in (1..).step_by(240) {
+        let (fault, run_dir) = (format!("launch@k{number}"), format!("kernel-{number}"));
+        let settings = [("CUDA_SIM_FAULT", &*fault), ("DDPM_DIST_CUDA_GRAPH", "off")];
+        let ended = machine.train_with(&run_dir, &settings, &[]);
+        if ended.code == 0 {
+            // There are not as many.
+            break;
+        }
+        ended.refused(DEVICE, &["CUDA cannot launch ", " with grid (", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"]);
+        match machine.project.checkpoints(&run_dir).last() {
+            // In the pictures of the end.
+            Some(&STEPS) => {}
+            Some(step) => {
+                assert!(ended.stderr.contains(&format!("warning: step {step} is saved")), "{fault}: {}", ended.stderr);
+                saved.push(*step);
+            }
+            None => assert_eq!(number, 1, "{fault}: {}", ended.stderr),
+        }
+        machine.goes_on(&run_dir, &fault);
+    }
+    assert!(saved.len() > 3 && saved.is_sorted(), "runs ended after steps {saved:?}");
+}
+
+/// In kernels of a first step, and in graphs, which steps that are timed op by op are not.
+#[test]
+fn a_card_that_fails_ends_sampling_and_benches_too() {
+    let Some(machine) = Machine::new("faults::a_card_that_fails_ends_sampling_and_benches_too") else { return };
+    machine.straight();
+    let sample = ["sample", "straight", "--count", "4", "--batch", "2", "--steps", "4", "--out", "images.npy"];
+    let bench = ["bench", "config.toml", "--steps", "3", "--warmup", "1"];
+    let [per_op, reverse] = ["--per-op", "--sampling"].map(|what| [&bench[..], &[what]].concat());
+    for (arguments, places) in [
+        (&sample[..], &["k1", "k20", "1", "3"][..]),
+        (&bench, &["k1", "k100", "1", "3"]),
+        (&per_op, &["k1", "k100"]),
+        (&reverse, &["k20", "1", "3"]),
+    ] {
+        for at in places {
+            let fault = format!("ecc@{at}");
+            let ended = machine.run(arguments, &[("CUDA_SIM_FAULT", &fault)]);
+            ended.refused(DEVICE, &["uncorrectable ECC error", "CUDA_ERROR_ECC_UNCORRECTABLE", "take the card out"]);
+            assert!(!ended.stderr.contains("warning: ") && ended.stdout.is_empty(), "{fault}: {ended:?}");
+            assert!(!machine.project.path("images.npy").exists(), "{fault}: images");
+        }
     }
 }
 
