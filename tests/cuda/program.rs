@@ -2,6 +2,7 @@
 
 use crate::machine::{WITH_KERNELS, library_path, not_tested};
 use ddpm_dist::device::cuda::Image;
+use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -122,6 +123,94 @@ fn a_run_trains_goes_on_and_samples() {
     assert!(said.contains("on a GPU in bf16") && said.contains("workspace"), "{said}");
 }
 
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+#[test]
+fn bench_measures_a_gpu() {
+    let Some(work) = Work::new("program::bench_measures_a_gpu") else { return };
+    let config = work.path("config.toml");
+    let near = |a: f64, b: f64| (a - b).abs() <= 1e-9 * b.abs();
+    let json = |arguments: &[&str]| -> Value {
+        let output = work.command(arguments).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", said(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    for precision in ["f32", "bf16"] {
+        let set = format!("train.precision=\"{precision}\"");
+        let cuda = [&config, "--device", "cuda", "--set", &set, "--set", "data.size=8"];
+        let bench = [&["bench"][..], &cuda, &["--steps", "2", "--warmup", "1"]].concat();
+        let plan = json(&[&["plan"][..], &cuda, &["--json"]].concat());
+        let report = json(&[&bench[..], &["--per-op", "--json"]].concat());
+        for (key, expected) in [("device", "cuda"), ("gpu", "a machine made of software"), ("dtype", precision)] {
+            assert_eq!(report[key], expected, "{key}");
+        }
+        // Products that large are made by cuBLASLt alone, and a step has much else to do.
+        let [rate, peak] = ["gflops", "peak_gflops"].map(|key| number(&report[key]));
+        assert!(0.0 < rate && rate < peak, "{report}");
+        let median = number(&report["step_ms"]["median"]);
+        assert!(near(rate, number(&plan["step_flops"]) / median / 1e6), "{report}");
+        assert!(near(number(&report["images_per_second"]), 4e3 / median), "{report}");
+        // Weights, gradients, both moments and their average at least.
+        let state = 5.0 * 4.0 * number(&plan["parameters"]);
+        assert!(number(&report["gpu_memory_bytes"]) > state && number(&report["peak_memory_bytes"]) > 1e6, "{report}");
+
+        let (rows, planned) = (report["per_op"].as_array().unwrap(), plan["ops"].as_array().unwrap());
+        assert_eq!(rows.len(), planned.len());
+        for row in planned {
+            let same = |r: &&Value| r["op"] == row["op"] && r["phase"] == row["phase"];
+            assert_eq!(rows.iter().find(same).expect("every op is measured")["count"], row["count"]);
+        }
+        // A median of two is the mean, so that the parts add up to the step but for what is around its programs: this machine's kernels take
+        // many times as long as that. Its clock is the host's, in floats of milliseconds.
+        let share: f64 = rows.iter().map(|row| number(&row["share"])).sum();
+        assert!(share > 0.9 && share <= 1.0 + 1e-5, "{share} of the step: {report}");
+
+        let table = ok(work.command(&bench));
+        for words in ["GFLOP/s (3 × forward), ", " of large matrix products here", "GPU memory"] {
+            assert!(table.contains(words), "{words} is not in: {table}");
+        }
+    }
+}
+
+#[test]
+fn bench_compares_what_a_gpu_does_and_measures_reverse_steps() {
+    let Some(work) = Work::new("program::bench_compares_what_a_gpu_does_and_measures_reverse_steps") else { return };
+    let config = work.path("config.toml");
+    let bench = ["bench", &config, "--steps", "2", "--warmup", "1"];
+    let read = |path: &str| -> Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
+    let plan: Value =
+        serde_json::from_str(&ok(work.command(&["plan", &config, "--json", "--device", "cuda"]))).unwrap();
+    for (what, more, batch) in [("training", &[][..], 4), ("sampling", &["--sampling", "--set", "sample.batch=3"], 3)] {
+        let [before, after] = ["before", "after"].map(|when| work.path(&format!("{what}-{when}.json")));
+        ok(work.command(&[&bench[..], more, &["--device", "cuda", "--json", &before]].concat()));
+        let table =
+            ok(work
+                .command(&[&bench[..], more, &["--device", "cuda", "--json", &after, "--compare", &before]].concat()));
+        assert!(table.contains(" images per second of ddpm-dist "), "{table}");
+        let [before, after] = [&before, &after].map(|path| read(path));
+        for report in [&before, &after] {
+            assert_eq!((&report["what"], &report["batch"]), (&what.into(), &batch.into()));
+            assert!(number(&report["peak_gflops"]) > 0.0 && number(&report["gpu_memory_bytes"]) > 0.0, "{report}");
+        }
+        let ratio = number(&after["images_per_second"]) / number(&before["images_per_second"]);
+        assert!((number(&after["compared"]["ratio"]) / ratio - 1.0).abs() < 1e-9, "{after}");
+        if what == "sampling" {
+            // The network forward, once for each image.
+            let flops = number(&after["gflops"]) * number(&after["step_ms"]["median"]) * 1e6;
+            assert!((flops / (3.0 * number(&plan["forward_flops_per_image"])) - 1.0).abs() < 1e-9, "{after}");
+        }
+    }
+    let compared =
+        |more: &[&str]| work.command(&[&bench[..], &["--compare", &work.path("training-before.json")], more].concat());
+    let mut other = compared(&["--device", "cuda"]);
+    other.env("CUDA_SIM_NAME", "another card");
+    fails(other, 2, &["another GPU", "a machine made of software there, another card here"]);
+    fails(compared(&["--device", "cpu"]), 2, &["another device", "cuda there, cpu here"]);
+    fails(compared(&["--device", "cuda", "--sampling"]), 2, &["training there, sampling here"]);
+}
+
 #[test]
 fn what_keeps_a_gpu_from_working_is_told() {
     let Some(work) = Work::new("program::what_keeps_a_gpu_from_working_is_told") else { return };
@@ -171,7 +260,7 @@ fn a_run_is_the_same_whether_the_gpu_holds_the_images() {
     let mut uploaded = work.train("uploaded", &["--device", "cuda", "--verbose"]);
     // The images are 7.8 MB.
     let config = work.path("config.toml");
-    let plan: serde_json::Value =
+    let plan: Value =
         serde_json::from_str(&ok(work.command(&["plan", &config, "--json", "--device", "cuda"]))).unwrap();
     let parts = plan["memory"].as_array().unwrap().iter().filter(|part| part["on_host"] == false);
     let needed: u64 = parts.map(|part| part["bytes"].as_u64().unwrap()).sum();
