@@ -300,7 +300,7 @@ fn what_nccl_refuses_and_a_run_can_do_without_costs_no_bit() {
 fn a_version_of_nccl_that_this_program_is_not_written_for_is_told_once() {
     let project = Project::new();
     for (version, said) in
-        [("23000", "NCCL 2.30.0: this program is written for 2.27 to 2.29"), ("22605", "NCCL 2.26.5: ")]
+        [("23100", "NCCL 2.31.0: this program is written for 2.27 to 2.30"), ("22605", "NCCL 2.26.5: ")]
     {
         let Some(mut command) = command(&project, &LIBRARIES, 2, version) else { return };
         command.env("CUDA_SIM_NCCL_VERSION", version).args(["--set", "train.steps=1"]);
