@@ -6,7 +6,7 @@ mod machine;
 use super::Common;
 use super::exit::Failure;
 use super::stdout::print;
-use crate::device::cuda::{Cuda, Image};
+use crate::device::cuda::{Cuda, CudaError, Image, nccl};
 use crate::files::user_cache_dir;
 use crate::simd::{self, Level};
 use crate::tape::human_bytes;
@@ -152,8 +152,18 @@ fn accelerator() -> Vec<Finding> {
         Some(_) => "the kernel's driver is there and its library is not: start the container with --gpus all",
         None => "install NVIDIA's driver; in a container start it with --gpus all",
     };
+    let gpu = Cuda::open(0);
+    let mut nccl = library(
+        "NCCL",
+        &["libnccl.so.2"],
+        "`pip install nvidia-nccl-cu13`, and add its folder to LD_LIBRARY_PATH; one GPU works without",
+    );
+    // It is loaded only beside a GPU that works, where a run would load it too.
+    if gpu.is_ok() && matches!(places.find(&["libnccl.so.2"]), Search::Found(_)) {
+        nccl = with_version(nccl);
+    }
     vec![
-        device(has_gpu, driver.as_deref().and_then(driver_version)),
+        device(&gpu, has_gpu, driver.as_deref().and_then(driver_version)),
         library("CUDA driver", &["libcuda.so.1"], driver_missing),
         library(
             "cuBLASLt",
@@ -170,23 +180,27 @@ fn accelerator() -> Vec<Finding> {
             &["libnvrtc.so.13"],
             "`pip install nvidia-cuda-nvrtc==13.*`, and add its folder to LD_LIBRARY_PATH; without it cuDNN has fewer engines to choose from",
         ),
-        library(
-            "NCCL",
-            &["libnccl.so.2"],
-            "`pip install nvidia-nccl-cu13`, and add its folder to LD_LIBRARY_PATH; one GPU works without",
-        ),
+        nccl,
         kernels(Image::embedded(), has_gpu),
     ]
 }
 
+/// NCCL where it was found: what ranks can share depends on its version.
+fn with_version(nccl: Finding) -> Finding {
+    match nccl::version() {
+        Ok(version) => ok(nccl.subject, format!("{}, version {version}", nccl.found)),
+        Err(error) => warning(nccl.subject, nccl.found, format!("GPUs do not add up with it: {error}")),
+    }
+}
+
 /// What `--device auto` chooses.
-fn device(has_gpu: bool, driver: Option<&str>) -> Finding {
+fn device(gpu: &Result<Cuda, CudaError>, has_gpu: bool, driver: Option<&str>) -> Finding {
     let there = match (has_gpu, driver) {
         (false, _) => String::new(),
         (true, None) => "; an NVIDIA GPU is there".to_string(),
         (true, Some(version)) => format!("; an NVIDIA GPU is there (driver {version})"),
     };
-    match Cuda::open(0) {
+    match gpu {
         Ok(cuda) => match cuda.untested() {
             Ok(untested) if untested.is_empty() => ok("device", cuda.describe()),
             Ok(untested) => warning("device", cuda.describe(), untested.join("; ")),
