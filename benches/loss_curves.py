@@ -8,6 +8,7 @@ is larger. Drawing takes matplotlib (`pip install matplotlib`)."""
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tomllib
@@ -18,7 +19,7 @@ try:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-except ModuleNotFoundError:
+except ImportError:
     plt = None
 
 # Each point is the mean of so many logged losses: one loss is that of one batch, and noisy.
@@ -43,8 +44,8 @@ def distances(ours, theirs):
 
 
 def told(what, values):
-    """Median and maximum."""
-    numbers = statistics.median(values), max(values)
+    """Median and maximum; of what is not all numbers, none."""
+    numbers = (statistics.median(values), max(values)) if all(map(math.isfinite, values)) else (math.nan, math.nan)
     print("{}: median {:.2g}, at most {:.2g}".format(what, *numbers))
     return numbers
 
@@ -81,20 +82,18 @@ def main():
         sys.exit(f"runs of {yardstick} with two seeds at least are needed, to know how far seeds are apart")
     if alone := [seed for _, seed, _, _ in others if seed not in of_seed]:
         sys.exit(f"there is no run of {yardstick} with seed {alone[0]}")
-    if plt:
-        draw(arguments.picture, yardstick, steps, of_seed, others)
-    else:
-        print("NOT DRAWN: there is no matplotlib here")
-
     mean = [statistics.fmean(at) for at in zip(*of_seed.values())]
     apart = [d for losses in of_seed.values() for d in distances(losses, mean)]
     bounds = told(f"{yardstick}, {len(of_seed)} seeds, from their mean", apart)
     outside = []
     for name, seed, _, losses in others:
         found = told(f"{name}, seed {seed}, from {yardstick} of that seed", distances(losses, of_seed[seed]))
-        # What is not a number is not within bounds.
         if not all(value <= bound for value, bound in zip(found, bounds)):
             outside.append(f"{name}, seed {seed}")
+    if plt:
+        draw(arguments.picture, yardstick, steps, of_seed, others)
+    else:
+        print("NOT DRAWN: there is no matplotlib here")
     if outside:
         sys.exit(f"further apart than seeds are: {'; '.join(outside)}")
 

@@ -65,7 +65,8 @@ fn each_convolution_of_the_configs_has_a_plan() {
                             let form = plan.choice().form;
                             let key = format!("{:?} {precision:?} {form:?}", shape.pass);
                             *forms.entry(key).or_default() += 1;
-                            if precision == Precision::Bf16 && shape.pass == Pass::Forward {
+                            // Others than the one that CI installs may do so in parts.
+                            if !is_on_gpu && precision == Precision::Bf16 && shape.pass == Pass::Forward {
                                 assert_eq!(form, Form::Whole, "{name}: {shape}");
                             }
                         }

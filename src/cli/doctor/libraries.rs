@@ -1,4 +1,4 @@
-//! Shared libraries, looked for where the system's loader does and never loaded: a broken driver must not break `doctor`.
+//! Shared libraries, looked for where the system's loader does and not loaded: a broken driver must not break `doctor`.
 
 use std::env::consts::ARCH;
 use std::fs::{self, File};

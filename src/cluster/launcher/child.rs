@@ -215,10 +215,10 @@ impl Rank {
         }
         let message = (status != How::Exit(0)).then(|| error_file::read(&self.error_file)).flatten();
         let (rank, place) = (self.rank, self.place);
-        // Who is told to leave and falls, or is killed by someone else, has not left.
-        let asked = match status {
-            How::Signal(signal) if !self.may_end_by(signal) => Asked::No,
-            _ => self.asked,
+        // Who is to leave and falls, or is killed by someone else, has not left. Those whom a failure leaves over may fall because of it.
+        let asked = match (self.asked, &status) {
+            (Asked::ToLeave, How::Signal(signal)) if !self.may_end_by(*signal) => Asked::No,
+            (asked, _) => asked,
         };
         Some(RankEnd { rank, place, host: self.host.clone(), how: status, asked, at, message })
     }

@@ -147,7 +147,7 @@ impl CudaError {
     pub fn is_absence(&self) -> bool {
         let no_device = DriverError(CUresult::CUDA_ERROR_NO_DEVICE);
         match self {
-            CudaError::NoDriver | CudaError::NoKernels => true,
+            CudaError::NoDriver | CudaError::NoKernels | CudaError::TooFewGpus { count: 0, .. } => true,
             CudaError::Driver { source, .. } => *source == no_device,
             _ => false,
         }

@@ -190,6 +190,16 @@ fn a_rank_that_is_killed_while_it_leaves_is_the_cause() {
     assert!(message.contains("rank 0") && message.contains("SIGKILL"), "{message}");
 }
 
+/// As libraries do that lose their peers.
+#[test]
+fn a_rank_that_falls_because_another_failed_is_not_the_cause() {
+    let falls = "[ $RANK = 1 ] || { trap 'kill -SEGV $$' TERM; : > $DIR/ready0; while :; do sleep 0.05; done; }";
+    let script = Script::new(2, &format!("{falls}; until [ -e $DIR/ready0 ]; do sleep 0.05; done; exit 6"));
+    let (code, message) = script.ended();
+    assert_eq!(code, 6, "{message}");
+    assert!(message.contains("rank 1"), "{message}");
+}
+
 #[test]
 fn a_second_ctrl_c_ends_all_at_once() {
     let script = Script::new(2, &format!("trap '' INT TERM; echo $$ > $DIR/pid$RANK; : > $DIR/ready$RANK; {LIVES}"));
